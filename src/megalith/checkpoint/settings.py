@@ -1,0 +1,29 @@
+"""Settings: what is saved and what a run starts from."""
+
+from dataclasses import dataclass
+
+from megalith.fields import setting
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved and what a run starts from."""
+
+    save: str | None = setting(None, "checkpoint output directory", section="checkpointing")
+    save_interval: int | None = setting(None, "iterations between checkpoints", section="checkpointing", unit="steps")
+    load: str | None = setting(None, "checkpoint directory to load", section="checkpointing")
+    finetune: bool = setting(False, "load weights only, iteration 0", section="checkpointing", switch="on")
+    no_save_optim: bool | None = setting(
+        None, "leave the optimizer out of checkpoints", section="checkpointing", switch="on"
+    )
+    no_save_rng: bool | None = setting(None, "leave RNG states out", section="checkpointing", switch="on")
+    no_load_optim: bool | None = setting(None, "skip the optimizer on load", section="checkpointing", switch="on")
+    no_load_rng: bool | None = setting(None, "skip RNG states on load", section="checkpointing", switch="on")
+    adlr_autoresume: bool = setting(
+        False, "use the NVIDIA-internal cluster resume module", section="autoresume", switch="on"
+    )
+    adlr_autoresume_interval: int = setting(
+        1000, "iterations between resume-signal checks", section="autoresume", unit="steps"
+    )
+    bert_load: str | None = setting(None, "BERT checkpoint to start ICT from", section="biencoder", task="ict")
+    ict_load: str | None = setting(None, "old ICT checkpoint", section="biencoder", task="ict")

@@ -1,0 +1,58 @@
+"""Settings: where the data is and how samples are cut from it."""
+
+from dataclasses import dataclass
+
+from megalith.fields import setting
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the data is and how samples are cut from it."""
+
+    data_path: tuple[str, ...] | None = setting(
+        None, "one prefix, or weight prefix weight prefix ...", section="data and dataloader", repeat="*"
+    )
+    split: str = setting("969, 30, 1", "train/valid/test proportions", section="data and dataloader")
+    vocab_file: str | None = setting(None, "vocabulary file", section="data and dataloader")
+    merge_file: str | None = setting(None, "BPE merges", section="data and dataloader")
+    vocab_extra_ids: int = setting(
+        0, "sentinel tokens appended to a BERT vocabulary", section="data and dataloader", task="t5"
+    )
+    tokenizer_type: str | None = setting(None, "tokenizer", section="data and dataloader")
+    seq_length: int | None = setting(None, "tokens per sample", section="data and dataloader", unit="tokens")
+    encoder_seq_length: int | None = setting(None, "encoder length", section="data and dataloader", unit="tokens")
+    decoder_seq_length: int | None = setting(
+        None, "T5 decoder length", section="data and dataloader", unit="tokens", task="t5"
+    )
+    retriever_seq_length: int = setting(
+        256, "retriever sequence length", section="data and dataloader", unit="tokens", task="ict"
+    )
+    sample_rate: float = setting(1.0, "sub-sample retriever data", section="data and dataloader", task="ict")
+    mask_prob: float = setting(0.15, "masked-LM probability", section="data and dataloader", task="bert")
+    short_seq_prob: float = setting(
+        0.1, "chance of a shortened BERT/T5 sample", section="data and dataloader", task="bert"
+    )
+    mmap_warmup: bool = setting(False, "read mmap files once at start", section="data and dataloader", switch="on")
+    num_workers: int = setting(2, "DataLoader workers", section="data and dataloader", unit="processes")
+    data_impl: str = setting(
+        "infer", "indexed-dataset reader", section="data and dataloader", choices=("lazy", "cached", "mmap", "infer")
+    )
+    dataloader_type: str | None = setting(
+        None, "single pass or cyclic", section="training", choices=("single", "cyclic")
+    )
+    reset_position_ids: bool = setting(False, "restart positions after EOD", section="data and dataloader", switch="on")
+    reset_attention_mask: bool = setting(
+        False, "block attention across EOD", section="data and dataloader", switch="on"
+    )
+    eod_mask_loss: bool = setting(
+        False, "zero the loss where the input token is EOD", section="data and dataloader", switch="on"
+    )
+    titles_data_path: str | None = setting(None, "ICT titles dataset", section="biencoder", task="ict")
+    block_data_path: str | None = setting(None, "old REALM block-data path", section="biencoder", task="ict")
+    evidence_data_path: str | None = setting(None, "Wikipedia evidence TSV", section="biencoder", task="ict")
+    use_one_sent_docs: bool = setting(
+        False, "ICT: allow one-sentence documents", section="biencoder", switch="on", task="ict"
+    )
+    query_in_block_prob: float = setting(
+        0.1, "ICT: chance the query stays in its block", section="biencoder", task="ict"
+    )

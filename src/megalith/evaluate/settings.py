@@ -1,0 +1,24 @@
+"""Settings: how often and how long a run is evaluated."""
+
+from dataclasses import dataclass
+
+from megalith.fields import setting
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How often and how long a run is evaluated."""
+
+    eval_interval: int = setting(1000, "iterations between validations", section="validation", unit="steps")
+    eval_iters: int = setting(100, "iterations per evaluation", section="validation", unit="batches")
+    embedding_path: str | None = setting(None, "pickle with the evidence embeddings", section="biencoder", task="ict")
+    indexer_batch_size: int = setting(128, "intended indexer batch", section="biencoder", unit="passages", task="ict")
+    indexer_log_interval: int = setting(
+        1000, "indexer progress interval in batches", section="biencoder", unit="batches", task="ict"
+    )
+    retriever_report_topk_accuracies: tuple[int, ...] = setting(
+        (), "top-k values to report", section="biencoder", repeat="+", task="ict"
+    )
+    retriever_score_scaling: bool = setting(
+        False, "divide scores by sqrt(hidden_size)", section="biencoder", switch="on", task="ict"
+    )

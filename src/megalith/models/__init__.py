@@ -1,0 +1,1 @@
+"""What is trained: pure modules that know no rank and no run."""

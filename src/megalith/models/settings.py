@@ -1,0 +1,72 @@
+"""Settings: what the model is."""
+
+from dataclasses import dataclass
+
+from megalith.fields import setting
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the model is."""
+
+    num_layers: int | None = setting(None, "transformer layers", section="network size", unit="layers")
+    hidden_size: int | None = setting(None, "model width", section="network size", unit="features")
+    ffn_hidden_size: int | None = setting(None, "MLP inner width", section="network size", unit="features")
+    num_attention_heads: int | None = setting(None, "attention heads", section="network size")
+    kv_channels: int | None = setting(None, "per-head width", section="network size", unit="features per head")
+    max_position_embeddings: int | None = setting(
+        None, "rows of the position table", section="network size", unit="tokens"
+    )
+    make_vocab_size_divisible_by: int = setting(
+        128, "vocabulary padding multiple", section="network size", unit="tokens"
+    )
+    layernorm_epsilon: float = setting(1e-05, "LayerNorm epsilon", section="network size")
+    apply_residual_connection_post_layernorm: bool = setting(
+        False, "take the residual from the LayerNorm output", section="network size", switch="on"
+    )
+    openai_gelu: bool = setting(False, "tanh GELU in the unfused path", section="network size", switch="on")
+    onnx_safe: bool | None = setting(None, "ONNX work-arounds", section="network size")
+    bert_binary_head: bool = setting(
+        True,
+        "BERT sentence-order head and pooler",
+        section="network size",
+        flag="--bert-no-binary-head",
+        switch="off",
+        task="bert",
+    )
+    attention_dropout: float = setting(0.1, "dropout on attention probabilities", section="regularization")
+    hidden_dropout: float = setting(0.1, "dropout on embeddings and residual branches", section="regularization")
+    init_method_std: float = setting(0.02, "std of the normal init", section="initialization")
+    init_method_xavier_uniform: bool = setting(False, "Xavier init", section="initialization", switch="on", task="vit")
+    apply_query_key_layer_scaling: bool = setting(
+        True,
+        "divide QK^T by layer number, undo it inside an fp32 softmax",
+        section="mixed precision",
+        flag="--no-query-key-layer-scaling",
+        switch="off",
+    )
+    attention_softmax_in_fp32: bool = setting(
+        False, "fp32 softmax in the unfused path", section="mixed precision", switch="on"
+    )
+    fp32_residual_connection: bool = setting(False, "fp32 residual stream", section="mixed precision", switch="on")
+    fp16_lm_cross_entropy: bool = setting(False, "loss in fp16", section="mixed precision", switch="on")
+    bias_gelu_fusion: bool = setting(
+        True, "jit-fused bias + tanh GELU", section="training", flag="--no-bias-gelu-fusion", switch="off"
+    )
+    bias_dropout_fusion: bool = setting(
+        True, "jit-fused bias+dropout+residual", section="training", flag="--no-bias-dropout-fusion", switch="off"
+    )
+    masked_softmax_fusion: bool = setting(
+        True, "CUDA masked-softmax kernels", section="training", flag="--no-masked-softmax-fusion", switch="off"
+    )
+    ict_head_size: int | None = setting(None, "old ICT head size (REALM model)", section="biencoder", task="ict")
+    biencoder_projection_dim: int = setting(
+        0, "extra projection of the bi-encoder embedding (0 = none)", section="biencoder", task="ict"
+    )
+    biencoder_shared_query_context_model: bool = setting(
+        False, "one tower for query and context", section="biencoder", switch="on", task="ict"
+    )
+    img_dim: int = setting(224, "ViT image side", section="vit", unit="pixels", task="vit")
+    num_channels: int = setting(3, "ViT image channels", section="vit", task="vit")
+    num_classes: int = setting(1000, "ViT classes", section="vit", task="vit")
+    patch_dim: int = setting(16, "ViT patch side", section="vit", unit="pixels", task="vit")

@@ -1,0 +1,34 @@
+"""Settings: what a run says about itself."""
+
+from dataclasses import dataclass
+
+from megalith.fields import setting
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What a run says about itself."""
+
+    log_interval: int = setting(100, "iterations per log line", section="training", unit="steps")
+    tensorboard_dir: str | None = setting(None, "TensorBoard directory", section="training")
+    log_params_norm: bool = setting(False, "log the L2 norm of the weights", section="logging", switch="on")
+    log_num_zeros_in_grad: bool = setting(False, "count zero gradient entries", section="logging", switch="on")
+    tensorboard_log_interval: int = setting(1, "iterations per TensorBoard write", section="logging", unit="steps")
+    tensorboard_queue_size: int = setting(1000, "pending-event limit", section="logging", unit="events")
+    log_timers_to_tensorboard: bool = setting(False, "write timers", section="logging", switch="on")
+    log_batch_size_to_tensorboard: bool = setting(False, "write batch size scalars", section="logging", switch="on")
+    log_learning_rate_to_tensorboard: bool = setting(
+        True,
+        "write LR scalars",
+        section="logging",
+        flag="--no-log-learnig-rate-to-tensorboard",
+        also=("--no-log-learning-rate-to-tensorboard",),
+        switch="off",
+    )
+    log_loss_scale_to_tensorboard: bool = setting(
+        True, "write loss-scale scalars", section="logging", flag="--no-log-loss-scale-to-tensorboard", switch="off"
+    )
+    log_validation_ppl_to_tensorboard: bool = setting(
+        False, "write validation perplexity", section="logging", switch="on"
+    )
+    log_memory_to_tensorboard: bool = setting(False, "write allocator scalars", section="logging", switch="on")

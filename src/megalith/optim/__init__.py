@@ -1,0 +1,1 @@
+"""How weights change: groups, schedule, clipping, loss scale."""

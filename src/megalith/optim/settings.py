@@ -1,0 +1,57 @@
+"""Settings: how weights change from step to step."""
+
+from dataclasses import dataclass
+
+from megalith.fields import setting
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How weights change from step to step."""
+
+    optimizer: str = setting("adam", "adam or sgd", section="training", choices=("adam", "sgd"))
+    lr: float | None = setting(None, "peak learning rate", section="learning rate")
+    lr_decay_style: str = setting(
+        "linear", "constant, linear or cosine", section="learning rate", choices=("constant", "linear", "cosine")
+    )
+    lr_decay_iters: int | None = setting(None, "decay length in iterations", section="learning rate", unit="steps")
+    lr_decay_samples: int | None = setting(None, "decay length in samples", section="learning rate", unit="sequences")
+    lr_warmup_fraction: float | None = setting(
+        None, "warm-up as a fraction of the decay length", section="learning rate", unit="of the decay length"
+    )
+    lr_warmup_iters: int = setting(0, "warm-up iterations", section="learning rate", unit="steps")
+    lr_warmup_samples: int = setting(0, "warm-up samples", section="learning rate", unit="sequences")
+    min_lr: float = setting(0.0, "LR floor", section="learning rate")
+    override_lr_scheduler: bool = setting(
+        False, "command-line LR settings win over the checkpoint", section="learning rate", switch="on"
+    )
+    use_checkpoint_lr_scheduler: bool = setting(
+        False, "checkpoint LR settings win", section="learning rate", switch="on"
+    )
+    weight_decay: float = setting(0.01, "decoupled weight decay", section="regularization")
+    clip_grad: float = setting(1.0, "global L2 clip threshold, 0 = off", section="regularization")
+    adam_beta1: float = setting(0.9, "Adam first-moment decay", section="regularization")
+    adam_beta2: float = setting(0.999, "Adam second-moment decay", section="regularization")
+    adam_eps: float = setting(1e-08, "Adam denominator constant", section="regularization")
+    sgd_momentum: float = setting(0.9, "SGD momentum", section="regularization")
+    fp16: bool = setting(False, "fp16 training", section="mixed precision", switch="on")
+    bf16: bool = setting(False, "bfloat16 training", section="mixed precision", switch="on")
+    loss_scale: float | None = setting(None, "constant loss scale", section="mixed precision")
+    initial_loss_scale: float = setting(4294967296, "first dynamic loss scale", section="mixed precision")
+    min_loss_scale: float = setting(1.0, "floor of the dynamic scale", section="mixed precision")
+    loss_scale_window: float = setting(
+        1000, "clean iterations before the scale doubles", section="mixed precision", unit="clean steps"
+    )
+    hysteresis: int = setting(
+        2, "overflows tolerated before the loss scale drops", section="mixed precision", unit="overflows"
+    )
+    accumulate_allreduce_grads_in_fp32: bool = setting(
+        False, "keep and all-reduce gradients in fp32", section="mixed precision", switch="on"
+    )
+    micro_batch_size: int | None = setting(
+        None, "samples per forward pass per replica", section="training", unit="sequences"
+    )
+    global_batch_size: int | None = setting(None, "samples per update", section="training", unit="sequences")
+    rampup_batch_size: tuple[str, ...] | None = setting(
+        None, "start, increment, ramp samples", section="training", repeat="*"
+    )

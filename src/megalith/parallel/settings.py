@@ -1,0 +1,42 @@
+"""Settings: how the model is laid over ranks."""
+
+from dataclasses import dataclass
+
+from megalith.fields import setting
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is laid over ranks."""
+
+    tensor_model_parallel_size: int = setting(1, "tensor-parallel ways", section="distributed")
+    pipeline_model_parallel_size: int = setting(1, "pipeline stages", section="distributed")
+    num_layers_per_virtual_pipeline_stage: int | None = setting(
+        None, "layers per model chunk", section="distributed", unit="layers"
+    )
+    distributed_backend: str = setting(
+        "nccl", "torch.distributed backend", section="distributed", choices=("nccl", "gloo")
+    )
+    DDP_impl: str = setting("local", "own DDP or torch DDP", section="distributed", choices=("local", "torch"))
+    use_contiguous_buffers_in_ddp: bool = setting(False, "one flat gradient buffer", section="distributed", switch="on")
+    scatter_gather_tensors_in_pipeline: bool = setting(
+        True,
+        "send 1/tp of each activation between stages",
+        section="distributed",
+        flag="--no-scatter-gather-tensors-in-pipeline",
+        switch="off",
+    )
+    local_rank: int | None = setting(
+        None, "device index from the launcher", section="distributed", flag="--local_rank", also=("--local-rank",)
+    )
+    lazy_mpu_init: bool | None = setting(
+        None, "return a continuation instead of initialising DDP", section="distributed"
+    )
+    use_cpu_initialization: bool | None = setting(
+        None, "initialise weights on the CPU", section="distributed", switch="on"
+    )
+    checkpoint_activations: bool = setting(False, "recompute activations in backward", section="training", switch="on")
+    distribute_checkpointed_activations: bool = setting(
+        False, "shard saved activations over the tensor group", section="training", switch="on"
+    )
+    checkpoint_num_layers: int = setting(1, "layers per recomputed chunk", section="training", unit="layers")

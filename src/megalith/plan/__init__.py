@@ -1,0 +1,1 @@
+"""What a job will cost, known before it starts."""

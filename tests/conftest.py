@@ -1,0 +1,28 @@
+"""Shared by all tests: one thread for torch (a forked child of a multi-threaded parent hangs), and the --slow flag."""
+
+import os
+from pathlib import Path
+
+# Before torch is imported anywhere, so that neither the parent nor a forked rank ever starts a pool of threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden" / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the long campaigns")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="a long campaign: run with --slow"))
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder with data made by Megatron-LM (its README says how)."""
+    return GOLDEN
