@@ -27,8 +27,9 @@ def setting(
     """A dataclass field with what the command line needs to know about it.
 
     section: the heading under which --help shows it. unit: what a number counts. flag: its spelling if that is not the
-    name with hyphens; also: further spellings. choices: the only values allowed. switch: "on" or "off", for a flag without
-    a value that turns the field on or off. repeat: "*" or "+", for a list of values. task: the only task that uses it.
+    name with hyphens; also: further spellings. choices: the only values allowed. switch: "on" or "off", for a flag
+    without a value that turns the field on or off. repeat: "*" or "+", for a list of values. task: the only task that
+    uses it.
     """
     metadata = {
         "help": help,

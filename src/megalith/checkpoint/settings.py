@@ -27,3 +27,19 @@ class CheckpointConfig:
     )
     bert_load: str | None = setting(None, "BERT checkpoint to start ICT from", section="biencoder", task="ict")
     ict_load: str | None = setting(None, "old ICT checkpoint", section="biencoder", task="ict")
+    auto_resume: bool = setting(
+        True,
+        "refuse to start where --save holds checkpoints, instead of going on from the newest",
+        section="checkpointing",
+        flag="--no-auto-resume",
+        switch="off",
+    )
+    keep_last: int | None = setting(
+        None, "keep only this many of the newest checkpoints", section="checkpointing", unit="checkpoints"
+    )
+    keep_every: int | None = setting(
+        None,
+        "with --keep-last: keep also every checkpoint at a multiple of this",
+        section="checkpointing",
+        unit="steps",
+    )

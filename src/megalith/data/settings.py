@@ -56,3 +56,18 @@ class DataConfig:
     query_in_block_prob: float = setting(
         0.1, "ICT: chance the query stays in its block", section="biencoder", task="ict"
     )
+    tokenizer_model: str | None = setting(
+        None, "tokenizer.json or SentencePiece model, for the tokenizers that need one", section="data and dataloader"
+    )
+    data_cache_path: str | None = setting(
+        None, "directory for the index maps, where the data's own is read-only", section="data and dataloader"
+    )
+    corpus: str | None = setting(
+        None,
+        "train on text that is already on this machine, with a tokenizer trained on it",
+        section="data and dataloader",
+        choices=("python",),
+    )
+    corpus_vocab_size: int = setting(
+        4096, "size of the tokenizer trained on --corpus", section="data and dataloader", unit="tokens"
+    )

@@ -70,3 +70,6 @@ class ModelConfig:
     num_channels: int = setting(3, "ViT image channels", section="vit", task="vit")
     num_classes: int = setting(1000, "ViT classes", section="vit", task="vit")
     patch_dim: int = setting(16, "ViT patch side", section="vit", unit="pixels", task="vit")
+    untie_embeddings_and_output_weights: bool = setting(
+        False, "give the output layer a table of its own", section="network size", switch="on"
+    )

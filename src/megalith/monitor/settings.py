@@ -32,3 +32,9 @@ class MonitorConfig:
         False, "write validation perplexity", section="logging", switch="on"
     )
     log_memory_to_tensorboard: bool = setting(False, "write allocator scalars", section="logging", switch="on")
+    log_format: str = setting(
+        "auto",
+        "reference: Megatron-LM's lines; rich: a progress bar; json: an object a line; auto: rich on a terminal",
+        section="logging",
+        choices=("auto", "reference", "rich", "json"),
+    )

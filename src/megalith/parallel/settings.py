@@ -40,3 +40,18 @@ class ParallelConfig:
         False, "shard saved activations over the tensor group", section="training", switch="on"
     )
     checkpoint_num_layers: int = setting(1, "layers per recomputed chunk", section="training", unit="layers")
+    recompute_granularity: str | None = setting(
+        None,
+        "recompute whole layers or only the attention core in the backward pass",
+        section="training",
+        choices=("full", "selective"),
+    )
+    device: str = setting(
+        "auto",
+        "where to compute; auto takes a GPU if there is one",
+        section="distributed",
+        choices=("auto", "cpu", "cuda"),
+    )
+    nproc: int | None = setting(
+        None, "start this many processes on this machine through torchrun", section="distributed", unit="processes"
+    )

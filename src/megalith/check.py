@@ -1,0 +1,297 @@
+"""A run is checked before anything is built: every fault at once, each with setting, value, rule and remedy.
+
+The rules are those of Megatron-LM's argument parser (R0 to R19 in docs/from-megatron.md) and what would fail later in
+the run. Where Megatron-LM silently corrects a value (a tensor-parallel size above the world size), it is a fault here.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from megalith.config import Fault, Run, flag_of
+from megalith.derived import compute_dtype, global_batch_size, tokenizer_type
+
+
+def check(run: Run, world_size: int) -> list[Fault]:
+    """Every fault of the run on that many ranks; none if it can start."""
+    return [
+        *_required(run),
+        *_positive(run),
+        *_shape(run),
+        *_layout(run, world_size),
+        *_batches(run, world_size),
+        *_length(run),
+        *_schedule(run),
+        *_precision(run),
+        *_data(run),
+        *_checkpoint(run),
+    ]
+
+
+def fault(name: str, value: object, rule: str, remedy: str) -> Fault:
+    """A fault of a setting, named by its flag."""
+    return Fault(flag_of(name), value, rule, remedy)
+
+
+def _required(run: Run) -> Iterator[Fault]:
+    needed: dict[str, object] = {
+        "num_layers": run.model.num_layers,
+        "hidden_size": run.model.hidden_size,
+        "num_attention_heads": run.model.num_attention_heads,
+        "max_position_embeddings": run.model.max_position_embeddings,
+        "micro_batch_size": run.optimizer.micro_batch_size,
+        "lr": run.optimizer.lr,
+    }
+    for name, value in needed.items():
+        if value is None:
+            yield fault(name, None, "is required and was not given", f"Add {flag_of(name)}, or start from a --preset")
+    if run.data.seq_length is None and run.data.encoder_seq_length is None:
+        yield fault("seq_length", None, "is required and was not given", "Add --seq-length, or start from a --preset")
+
+
+def _positive(run: Run) -> Iterator[Fault]:
+    """Counts that must be at least 1, where they are given."""
+    counts = {
+        "model": "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels max_position_embeddings "
+        "make_vocab_size_divisible_by img_dim num_channels num_classes patch_dim",
+        "data": "seq_length encoder_seq_length decoder_seq_length retriever_seq_length corpus_vocab_size",
+        "optimizer": "micro_batch_size global_batch_size hysteresis loss_scale_window loss_scale initial_loss_scale "
+        "min_loss_scale lr_decay_iters lr_decay_samples",
+        "parallel": "tensor_model_parallel_size pipeline_model_parallel_size checkpoint_num_layers nproc "
+        "num_layers_per_virtual_pipeline_stage",
+        "checkpoint": "save_interval keep_last keep_every adlr_autoresume_interval",
+        "monitor": "log_interval tensorboard_log_interval tensorboard_queue_size",
+        "evaluate": "eval_interval",
+        "train": "train_iters train_samples exit_interval exit_duration_in_mins seed",
+    }
+    for part, names in counts.items():
+        for name in names.split():
+            value = getattr(getattr(run, part), name)
+            if value is not None and not value > 0:
+                yield fault(name, value, "must be greater than 0", "Give a positive number")
+    not_negative = {
+        "optimizer": "lr min_lr weight_decay clip_grad adam_eps lr_warmup_iters lr_warmup_samples",
+        "data": "num_workers vocab_extra_ids",
+        "evaluate": "eval_iters",
+    }
+    for part, names in not_negative.items():
+        for name in names.split():
+            value = getattr(getattr(run, part), name)
+            if value is not None and not value >= 0:
+                yield fault(name, value, "must not be negative", "Give 0 or more")
+    for part, names in {
+        "model": "attention_dropout hidden_dropout",
+        "optimizer": "adam_beta1 adam_beta2 sgd_momentum",
+    }.items():
+        for name in names.split():
+            value = getattr(getattr(run, part), name)
+            if not 0 <= value < 1:
+                yield fault(name, value, "must be at least 0 and below 1", "Give such a number")
+
+
+def _shape(run: Run) -> Iterator[Fault]:
+    model, data = run.model, run.data
+    width, heads = model.hidden_size, model.num_attention_heads
+    if width and heads and model.kv_channels is None and width % heads:
+        fits = [n for n in range(max(1, heads - 8), heads + 9) if width % n == 0]
+        remedy = f"Heads that divide it nearby: {fits}; or give --kv-channels" if fits else "Give --kv-channels"
+        yield fault("hidden_size", width, f"is not divisible by --num-attention-heads = {heads}", remedy)
+    if data.seq_length is not None and data.encoder_seq_length is not None:
+        yield fault(
+            "encoder_seq_length", data.encoder_seq_length, "stands beside --seq-length", "Give only one of them"
+        )
+    longest = {"seq_length": data.seq_length, "encoder_seq_length": data.encoder_seq_length}
+    longest["decoder_seq_length"] = data.decoder_seq_length
+    for name, length in longest.items():
+        if length and model.max_position_embeddings and length > model.max_position_embeddings:
+            yield fault(
+                name,
+                length,
+                f"is longer than --max-position-embeddings = {model.max_position_embeddings}",
+                f"Shorten it, or raise --max-position-embeddings to {length}",
+            )
+
+
+def _layout(run: Run, world_size: int) -> Iterator[Fault]:
+    tensor, pipeline = run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size
+    if tensor < 1 or pipeline < 1:
+        return
+    if world_size % (tensor * pipeline):
+        fits = [t for t in range(1, world_size + 1) if world_size % t == 0]
+        yield fault(
+            "tensor_model_parallel_size",
+            tensor,
+            f"times --pipeline-model-parallel-size = {pipeline} does not divide the {world_size} ranks",
+            f"Products that fit: {fits}; or start another number of ranks (torchrun --nproc-per-node)",
+        )
+    for name, value in (("tensor_model_parallel_size", tensor), ("pipeline_model_parallel_size", pipeline)):
+        if value > 1:
+            yield fault(name, value, "is not available in this version", "Use data parallelism: leave it at 1")
+    chunk = run.parallel.num_layers_per_virtual_pipeline_stage
+    if chunk is not None and pipeline < 2:
+        yield fault(
+            "num_layers_per_virtual_pipeline_stage", chunk, "needs more than one pipeline stage", "Leave it out"
+        )
+    if run.parallel.distribute_checkpointed_activations and not run.parallel.checkpoint_activations:
+        yield fault(
+            "distribute_checkpointed_activations", None, "needs --checkpoint-activations", "Add that, or leave this out"
+        )
+    if run.parallel.checkpoint_activations and run.parallel.recompute_granularity == "selective":
+        yield fault(
+            "checkpoint_activations", None, "contradicts --recompute-granularity = selective", "Give only one of them"
+        )
+
+
+def _batches(run: Run, world_size: int) -> Iterator[Fault]:
+    micro = run.optimizer.micro_batch_size
+    model_ranks = run.parallel.tensor_model_parallel_size * run.parallel.pipeline_model_parallel_size
+    if not micro or micro < 1 or model_ranks < 1 or world_size % model_ranks:
+        return
+    replicas = world_size // model_ranks
+    batch = global_batch_size(run, replicas)
+    group = micro * replicas
+    if batch > 0 and batch % group:
+        near = sorted({max(group, batch // group * group), (batch // group + 1) * group})
+        yield fault(
+            "global_batch_size",
+            batch,
+            f"is not divisible by --micro-batch-size x data-parallel size = {micro} x {replicas} = {group}",
+            f"Nearest that are: {near}",
+        )
+    ramp = run.optimizer.rampup_batch_size
+    if ramp is None:
+        return
+    if len(ramp) != 3 or not all(word.isdigit() for word in ramp):
+        yield fault("rampup_batch_size", " ".join(ramp), "takes three whole numbers", "Give START INCREMENT SAMPLES")
+        return
+    start, increment, samples = (int(word) for word in ramp)
+    if start < 1 or increment < 1 or samples < 1:
+        yield fault("rampup_batch_size", " ".join(ramp), "takes numbers above 0", "Give START INCREMENT SAMPLES")
+        return
+    if batch < start or (batch - start) % increment or batch == start:
+        yield fault(
+            "rampup_batch_size",
+            " ".join(ramp),
+            f"must reach --global-batch-size = {batch} from {start} in whole steps of {increment}",
+            "Change the start or the increment",
+        )
+    elif start % group or increment % group:
+        yield fault(
+            "rampup_batch_size",
+            " ".join(ramp),
+            f"goes through batches not divisible by --micro-batch-size x data-parallel size = {group}",
+            f"Make start and increment multiples of {group}",
+        )
+
+
+def _length(run: Run) -> Iterator[Fault]:
+    train, optimizer = run.train, run.optimizer
+    if train.train_iters is None and train.train_samples is None:
+        yield fault("train_iters", None, "is required and was not given", "Add --train-iters or --train-samples")
+    elif train.train_iters is not None and train.train_samples is not None:
+        yield fault("train_samples", train.train_samples, "stands beside --train-iters", "Give only one of them")
+    by_steps = train.train_iters is not None
+    other = (
+        {"lr_decay_samples": optimizer.lr_decay_samples, "lr_warmup_samples": optimizer.lr_warmup_samples or None}
+        if by_steps
+        else {"lr_decay_iters": optimizer.lr_decay_iters, "lr_warmup_iters": optimizer.lr_warmup_iters or None}
+    )
+    counted, wanted = ("steps", "iters") if by_steps else ("samples", "samples")
+    for name, value in other.items():
+        if value is not None:
+            remedy = f"Use --{name.rsplit('_', 1)[0].replace('_', '-')}-{wanted}"
+            yield fault(name, value, f"does not go with a training counted in {counted}", remedy)
+    if by_steps and optimizer.rampup_batch_size is not None:
+        yield fault(
+            "rampup_batch_size", None, "needs a training counted in samples", "Use --train-samples for --train-iters"
+        )
+    warmup = "lr_warmup_iters" if by_steps else "lr_warmup_samples"
+    if optimizer.lr_warmup_fraction is not None and getattr(optimizer, warmup):
+        yield fault(warmup, getattr(optimizer, warmup), "stands beside --lr-warmup-fraction", "Give only one of them")
+
+
+def _schedule(run: Run) -> Iterator[Fault]:
+    optimizer, train = run.optimizer, run.train
+    if optimizer.lr is not None and optimizer.min_lr > optimizer.lr:
+        yield fault("min_lr", optimizer.min_lr, f"is above --lr = {optimizer.lr}", "Lower it")
+    if optimizer.lr_warmup_fraction is not None and not 0 <= optimizer.lr_warmup_fraction < 1:
+        yield fault("lr_warmup_fraction", optimizer.lr_warmup_fraction, "must be at least 0 and below 1", "Lower it")
+    if train.train_iters is not None:
+        decay, warmup, name = (
+            optimizer.lr_decay_iters or train.train_iters,
+            optimizer.lr_warmup_iters,
+            "lr_warmup_iters",
+        )
+    else:
+        decay = optimizer.lr_decay_samples or train.train_samples or math.inf  # type: ignore[assignment]
+        warmup, name = optimizer.lr_warmup_samples, "lr_warmup_samples"
+    if warmup >= decay:
+        yield fault(name, warmup, f"is not shorter than the decay, {decay}", "Shorten it")
+    if optimizer.override_lr_scheduler and optimizer.use_checkpoint_lr_scheduler:
+        yield fault("override_lr_scheduler", None, "contradicts --use-checkpoint-lr-scheduler", "Give only one of them")
+
+
+def _precision(run: Run) -> Iterator[Fault]:
+    optimizer, model = run.optimizer, run.model
+    if optimizer.fp16 and optimizer.bf16:
+        yield fault("fp16", None, "contradicts --bf16", "Give only one of them")
+    if model.fp16_lm_cross_entropy and not optimizer.fp16:
+        yield fault("fp16_lm_cross_entropy", None, "needs --fp16", "Add that, or leave this out")
+    if model.fp32_residual_connection and compute_dtype(run) == "float32":
+        yield fault("fp32_residual_connection", None, "needs --fp16 or --bf16", "Add one, or leave this out")
+    if optimizer.min_loss_scale > optimizer.initial_loss_scale:
+        yield fault(
+            "min_loss_scale",
+            optimizer.min_loss_scale,
+            f"is above --initial-loss-scale = {optimizer.initial_loss_scale}",
+            "Lower it",
+        )
+
+
+def _data(run: Run) -> Iterator[Fault]:
+    data = run.data
+    if data.corpus is not None:
+        for name in ("data_path", "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type"):
+            if getattr(data, name):
+                yield fault(name, getattr(data, name), "contradicts --corpus, which brings its own", "Leave one out")
+        if run.checkpoint.save is None:
+            yield fault("corpus", data.corpus, "needs --save, where its text and tokenizer are kept", "Add --save DIR")
+        return
+    if not data.data_path:
+        yield fault("data_path", None, "is required and was not given", "Add --data-path PREFIX, or --corpus python")
+    elif len(data.data_path) > 1 and len(data.data_path) % 2:
+        yield fault(
+            "data_path",
+            " ".join(data.data_path),
+            f"has {len(data.data_path)} words",
+            "Give one prefix, or WEIGHT PREFIX WEIGHT PREFIX ...",
+        )
+    kind = tokenizer_type(run)
+    wanted = {
+        "GPT2BPETokenizer": ("vocab_file", "merge_file"),
+        "BertWordPieceLowerCase": ("vocab_file",),
+        "BertWordPieceCase": ("vocab_file",),
+        "HuggingFaceTokenizer": ("tokenizer_model",),
+        "SentencePieceTokenizer": ("tokenizer_model",),
+        "ByteLevelTokenizer": (),
+    }
+    if kind not in wanted:
+        yield fault("tokenizer_type", kind, f"must be one of {', '.join(wanted)}", "Change it")
+    for name in wanted.get(kind, ()):
+        path = getattr(data, name)
+        if path is None:
+            yield fault(name, None, f"is required by {kind} and was not given", f"Add {flag_of(name)} FILE")
+        elif not Path(path).is_file():
+            yield fault(name, path, "is not a file", "Correct the path")
+
+
+def _checkpoint(run: Run) -> Iterator[Fault]:
+    checkpoint = run.checkpoint
+    if checkpoint.save is not None and checkpoint.save_interval is None:
+        yield fault("save_interval", None, "is required with --save", "Add --save-interval STEPS")
+    if checkpoint.load is not None and checkpoint.load != checkpoint.save and not Path(checkpoint.load).is_dir():
+        yield fault("load", checkpoint.load, "is not a directory", "Correct the path")
+    if checkpoint.finetune and checkpoint.load is None:
+        yield fault("finetune", None, "needs --load, the checkpoint to start from", "Add --load DIR")
+    if checkpoint.keep_every is not None and checkpoint.keep_last is None:
+        yield fault("keep_every", checkpoint.keep_every, "needs --keep-last", "Add --keep-last N")

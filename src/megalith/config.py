@@ -1,0 +1,188 @@
+"""The whole configuration of a run: every part's settings in one flat namespace.
+
+Where they come from is `sources.py`; whether they fit together, `check.py`. Values are never written back: what follows
+from other values (`derived.py`) is computed where it is needed, so a run file always holds just what was asked for.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, field
+from typing import Any
+
+from megalith.checkpoint.settings import CheckpointConfig
+from megalith.data.settings import DataConfig
+from megalith.evaluate.settings import EvaluateConfig
+from megalith.fields import describe, setting
+from megalith.models.settings import ModelConfig
+from megalith.monitor.settings import MonitorConfig
+from megalith.optim.settings import OptimizerConfig
+from megalith.parallel.settings import ParallelConfig
+
+TASKS = ("gpt", "bert", "t5", "ict", "vit")
+
+# Flags that Megatron-LM itself removed, with what took their place.
+REMOVED = {
+    "--batch-size": "--micro-batch-size",
+    "--warmup": "--lr-warmup-fraction",
+    "--model-parallel-size": "--tensor-model-parallel-size",
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long the run is and what its randomness starts from."""
+
+    train_iters: int | None = setting(None, "length of the training", section="training", unit="steps")
+    train_samples: int | None = setting(
+        None, "length of the training, in samples", section="training", unit="sequences"
+    )
+    exit_interval: int | None = setting(
+        None, "stop, after saving, at the first multiple of this many steps", section="training", unit="steps"
+    )
+    exit_duration_in_mins: int | None = setting(
+        None, "stop, after saving, once this much wall time has passed", section="training", unit="minutes"
+    )
+    exit_before_training: bool = setting(
+        False,
+        "build and check everything but take no step; weights stay on the meta device",
+        section="training",
+        switch="on",
+    )
+    seed: int = setting(1234, "seed of everything random", section="initialization")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, whole: the task and every part's settings."""
+
+    task: str = "gpt"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that a user has to change before the run can start."""
+
+    setting: str  # a flag, or a key of a run file
+    value: object
+    rule: str
+    remedy: str
+
+    def __str__(self) -> str:
+        shown = "" if self.value is None else f" = {self.value}"
+        remedy = self.remedy if self.remedy.endswith("?") else f"{self.remedy}."
+        return f"{self.setting}{shown}: {self.rule}. {remedy[0].upper()}{remedy[1:]}"
+
+
+class ConfigError(ValueError):
+    """All faults of a configuration at once."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(str(fault) for fault in faults))
+
+
+@dataclass(frozen=True)
+class Known:
+    """A setting that exists: its part (an attribute of Run), its field and the type of its values."""
+
+    part: str
+    field: Field[Any]
+    type: Any
+
+    @property
+    def flag(self) -> str:
+        return str(describe(self.field)["flag"]) or "--" + self.field.name.replace("_", "-")
+
+    @property
+    def flags(self) -> list[str]:
+        return [self.flag, *describe(self.field)["also"]]
+
+
+def known_settings() -> dict[str, Known]:
+    """Every setting by its name. The names of all parts together are unique."""
+    known: dict[str, Known] = {}
+    for part in dataclasses.fields(Run):
+        if part.name == "task":
+            continue
+        config = typing.get_type_hints(Run)[part.name]
+        hints = typing.get_type_hints(config)
+        for declared in dataclasses.fields(config):
+            assert declared.name not in known, f"two parts declare {declared.name}"
+            known[declared.name] = Known(part.name, declared, hints[declared.name])
+    return known
+
+
+def flag_of(name: str) -> str:
+    """The command line's spelling of a setting."""
+    return known_settings()[name].flag
+
+
+def nearest(name: str, among: Iterable[str]) -> str:
+    """A remedy for an unknown name: the nearest known one, if any is near."""
+    close = difflib.get_close_matches(name, list(among), n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else "see megalith pretrain --help for all of them"
+
+
+def convert(name: str, known: Known, value: object) -> tuple[Any, Fault | None]:
+    """A value of the setting's type from what a command line (text) or a run file (TOML) holds."""
+    described = describe(known.field)
+    optional = isinstance(known.type, types.UnionType)
+    kind = next(t for t in typing.get_args(known.type) if t is not type(None)) if optional else known.type
+    if value is None:
+        return None, None if optional else Fault(known.flag, None, "needs a value", "Give one, or leave it out")
+    try:
+        converted = _converted(kind, value)
+    except (TypeError, ValueError):
+        wanted = "numbers" if described["repeat"] else getattr(kind, "__name__", str(kind))
+        words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+        return None, Fault(known.flag, value, f"must be {words.get(wanted, wanted)}", "Change the value")
+    choices = described["choices"]
+    if choices and converted not in choices:
+        return None, Fault(known.flag, value, f"must be one of {', '.join(choices)}", nearest(str(value), choices))
+    return converted, None
+
+
+def _converted(kind: Any, value: object) -> Any:
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        return tuple(_converted(item, part) for part in (value if isinstance(value, list | tuple) else [value]))
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        # Megatron-LM reads such an argument as true whatever stands there.
+        if isinstance(value, str):
+            return True
+        raise TypeError(value)
+    if kind is int:
+        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+            raise TypeError(value)
+        return int(value)  # type: ignore[call-overload]
+    if kind is float:
+        if isinstance(value, bool):
+            raise TypeError(value)
+        return float(value)  # type: ignore[arg-type]
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise TypeError(value)
+    return str(value)
+
+
+def compose(task: str, values: Mapping[str, Any]) -> Run:
+    """A run from converted values by setting name; what is not named keeps its default."""
+    known = known_settings()
+    by_part: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        by_part.setdefault(known[name].part, {})[name] = value
+    parts = {part.name: part for part in dataclasses.fields(Run)}
+    hints = typing.get_type_hints(Run)
+    return Run(task=task, **{name: hints[name](**by_part.get(name, {})) for name in parts if name != "task"})

@@ -1,0 +1,111 @@
+"""What follows from a configuration: pure functions, never written back into it.
+
+`reference_arguments` gives the 139 values that Megatron-LM prints for the same command line.
+"""
+
+from typing import Any
+
+from megalith.config import Run, known_settings
+from megalith.parallel.mesh import Layout
+
+# What Megatron-LM's program for a task fills in where the command line says nothing.
+TASK_DEFAULTS: dict[str, dict[str, str]] = {
+    "gpt": {"tokenizer_type": "GPT2BPETokenizer"},
+    "bert": {"tokenizer_type": "BertWordPieceLowerCase"},
+    "t5": {"tokenizer_type": "BertWordPieceLowerCase"},
+    "ict": {"tokenizer_type": "BertWordPieceLowerCase"},
+    "vit": {"dataloader_type": "cyclic"},
+}
+
+
+def tokenizer_type(run: Run) -> str:
+    """The kind of tokenizer: what was asked for, or the task's usual one."""
+    return run.data.tokenizer_type or TASK_DEFAULTS[run.task].get("tokenizer_type", "GPT2BPETokenizer")
+
+
+def dataloader_type(run: Run) -> str:
+    """single (one pass in order) or cyclic (a new order every epoch)."""
+    return run.data.dataloader_type or TASK_DEFAULTS[run.task].get("dataloader_type", "single")
+
+
+def sequence_length(run: Run) -> int:
+    """Tokens in a sample's input: the one of the two settings that was given."""
+    length = run.data.seq_length if run.data.seq_length is not None else run.data.encoder_seq_length
+    assert length is not None, "check.py saw to it"
+    return length
+
+
+def global_batch_size(run: Run, data_parallel: int) -> int:
+    """Sequences per step over all replicas, once any ramp is over."""
+    if run.optimizer.global_batch_size is not None:
+        return run.optimizer.global_batch_size
+    assert run.optimizer.micro_batch_size is not None
+    return run.optimizer.micro_batch_size * data_parallel
+
+
+def compute_dtype(run: Run) -> str:
+    """The type of activations, by torch's name."""
+    return "float16" if run.optimizer.fp16 else "bfloat16" if run.optimizer.bf16 else "float32"
+
+
+def recompute_granularity(run: Run) -> str | None:
+    """full, selective or None; Megatron-LM's --checkpoint-activations means full."""
+    if run.parallel.recompute_granularity is not None:
+        return run.parallel.recompute_granularity
+    return "full" if run.parallel.checkpoint_activations else None
+
+
+def reference_arguments(run: Run, layout: Layout) -> dict[str, Any]:
+    """The arguments as Megatron-LM prints them for the same command line, by name: what was given and what it derives.
+
+    Settings that Megatron-LM does not know are left out.
+    """
+    values: dict[str, Any] = {}
+    for name, known in known_settings().items():
+        value = getattr(getattr(run, known.part), name)
+        values[name] = list(value) if isinstance(value, tuple) else value
+    for name in OURS:
+        del values[name]
+    model, optimizer, parallel = run.model, run.optimizer, run.parallel
+    derived: dict[str, Any] = {
+        "rank": layout.rank,
+        "world_size": layout.world_size,
+        "data_parallel_size": layout.data,
+        "params_dtype": f"torch.{compute_dtype(run)}",
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+        "virtual_pipeline_model_parallel_size": None,
+        "global_batch_size": global_batch_size(run, layout.data),
+        "dataloader_type": dataloader_type(run),
+        "encoder_seq_length": sequence_length(run),
+        "seq_length": sequence_length(run),
+        "ffn_hidden_size": model.ffn_hidden_size or 4 * (model.hidden_size or 0),
+        "kv_channels": model.kv_channels or (model.hidden_size or 0) // (model.num_attention_heads or 1),
+        "accumulate_allreduce_grads_in_fp32": optimizer.accumulate_allreduce_grads_in_fp32 or optimizer.bf16,
+    }
+    if run.task != "vit":
+        derived["tokenizer_type"] = tokenizer_type(run)
+    if derived["accumulate_allreduce_grads_in_fp32"]:
+        derived["use_contiguous_buffers_in_ddp"] = True
+    if parallel.num_layers_per_virtual_pipeline_stage:
+        per_stage = (model.num_layers or 0) // parallel.pipeline_model_parallel_size
+        derived["virtual_pipeline_model_parallel_size"] = per_stage // parallel.num_layers_per_virtual_pipeline_stage
+    return {**values, **derived}
+
+
+# Settings of Megalith that Megatron-LM does not have.
+OURS = (
+    "untie_embeddings_and_output_weights",
+    "tokenizer_model",
+    "data_cache_path",
+    "corpus",
+    "corpus_vocab_size",
+    "recompute_granularity",
+    "device",
+    "nproc",
+    "auto_resume",
+    "keep_last",
+    "keep_every",
+    "log_format",
+    "exit_before_training",
+)

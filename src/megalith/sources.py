@@ -1,0 +1,207 @@
+"""Where a configuration comes from: presets, TOML run files and the command line; later wins, in this order."""
+
+import argparse
+import dataclasses
+import importlib.resources
+import tomllib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megalith.config import REMOVED, TASKS, ConfigError, Fault, Run, compose, convert, known_settings, nearest
+from megalith.fields import describe
+
+
+def preset_names() -> list[str]:
+    """The presets that ship with the package."""
+    folder = importlib.resources.files("megalith.presets")
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def read_preset(name: str) -> tuple[dict[str, Any], list[Fault]]:
+    """The settings of a preset, as `read_run_file` gives them."""
+    if name not in preset_names():
+        known = preset_names()
+        return {}, [Fault("--preset", name, f"is not one of {', '.join(known)}", nearest(name, known))]
+    text = importlib.resources.files("megalith.presets").joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    return _settings_of_toml(text, f"preset {name}")
+
+
+def read_run_file(path: Path) -> tuple[dict[str, Any], list[Fault]]:
+    """The settings of a TOML run file, and what is wrong with it. `task` stands at the top, the others in sections."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        return {}, [Fault(str(path), None, f"cannot be read ({error.strerror})", "Name a TOML run file that exists")]
+    except UnicodeDecodeError:
+        return {}, [Fault(str(path), None, "is not UTF-8 text", "Name a TOML run file")]
+    return _settings_of_toml(text, str(path))
+
+
+def _settings_of_toml(text: str, source: str) -> tuple[dict[str, Any], list[Fault]]:
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        return {}, [Fault(source, None, f"is not valid TOML: {error}", "Correct the file")]
+    known, values, faults = known_settings(), dict[str, Any](), list[Fault]()
+    sections = {"model", "data", "optimizer", "parallel", "checkpoint", "monitor", "evaluate", "train"}
+    flat: list[tuple[str, Any]] = []
+    for key, entry in document.items():
+        if isinstance(entry, dict) and key in sections:
+            flat += entry.items()
+        elif isinstance(entry, dict):
+            faults.append(Fault(f"{source} [{key}]", None, "is not a known section", nearest(key, sections)))
+        else:
+            flat.append((key, entry))
+    for key, entry in flat:
+        name = key.replace("-", "_")
+        if name == "task" and entry in TASKS:
+            values["task"] = entry
+        elif name == "task":
+            faults.append(Fault(f"{source} task", entry, f"must be one of {', '.join(TASKS)}", "Change it"))
+        elif name not in known:
+            faults.append(Fault(f"{source} {key}", None, "is not a known setting", nearest(name, known)))
+        else:
+            value, fault = convert(name, known[name], entry)
+            if fault:
+                faults.append(dataclasses.replace(fault, setting=f"{source} {key}"))
+            else:
+                values[name] = value
+    return values, faults
+
+
+def as_toml(run: Run) -> str:
+    """A run file that gives this run again: every setting that differs from its default, by section."""
+    lines = [f'task = "{run.task}"']
+    for part in dataclasses.fields(Run):
+        if part.name == "task":
+            continue
+        config = getattr(run, part.name)
+        changed = [f for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
+        if changed:
+            lines += ["", f"[{part.name}]"]
+            lines += [f"{f.name} = {_toml_value(getattr(config, f.name))}" for f in changed]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text) + '"'
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(message)
+
+
+def flag_parser(program: str = "megalith pretrain") -> argparse.ArgumentParser:
+    """The parser of all flags. Values stay text here, so that `convert` can report every fault at once."""
+    parser = _Parser(
+        prog=program,
+        usage=f"{program} [TASK] [RUN.toml] [--preset NAME] [--flags ...]",
+        description=f"Pretrain a model. TASK is one of {', '.join(TASKS)} (default gpt). "
+        "Later wins: preset, run file, flags.",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=120),
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--preset", metavar="NAME", help=f"start from a preset: {', '.join(preset_names())}")
+    groups: dict[str, Any] = {}
+    for name, known in known_settings().items():
+        described = describe(known.field)
+        section = str(described["section"])
+        group = groups.setdefault(section, parser.add_argument_group(section))
+        default, unit = known.field.default, described["unit"]
+        words = [str(described["help"]).replace("%", "%%")]
+        if described["task"]:
+            words.append(f"({described['task']})")
+        if described["switch"]:
+            group.add_argument(
+                *known.flags, dest=name, action="store_const", const=described["switch"] == "on", help=" ".join(words)
+            )
+            continue
+        shown = f"default {default}" if default not in (None, ()) else "no default"
+        words.append(f"[{unit}; {shown}]" if unit else f"[{shown}]")
+        metavar = "|".join(described["choices"]) or _metavar(known.type)
+        group.add_argument(
+            *known.flags, dest=name, metavar=metavar, nargs=described["repeat"] or None, help=" ".join(words)
+        )
+    return parser
+
+
+def _metavar(kind: Any) -> str:
+    text = str(kind)
+    return "N" if "int" in text else "X" if "float" in text else "TEXT"
+
+
+def read_flags(words: Sequence[str]) -> tuple[dict[str, Any], list[Fault]]:
+    """The settings that flags give, `preset` among them, and what is wrong with the flags."""
+    parser, known, faults = flag_parser(), known_settings(), list[Fault]()
+    words = list(words)
+    for word in [w.split("=", 1)[0] for w in words]:
+        if word in REMOVED:
+            faults.append(Fault(word, None, "was removed", f"Use {REMOVED[word]} instead"))
+    words = [w for w in words if w.split("=", 1)[0] not in REMOVED]
+    try:
+        parsed, rest = parser.parse_known_args(words)
+    except ValueError as error:
+        return {}, [*faults, Fault("the command line", None, str(error), "See megalith pretrain --help")]
+    flags = [flag for entry in known.values() for flag in entry.flags] + ["--preset"]
+    unknown_before = bool(faults)
+    for word in rest:
+        if word.startswith("-") and word != "-":
+            flag = word.split("=", 1)[0]
+            faults.append(Fault(flag, None, "is not a known flag", nearest(flag, flags)))
+            unknown_before = True
+        elif not unknown_before:
+            faults.append(Fault(word, None, "is not expected here", "Flags begin with --"))
+    values: dict[str, Any] = {}
+    for name, given in vars(parsed).items():
+        if name == "preset":
+            values[name] = given
+            continue
+        value, fault = convert(name, known[name], given)
+        if fault:
+            faults.append(fault)
+        else:
+            values[name] = value
+    return values, faults
+
+
+def read_command_line(words: Sequence[str]) -> Run:
+    """The run that `megalith pretrain WORDS` asks for.
+
+    Raises ConfigError with every fault of the words, the preset and the run file.
+    """
+    words = list(words)
+    task: str | None = None
+    file_values: dict[str, Any] = {}
+    faults: list[Fault] = []
+    while words and not words[0].startswith("-"):
+        word = words.pop(0)
+        if word.endswith(".toml"):
+            file_values, found = read_run_file(Path(word))
+            faults += found
+        elif word in TASKS:
+            task = word
+        else:
+            remedy = nearest(word, TASKS)
+            faults.append(Fault(word, None, f"is neither a task ({', '.join(TASKS)}) nor a run file (.toml)", remedy))
+    flag_values, found = read_flags(words)
+    faults += found
+    preset_values: dict[str, Any] = {}
+    if preset := flag_values.pop("preset", None):
+        preset_values, found = read_preset(preset)
+        faults += found
+    if faults:
+        raise ConfigError(faults)
+    values = {**preset_values, **file_values, **flag_values}
+    file_task = values.pop("task", None)
+    return compose(task or file_task or "gpt", values)

@@ -1,0 +1,144 @@
+"""The shape of the package: imports go down only, without cycles; no global state; nothing that executes what it reads."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "src" / "megalith"
+
+# Who may import whom: a module imports only from strictly lower levels, or from its own part.
+LEVELS = [
+    {"fields", "files"},
+    {"layers", "data", "optim", "monitor"},
+    {"models"},
+    {"parallel", "checkpoint"},
+    {"evaluate", "plan"},
+    {"config", "derived", "sources", "check", "task"},
+    {"train"},
+    {"cli"},
+]
+# Modules of one level that are one part: they may import each other, without cycles.
+TOGETHER = {"config", "derived", "sources", "check", "task"}
+
+# Names whose use would execute or unpickle what was read from disk, the network or the command line.
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+FORBIDDEN_ATTRIBUTES = {"torch.load", "torch.hub", "torch.package", "torch.jit.load"}
+# Reads other programs' checkpoints, through weights_only loading in a process of its own.
+READS_FOREIGN_FILES = {"megalith.checkpoint.foreign"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module of the package that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {nearest for name in found if (nearest := known_module(name)) is not None}
+
+
+def known_module(name: str) -> str | None:
+    """The module that an imported name belongs to, if it is one of ours."""
+    while name.startswith("megalith"):
+        if name in MODULES:
+            return name
+        name = name.rpartition(".")[0]
+    return None
+
+
+def part_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def level_of(part: str) -> int:
+    return next(number for number, parts in enumerate(LEVELS) if part in parts)
+
+
+def top_level() -> set[str]:
+    entry_points = {"megalith", "megalith.__main__", *(f"megalith.pretrain_{t}" for t in ("gpt", "bert", "t5", "ict"))}
+    return entry_points | {"megalith.pretrain_vit"}
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - top_level()))
+def test_imports_go_down_only(module: str) -> None:
+    part = part_of(module)
+    for imported in imports_of(MODULES[module]) - {"megalith"}:
+        other = part_of(imported)
+        allowed = other == part or {part, other} <= TOGETHER or level_of(other) < level_of(part)
+        assert allowed, f"{module} imports {imported}"
+
+
+def test_no_part_but_train_and_cli_sees_the_whole_run() -> None:
+    parts = [m for m in MODULES if m.count(".") == 2]
+    for module in parts:
+        assert "megalith.config" not in imports_of(MODULES[module]), f"{module} imports the whole configuration"
+
+
+def test_imports_have_no_cycles() -> None:
+    graph = {name: imports_of(path) - {name} for name, path in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail, name))
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_global_state_and_nothing_that_executes_data(module: str) -> None:
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        assert not isinstance(node, ast.Global), f"{module}:{node.lineno} has a global statement"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in FORBIDDEN_CALLS, f"{module}:{node.lineno} calls {node.func.id}"
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {a.name for a in node.names} if isinstance(node, ast.Import) else {node.module or ""}
+            assert not {n.split(".")[0] for n in names} & FORBIDDEN_MODULES, f"{module}:{node.lineno} can unpickle"
+        if isinstance(node, ast.Attribute) and module not in READS_FOREIGN_FILES:
+            assert ast.unparse(node) not in FORBIDDEN_ATTRIBUTES, f"{module}:{node.lineno} can unpickle"
+        if isinstance(node, ast.keyword) and node.arg in {"allow_pickle", "shell", "trust_remote_code"}:
+            refused = isinstance(node.value, ast.Constant) and node.value.value is False
+            assert refused, f"{module}:{node.value.lineno} sets {node.arg}"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{module}:{node.lineno} has a bare except"
+            caught = ast.unparse(node.type)
+            assert caught not in {"Exception", "(Exception,)"}, f"{module}:{node.lineno} catches every Exception"
+
+
+def test_package_files_re_export_nothing() -> None:
+    for path in PACKAGE.rglob("__init__.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            assert not isinstance(node, ast.Import | ast.ImportFrom), f"{path} imports"
+
+
+def test_sizes_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    rows, functions = [], []
+    for name, path in MODULES.items():
+        text = path.read_text(encoding="utf-8")
+        rows.append((text.count("\n"), name))
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                functions.append(((node.end_lineno or 0) - node.lineno + 1, f"{name}.{node.name}"))
+    assert rows and functions
+    with capsys.disabled():
+        longest_file, longest_function = max(rows), max(functions)
+        print(
+            f"\npackage: {sum(n for n, _ in rows)} lines in {len(rows)} files; longest file {longest_file[1]} "
+            f"({longest_file[0]}), longest function {longest_function[1]} ({longest_function[0]})"
+        )
