@@ -1,4 +1,4 @@
-"""The shape of the package: imports go down only, without cycles; no global state; nothing that executes what it reads."""
+"""The shape of the package: imports go down only, without cycles; no global state; nothing executes what it reads."""
 
 import ast
 from pathlib import Path

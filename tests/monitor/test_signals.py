@@ -1,0 +1,40 @@
+"""The first signal is noted, the second ends the process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megalith.monitor.signals import WATCHED, StopSignals
+
+
+@pytest.mark.parametrize("number", WATCHED)
+def test_first_signal_is_noted_and_handlers_come_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopSignals() as signals:
+        assert signals.received is None
+        os.kill(os.getpid(), number)
+        assert signals.received is number
+    assert signal.getsignal(number) is before
+
+
+def test_second_signal_ends_the_process_at_once() -> None:
+    program = (
+        "import time\n"
+        "from megalith.monitor.signals import StopSignals\n"
+        "with StopSignals() as signals:\n"
+        "    print('ready', flush=True)\n"
+        "    while True: time.sleep(0.01)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"ready\n"
+    child.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert child.poll() is None
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=10) == 128 + signal.SIGTERM
+    child.stdout.close()

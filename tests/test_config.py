@@ -1,0 +1,208 @@
+"""Flags, run files and presets become one configuration; every fault is found at once."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from megalith.check import check
+from megalith.config import ConfigError, Run, compose, known_settings
+from megalith.derived import OURS, reference_arguments
+from megalith.fields import describe
+from megalith.parallel.mesh import Layout
+from megalith.sources import as_toml, flag_parser, preset_names, read_command_line, read_preset
+
+# The command line behind Megatron-LM's log of a GPT-2 XL run.
+REFERENCE = """
+    --num-layers 48 --hidden-size 1600 --num-attention-heads 25 --micro-batch-size 8 --global-batch-size 64
+    --seq-length 1024 --max-position-embeddings 1024 --train-iters 1000 --lr-decay-iters 320
+    --data-path /workspace/Megatron-LM/my-gpt2_text_document --vocab-file /workspace/Megatron-LM/gpt2-vocab.json
+    --merge-file /workspace/Megatron-LM/gpt2-merges.txt --data-impl mmap --split 800,100,100
+    --distributed-backend nccl --lr 0.00015 --min-lr 1.0e-5 --lr-decay-style cosine --weight-decay 1e-2
+    --clip-grad 1.0 --lr-warmup-fraction .01 --checkpoint-activations --log-interval 1 --save-interval 10000
+    --eval-interval 1000 --eval-iters 10 --fp16
+""".split()
+ONE_RANK = Layout(world_size=1, rank=0, local_rank=0, tensor=1, pipeline=1)
+SMALL = """
+    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --micro-batch-size 2 --seq-length 16
+    --max-position-embeddings 16 --train-iters 10 --lr 1e-3 --tokenizer-type ByteLevelTokenizer --data-path data
+""".split()
+
+
+def rules_broken(words: list[str], world_size: int = 1) -> dict[str, str]:
+    """Flag -> rule of every fault that a command line has."""
+    return {fault.setting: fault.rule for fault in check(read_command_line(words), world_size)}
+
+
+def test_the_reference_command_line_gives_the_139_values_of_its_log(golden: Path) -> None:
+    arguments = json.loads((golden / "arguments.json").read_text())["arguments"]
+    values = reference_arguments(read_command_line(REFERENCE), ONE_RANK)
+    assert {a["name"]: a["value_in_log"] for a in arguments} == {name: str(value) for name, value in values.items()}
+    assert len(values) == 139
+
+
+def test_every_reference_argument_has_its_flag_type_default_and_choices(golden: Path) -> None:
+    document = json.loads((golden / "arguments.json").read_text())
+    known = known_settings()
+    for argument in document["arguments"]:
+        if argument["flag"] in (None, "(none)"):
+            continue
+        setting = known[argument["name"]]
+        described = describe(setting.field)
+        assert setting.flag == argument["flag"]
+        default = setting.field.default
+        assert (list(default) if default == () else default) == argument["default"], argument["name"]
+        if argument["type"].startswith("switch"):
+            assert described["switch"] == argument["type"].split()[1]
+        if argument["type"].startswith("str of") and argument["name"] != "tokenizer_type":
+            assert list(described["choices"]) == argument["type"].removeprefix("str of ").split("/")
+    assert set(known) - {a["name"] for a in document["arguments"]} == set(OURS)
+
+
+def test_removed_flags_of_the_reference_name_what_took_their_place(golden: Path) -> None:
+    for removed in json.loads((golden / "arguments.json").read_text())["removed_after_parsing"]:
+        with pytest.raises(ConfigError, match=f"{removed['flag']}: was removed. Use --"):
+            read_command_line([*SMALL, removed["flag"], "4"])
+
+
+def test_all_faults_of_a_command_line_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        read_command_line("--num-layer 3 --lr abc --seq-length 2.5 --lr-decay-style cosin --batch-size 8".split())
+    text = str(error.value)
+    assert "--num-layer: is not a known flag. Did you mean --num-layers?" in text
+    assert "--lr = abc: must be a number." in text
+    assert "--seq-length = 2.5: must be a whole number." in text
+    assert "--lr-decay-style = cosin: must be one of constant, linear, cosine. Did you mean cosine?" in text
+    assert "--batch-size: was removed." in text
+    assert len(error.value.faults) == 5
+
+
+def test_abbreviated_flags_are_not_accepted() -> None:
+    with pytest.raises(ConfigError, match="--num-attention: is not a known flag"):
+        read_command_line([*SMALL, "--num-attention", "4"])
+
+
+def test_a_corrected_spelling_stands_beside_the_misspelt_flag() -> None:
+    for flag in ("--no-log-learnig-rate-to-tensorboard", "--no-log-learning-rate-to-tensorboard"):
+        assert not read_command_line([*SMALL, flag]).monitor.log_learning_rate_to_tensorboard
+
+
+def test_later_wins_preset_then_run_file_then_flags(tmp_path: Path) -> None:
+    run_file = tmp_path / "run.toml"
+    run_file.write_text("[optimizer]\nlr = 0.5\nmin_lr = 0.25\n\n[model]\nnum-layers = 3\n")
+    run = read_command_line([str(run_file), "--preset", "quickstart", "--lr", "0.125"])
+    preset, faults = read_preset("quickstart")
+    assert not faults
+    assert (run.optimizer.lr, run.optimizer.min_lr, run.model.num_layers) == (0.125, 0.25, 3)
+    assert run.model.hidden_size == preset["hidden_size"]
+
+
+def test_unknown_names_in_a_run_file_name_the_nearest_known_one(tmp_path: Path) -> None:
+    run_file = tmp_path / "run.toml"
+    run_file.write_text('task = "gtp"\n[optimiser]\nlr = 1\n[model]\nnum_layer = 2\nhidden_size = "wide"\n')
+    with pytest.raises(ConfigError) as error:
+        read_command_line([str(run_file)])
+    text = str(error.value)
+    assert "Did you mean optimizer?" in text
+    assert "Did you mean num_layers?" in text
+    assert "hidden_size = wide: must be a whole number" in text
+    assert "task = gtp: must be one of gpt" in text
+
+
+@pytest.mark.parametrize("text", ["[model", "\x00"])
+def test_a_broken_run_file_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.toml: is not valid TOML"):
+        read_command_line([str(run_file)])
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read \(No such file"):
+        read_command_line([str(tmp_path / "none.toml")])
+
+
+def test_a_run_file_written_from_a_run_gives_the_same_run(tmp_path: Path) -> None:
+    run = read_command_line([*REFERENCE, "--save", 'odd "name"\\\n', "--rampup-batch-size", "8", "8", "64"])
+    (tmp_path / "run.toml").write_text(as_toml(run))
+    assert read_command_line([str(tmp_path / "run.toml")]) == run
+
+
+def test_every_preset_can_start() -> None:
+    assert "quickstart" in preset_names()
+    for name in preset_names():
+        run = read_command_line(["--preset", name])
+        missing = {"--data-path", "--vocab-file", "--merge-file"} if run.data.corpus is None else set()
+        assert {fault.setting for fault in check(run, 1)} <= missing, name
+
+
+def test_the_small_run_has_no_fault() -> None:
+    assert rules_broken(SMALL) == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        ("--num-attention-heads 5", "--hidden-size"),
+        ("--encoder-seq-length 8", "--encoder-seq-length"),
+        ("--seq-length 17", "--seq-length"),
+        ("--decoder-seq-length 17", "--decoder-seq-length"),
+        ("--min-lr 2e-3", "--min-lr"),
+        ("--save run", "--save-interval"),
+        ("--fp16 --bf16", "--fp16"),
+        ("--fp16-lm-cross-entropy", "--fp16-lm-cross-entropy"),
+        ("--fp32-residual-connection", "--fp32-residual-connection"),
+        ("--distribute-checkpointed-activations", "--distribute-checkpointed-activations"),
+        ("--train-samples 100", "--train-samples"),
+        ("--lr-decay-samples 5", "--lr-decay-samples"),
+        ("--rampup-batch-size 2 2 8", "--rampup-batch-size"),
+        ("--lr-warmup-fraction 0.1 --lr-warmup-iters 2", "--lr-warmup-iters"),
+        ("--lr-warmup-iters 10", "--lr-warmup-iters"),
+        ("--global-batch-size 3", "--global-batch-size"),
+        ("--num-layers-per-virtual-pipeline-stage 1", "--num-layers-per-virtual-pipeline-stage"),
+        ("--override-lr-scheduler --use-checkpoint-lr-scheduler", "--override-lr-scheduler"),
+        ("--seed 0", "--seed"),
+        ("--hidden-dropout 1", "--hidden-dropout"),
+        ("--hysteresis 0", "--hysteresis"),
+        ("--min-loss-scale 1e12", "--min-loss-scale"),
+        ("--finetune", "--finetune"),
+        ("--data-path 0.5 a 0.5", "--data-path"),
+        ("--tokenizer-type GPT2BPETokenizer", "--vocab-file"),
+        ("--tokenizer-type Nonsense", "--tokenizer-type"),
+        ("--micro-batch-size 0", "--micro-batch-size"),
+    ],
+)
+def test_each_rule_is_broken_by_name(words: str, flag: str) -> None:
+    assert flag in rules_broken([*SMALL, *words.split()])
+
+
+def test_the_model_must_fit_the_ranks() -> None:
+    faults = check(read_command_line([*SMALL, "--tensor-model-parallel-size", "3"]), 4)
+    fault = next(f for f in faults if f.setting == "--tensor-model-parallel-size")
+    assert "does not divide the 4 ranks" in fault.rule
+    assert "[1, 2, 4]" in fault.remedy
+
+
+def test_every_required_setting_is_named_when_nothing_is_given() -> None:
+    assert {
+        "--num-layers",
+        "--hidden-size",
+        "--num-attention-heads",
+        "--max-position-embeddings",
+        "--micro-batch-size",
+        "--seq-length",
+        "--lr",
+        "--train-iters",
+        "--data-path",
+    } <= set(rules_broken([]))
+
+
+def test_help_shows_every_flag_with_its_default() -> None:
+    text = flag_parser().format_help()
+    for known in known_settings().values():
+        assert known.flag in text
+    assert "[steps; default 1000]" in text
+
+
+def test_a_run_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        compose("gpt", {}).task = "bert"  # type: ignore[misc]
+    assert isinstance(compose("gpt", {}), Run)
