@@ -1,0 +1,153 @@
+"""Collectives with gradients: what goes forward over a group of ranks, and what comes back.
+
+Each pair is conjugate, so that a model cut over a group has the gradients of the whole one. A group of one rank, or
+none, costs nothing. Sums run over ranks in the order that the backend chooses; `fixed_order_sum` is for when that must
+not matter.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+Group = ProcessGroup | None
+
+
+def size_of(group: Group) -> int:
+    """Ranks in a group; 1 for no group."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def rank_in(group: Group) -> int:
+    """This rank's number inside a group; 0 for no group."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def all_gather(local: Tensor, dim: int, group: Group) -> Tensor:
+    """The parts of all ranks joined along dim, in rank order. No gradient."""
+    if size_of(group) == 1:
+        return local
+    moved = local.movedim(dim, 0).contiguous()
+    whole = moved.new_empty((size_of(group) * moved.shape[0], *moved.shape[1:]))
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name until torch 2.12
+    gather(whole, moved, group=group)
+    return whole.movedim(0, dim)
+
+
+def reduce_scatter(whole: Tensor, dim: int, group: Group) -> Tensor:
+    """This rank's part along dim of the sum over ranks. No gradient."""
+    ranks = size_of(group)
+    if ranks == 1:
+        return whole
+    moved = whole.movedim(dim, 0).contiguous()
+    local = moved.new_empty((moved.shape[0] // ranks, *moved.shape[1:]))
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the name until torch 2.12
+    scatter(local, moved, group=group)
+    return local.movedim(0, dim)
+
+
+def all_reduce(value: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """The reduction over ranks, as a new tensor. No gradient."""
+    if size_of(group) == 1:
+        return value
+    value = value.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(value, op=op, group=group)
+    return value
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(gradients[0], ctx.group), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Group) -> Tensor:
+        return all_reduce(value, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, dim: int, group: Group, summed: bool) -> Tensor:
+        ctx.dim, ctx.group, ctx.summed = dim, group, summed
+        return all_gather(local, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.summed:
+            return reduce_scatter(gradients[0], ctx.dim, ctx.group), None, None, None
+        part = gradients[0].chunk(size_of(ctx.group), ctx.dim)[rank_in(ctx.group)]
+        return part.contiguous(), None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, dim: int, group: Group, summed: bool) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        if summed:
+            return reduce_scatter(whole, dim, group)
+        return whole.chunk(size_of(group), dim)[rank_in(group)].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return all_gather(gradients[0], ctx.dim, ctx.group), None, None, None
+
+
+def copy_to_group(value: Tensor, group: Group) -> Tensor:
+    """The value itself; its gradients are summed over the group. Before a column-parallel product."""
+    return value if size_of(group) == 1 else _Copy.apply(value, group)
+
+
+def reduce_from_group(value: Tensor, group: Group) -> Tensor:
+    """The sum over the group; its gradient is passed on as it is. After a row-parallel product."""
+    return value if size_of(group) == 1 else _Reduce.apply(value, group)
+
+
+def gather_for_product(local: Tensor, dim: int, group: Group) -> Tensor:
+    """All parts along dim; gradients are summed and cut. Before a column-parallel product of a cut sequence."""
+    return local if size_of(group) == 1 else _Gather.apply(local, dim, group, True)
+
+
+def gather_copies(local: Tensor, dim: int, group: Group) -> Tensor:
+    """All parts along dim, for work that every rank does alike; each rank keeps its part of the gradient."""
+    return local if size_of(group) == 1 else _Gather.apply(local, dim, group, False)
+
+
+def scatter_sum(whole: Tensor, dim: int, group: Group) -> Tensor:
+    """This rank's part of the sum; gradients are gathered. After a row-parallel product, for a cut sequence."""
+    return whole if size_of(group) == 1 else _Scatter.apply(whole, dim, group, True)
+
+
+def scatter_copies(whole: Tensor, dim: int, group: Group) -> Tensor:
+    """This rank's part of what all ranks hold alike; gradients are gathered."""
+    return whole if size_of(group) == 1 else _Scatter.apply(whole, dim, group, False)
+
+
+def fixed_order_sum(value: Tensor, group: Group) -> Tensor:
+    """The sum over the group, added pairwise by halves (rank r and r + n/2 first), so that it nests for n, n/2, ..."""
+    ranks = size_of(group)
+    if ranks == 1:
+        return value
+    parts = list(all_gather(value.reshape(1, -1), 0, group))
+    return halves_sum(parts).view_as(value)
+
+
+def halves_sum(parts: list[Tensor]) -> Tensor:
+    """The sum of tensors in the fixed order of `fixed_order_sum`; an odd one out is added last."""
+    while len(parts) > 1:
+        half = len(parts) // 2
+        odd = parts[2 * half :]
+        parts = [parts[i] + parts[i + half] for i in range(half)] + odd
+    return parts[0]
