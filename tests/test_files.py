@@ -71,6 +71,12 @@ def test_parts_stand_one_after_the_other(tmp_path: Path) -> None:
     assert written == digest_of(tmp_path / "a")
 
 
+def test_arrays_of_any_shape_are_parts(tmp_path: Path) -> None:
+    arrays = [np.zeros((0, 3)), np.ones((2, 1, 2), np.float32), np.float64(1.0)]
+    written = write_parts(tmp_path / "a", [array.data for array in arrays])
+    assert written == Written(24, digest_of_bytes(b"".join(array.tobytes() for array in arrays)))
+
+
 def test_text_is_utf_8_with_unchanged_line_ends(tmp_path: Path) -> None:
     write_whole(tmp_path / "a", "é\r\n\n")
     with open_whole(tmp_path / "b", "w") as file:

@@ -103,7 +103,10 @@ class _DigestedFile(io.RawIOBase):
 
     def write(self, data: Any, /) -> int:
         """Write all of data (the disk itself may take it in parts); the error names the file."""
-        rest = memoryview(data).cast("B")
+        view = memoryview(data)
+        if not view.nbytes:
+            return 0  # an empty view of several dimensions cannot be cast
+        rest = view.cast("B")
         self._sha256.update(rest)
         size = len(rest)
         while rest:
@@ -149,7 +152,8 @@ def open_whole(path: Location, mode: str = "wb", *, disk: Disk = DISK) -> Abstra
     """A buffered file to write from start to end; it gets the name path when the `with` block ends without an error.
 
     mode is "wb", or "w" for UTF-8 text with unchanged line ends. The file cannot be read or sought and has no
-    descriptor, so arrays are written by `file.write(array.data)`. If the block raises, nothing is left and what was there stays.
+    descriptor, so arrays are written by `file.write(array.data)`. If the block raises, nothing is left and what was
+    there stays.
     """
     if mode not in ("wb", "w"):
         raise ValueError(f'mode={mode!r} must be "wb" (bytes) or "w" (text)')
