@@ -1,14 +1,20 @@
 """How many ranks there are, what each is for, and joining them.
 
-Rank order is Megatron-LM's: tensor fastest, then data, then pipeline.
+Rank order is Megatron-LM's, with context parallelism in its place: tensor fastest, then context, data, pipeline.
 """
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+# The axes of the mesh, outermost first.
+AXES = ("pipeline", "data", "context", "tensor")
 
 
 @dataclass(frozen=True)
@@ -18,25 +24,61 @@ class Layout:
     world_size: int
     rank: int
     local_rank: int
-    tensor: int
-    pipeline: int
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
 
     @property
     def data(self) -> int:
-        """Replicas of the model."""
-        return self.world_size // (self.tensor * self.pipeline)
+        """Replicas of the model, each with batches of its own."""
+        return self.world_size // (self.tensor * self.pipeline * self.context)
 
     @property
-    def tensor_rank(self) -> int:
-        return self.rank % self.tensor
+    def sizes(self) -> dict[str, int]:
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    def place(self, axis: str) -> int:
+        """This rank's coordinate along an axis."""
+        inner = 1
+        for other in reversed(AXES):
+            if other == axis:
+                return self.rank // inner % self.sizes[axis]
+            inner *= self.sizes[other]
+        raise ValueError(f"axis = {axis}: must be one of {', '.join(AXES)}")
+
+    def ranks_along(self, *axes: str) -> list[int]:
+        """The ranks that differ from this one along these axes only, in order."""
+        ranks = []
+        for places in product(*(range(self.sizes[axis]) for axis in AXES)):
+            if all(axis in axes or place == self.place(axis) for axis, place in zip(AXES, places, strict=True)):
+                rank = 0
+                for axis, place in zip(AXES, places, strict=True):
+                    rank = rank * self.sizes[axis] + place
+                ranks.append(rank)
+        return ranks
 
     @property
-    def data_rank(self) -> int:
-        return self.rank // self.tensor % self.data
+    def is_first_stage(self) -> bool:
+        return self.place("pipeline") == 0
 
     @property
-    def pipeline_rank(self) -> int:
-        return self.rank // (self.tensor * self.data)
+    def is_last_stage(self) -> bool:
+        return self.place("pipeline") == self.pipeline - 1
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The process groups of this rank; None where the group would be this rank alone."""
+
+    mesh: DeviceMesh | None = None
+    tensor: ProcessGroup | None = None
+    context: ProcessGroup | None = None
+    data: ProcessGroup | None = None
+    pipeline: ProcessGroup | None = None
+    replicas: ProcessGroup | None = None  # data x context: the ranks that hold the same weights
+    model: ProcessGroup | None = None  # pipeline x tensor: the ranks that together hold one copy of the model
+    world: ProcessGroup | None = None
+    embedding: ProcessGroup | None = None  # first and last stage, where the tied table stands twice
 
 
 def ranks_in(environment: Mapping[str, str]) -> tuple[int, int, int]:
@@ -45,16 +87,15 @@ def ranks_in(environment: Mapping[str, str]) -> tuple[int, int, int]:
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
         ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     ):
-        # A SLURM job step of one task is an interactive shell as likely as a job: it needs no process group.
         if rank in environment and world in environment:
             return int(environment[rank]), int(environment[world]), int(environment.get(local, "0"))
     return 0, 1, 0
 
 
-def make_layout(environment: Mapping[str, str], *, tensor: int, pipeline: int) -> Layout:
+def make_layout(environment: Mapping[str, str], *, tensor: int, pipeline: int, context: int = 1) -> Layout:
     """This process's layout. The products were checked by check.py."""
     rank, world_size, local_rank = ranks_in(environment)
-    return Layout(world_size, rank, local_rank, tensor, pipeline)
+    return Layout(world_size, rank, local_rank, tensor, pipeline, context)
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -84,6 +125,55 @@ def join(layout: Layout, device: torch.device) -> None:
         world_size=layout.world_size,
         device_id=device if device.type == "cuda" else None,
     )
+
+
+def make_groups(layout: Layout, device: torch.device) -> Groups:
+    """All process groups, from one DeviceMesh. Every rank calls it, after `join`."""
+    if layout.world_size == 1:
+        return Groups()
+    mesh = init_device_mesh(device.type, tuple(layout.sizes.values()), mesh_dim_names=AXES)
+    along = {axis: mesh.get_group(axis) if size > 1 else None for axis, size in layout.sizes.items()}
+    return Groups(
+        mesh=mesh,
+        tensor=along["tensor"],
+        context=along["context"],
+        data=along["data"],
+        pipeline=along["pipeline"],
+        replicas=_group_over(layout, "data", "context"),
+        model=_group_over(layout, "pipeline", "tensor"),
+        world=dist.group.WORLD,
+        embedding=_embedding_group(layout),
+    )
+
+
+def _group_over(layout: Layout, *axes: str) -> ProcessGroup | None:
+    """The group of the ranks along several axes. Groups are made by all ranks in one order."""
+    mine: ProcessGroup | None = None
+    made: set[tuple[int, ...]] = set()
+    for rank in range(layout.world_size):
+        ranks = tuple(_at(layout, rank).ranks_along(*axes))
+        if len(ranks) > 1 and ranks not in made:
+            made.add(ranks)
+            group = dist.new_group(list(ranks))
+            if layout.rank in ranks:
+                mine = group
+    return mine
+
+
+def _embedding_group(layout: Layout) -> ProcessGroup | None:
+    mine: ProcessGroup | None = None
+    if layout.pipeline == 1:
+        return None
+    for rank in range(layout.world_size // layout.pipeline):
+        along = _at(layout, rank).ranks_along("pipeline")
+        group = dist.new_group([along[0], along[-1]])
+        if layout.rank in (along[0], along[-1]):
+            mine = group
+    return mine
+
+
+def _at(layout: Layout, rank: int) -> Layout:
+    return Layout(layout.world_size, rank, 0, layout.tensor, layout.pipeline, layout.context)
 
 
 def leave() -> None:
