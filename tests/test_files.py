@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_parts_stand_one_after_the_other(tmp_path: Path) -> None:
 
 
 def test_arrays_of_any_shape_are_parts(tmp_path: Path) -> None:
-    arrays = [np.zeros((0, 3)), np.ones((2, 1, 2), np.float32), np.float64(1.0)]
+    arrays: list[np.ndarray[Any, Any]] = [np.zeros((0, 3)), np.ones((2, 1, 2), np.float32), np.array(1.0)]
     written = write_parts(tmp_path / "a", [array.data for array in arrays])
     assert written == Written(24, digest_of_bytes(b"".join(array.tobytes() for array in arrays)))
 

@@ -1,0 +1,151 @@
+"""The learning rate, counted in samples.
+
+The rate is a pure function of the number of samples that successful steps have consumed, so that one integer in the
+checkpoint restores it. The rules are Megatron-LM's, among them that a warm-up makes the very first step run at rate 0.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megalith.optim.settings import OptimizerConfig
+
+STYLES = ("constant", "linear", "cosine")
+# The settings that a checkpoint fixes, with the names that Megatron-LM prints for them, in its order.
+SPOKEN_NAMES = {
+    "max_lr": "learning rate",
+    "min_lr": "minimum learning rate",
+    "warmup": "warmup iterations",
+    "decay": "total number of iterations",
+    "style": "decay style",
+}
+# The flags that set them, to say where a difference can be removed.
+FLAGS = {
+    "max_lr": "--lr",
+    "min_lr": "--min-lr",
+    "warmup": "--lr-warmup-fraction, --lr-warmup-iters or --lr-warmup-samples",
+    "decay": "--lr-decay-iters or --lr-decay-samples",
+    "style": "--lr-decay-style",
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The five settings of a learning-rate schedule.
+
+    Raises ValueError if the style is unknown, the lengths are not 0 <= warmup < decay, or the rates not
+    0 <= min_lr <= max_lr.
+    """
+
+    max_lr: float
+    min_lr: float
+    warmup: float  # samples; a fraction of the decay length need not be a whole number
+    decay: int  # samples, counted from the start of the training
+    style: str
+
+    def __post_init__(self) -> None:
+        if self.style not in STYLES:
+            raise ValueError(f"style={self.style!r} must be one of {', '.join(STYLES)}: change {FLAGS['style']}")
+        if not 0 <= self.min_lr <= self.max_lr < math.inf:
+            raise ValueError(
+                f"min_lr={self.min_lr} must be at least 0 and at most max_lr={self.max_lr}: "
+                "lower --min-lr or raise --lr"
+            )
+        if not self.decay > 0:
+            raise ValueError(f"decay={self.decay} samples must be greater than 0: change {FLAGS['decay']}")
+        if not 0 <= self.warmup < self.decay:
+            raise ValueError(
+                f"warmup={self.warmup} samples must be at least 0 and below decay={self.decay}: "
+                f"change {FLAGS['warmup']}"
+            )
+
+
+def make_schedule(
+    config: OptimizerConfig, *, global_batch_size: int, train_iters: int | None, train_samples: int | None
+) -> Schedule:
+    """The schedule of a run of train_iters steps or train_samples samples (one of them given).
+
+    global_batch_size: sequences per step, over all ranks and after any ramp. Raises ValueError as `Schedule` does.
+    """
+    if train_iters:
+        decay = (config.lr_decay_iters or train_iters) * global_batch_size
+        warmup: float = config.lr_warmup_iters * global_batch_size
+    elif train_samples:
+        decay = config.lr_decay_samples or train_samples
+        warmup = config.lr_warmup_samples
+    else:
+        raise ValueError(
+            f"train_iters={train_iters} and train_samples={train_samples}: one must be given and above 0. "
+            "Use --train-iters or --train-samples"
+        )
+    if config.lr_warmup_fraction is not None:
+        warmup = config.lr_warmup_fraction * decay
+    if config.lr is None:
+        raise ValueError("lr=None: the peak learning rate must be given. Use --lr")
+    return Schedule(config.lr, config.min_lr, warmup, decay, config.lr_decay_style)
+
+
+def learning_rate(num_samples: int, schedule: Schedule) -> float:
+    """The rate of the step that follows num_samples samples of successful steps (skipped ones do not count)."""
+    if schedule.warmup > 0 and num_samples <= schedule.warmup:
+        return schedule.max_lr * num_samples / schedule.warmup
+    if schedule.style == "constant":
+        return schedule.max_lr
+    if num_samples > schedule.decay:
+        return schedule.min_lr
+    ratio = (num_samples - schedule.warmup) / (schedule.decay - schedule.warmup)
+    share = 1.0 - ratio if schedule.style == "linear" else 0.5 * (math.cos(math.pi * ratio) + 1.0)
+    return schedule.min_lr + share * (schedule.max_lr - schedule.min_lr)
+
+
+def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
+    """The five settings as a checkpoint keeps them."""
+    return {name: getattr(schedule, name) for name in SPOKEN_NAMES}
+
+
+def resumed_schedule(
+    wanted: Schedule,
+    saved: Mapping[str, Any],
+    *,
+    override_lr_scheduler: bool = False,
+    use_checkpoint_lr_scheduler: bool = False,
+) -> tuple[Schedule, list[str]]:
+    """The schedule to go on with, and a line to print for each of its settings.
+
+    wanted: of the command line. saved: `schedule_to_json` of the checkpoint. Without a switch all five must be equal;
+    with override_lr_scheduler the command line wins, with use_checkpoint_lr_scheduler the checkpoint. Raises
+    ValueError, naming every difference, if they are not equal; if both switches are on; or if a saved setting is
+    missing or of a wrong type.
+    """
+    if override_lr_scheduler and use_checkpoint_lr_scheduler:
+        raise ValueError("--override-lr-scheduler contradicts --use-checkpoint-lr-scheduler: give only one of them")
+    given = schedule_to_json(wanted)
+    if override_lr_scheduler:
+        return wanted, [f" > overriding {SPOKEN_NAMES[name]} value to {value}" for name, value in given.items()]
+    kept = _schedule_from_json(saved)
+    kept_values = schedule_to_json(kept)
+    differences = [
+        f"{SPOKEN_NAMES[name]} is {given[name]} on the command line ({FLAGS[name]}) "
+        f"and {kept_values[name]} in the checkpoint"
+        for name in SPOKEN_NAMES
+        if given[name] != kept_values[name]
+    ]
+    if differences and not use_checkpoint_lr_scheduler:
+        raise ValueError(
+            "; ".join(differences)
+            + ". Make them equal, or choose a side with --override-lr-scheduler or --use-checkpoint-lr-scheduler"
+        )
+    return kept, [f" > using checkpoint value {value} for {SPOKEN_NAMES[name]}" for name, value in kept_values.items()]
+
+
+def _schedule_from_json(saved: Mapping[str, Any]) -> Schedule:
+    for name in SPOKEN_NAMES:
+        kinds: tuple[type, ...] = (str,) if name == "style" else (int,) if name == "decay" else (int, float)
+        value = saved.get(name)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ValueError(
+                f"the checkpoint's learning-rate setting {name}={value!r} must be "
+                f"{' or '.join(k.__name__ for k in kinds)}: use --override-lr-scheduler to take the command line's"
+            )
+    return Schedule(**{name: saved[name] for name in SPOKEN_NAMES})

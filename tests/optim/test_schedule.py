@@ -1,0 +1,92 @@
+"""How the schedule follows from the settings, and what a checkpoint may change."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from megalith.optim.schedule import Schedule, learning_rate, make_schedule, resumed_schedule, schedule_to_json
+from megalith.optim.settings import OptimizerConfig
+
+CONFIG = OptimizerConfig(lr=1.5e-4, min_lr=1e-5, lr_decay_style="cosine", lr_warmup_fraction=0.01)
+SCHEDULE = make_schedule(
+    replace(CONFIG, lr_decay_iters=320), global_batch_size=64, train_iters=1000, train_samples=None
+)
+
+
+def test_iterations_count_whole_global_batches() -> None:
+    assert Schedule(1.5e-4, 1e-5, 204.8, 20480, "cosine") == SCHEDULE
+    whole = make_schedule(
+        replace(CONFIG, lr_warmup_fraction=None, lr_warmup_iters=5),
+        global_batch_size=64,
+        train_iters=10,
+        train_samples=None,
+    )
+    assert (whole.warmup, whole.decay) == (320, 640)
+
+
+def test_samples_are_counted_as_they_are() -> None:
+    schedule = make_schedule(
+        replace(CONFIG, lr_warmup_fraction=None, lr_warmup_samples=7, lr_decay_samples=100),
+        global_batch_size=64,
+        train_iters=None,
+        train_samples=1000,
+    )
+    assert (schedule.warmup, schedule.decay) == (7, 100)
+    by_fraction = make_schedule(CONFIG, global_batch_size=64, train_iters=None, train_samples=1000)
+    assert (by_fraction.warmup, by_fraction.decay) == (10.0, 1000)
+
+
+@pytest.mark.parametrize("changes", [{"lr": None}, {"lr": 1e-6}, {"lr_warmup_fraction": 1.0}, {"lr": math.inf}])
+def test_impossible_settings_are_refused_with_the_flag(changes: dict[str, float | None]) -> None:
+    with pytest.raises(ValueError, match="--"):
+        make_schedule(replace(CONFIG, **changes), global_batch_size=64, train_iters=10, train_samples=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="--train-iters"):
+        make_schedule(CONFIG, global_batch_size=64, train_iters=None, train_samples=None)
+
+
+@pytest.mark.parametrize("style", ["linear", "cosine"])
+def test_the_rate_rises_to_the_peak_and_falls_to_the_minimum(style: str) -> None:
+    schedule = Schedule(1.0, 0.1, 100, 1000, style)
+    rates = [learning_rate(n, schedule) for n in range(0, 1200)]
+    assert rates[0] == 0 and rates[100] == 1.0 and rates[1000] == pytest.approx(0.1) and set(rates[1001:]) == {0.1}
+    assert rates[:101] == sorted(rates[:101])
+    assert rates[100:] == sorted(rates[100:], reverse=True)
+
+
+def test_equal_settings_resume_through_json() -> None:
+    saved = json.loads(json.dumps(schedule_to_json(SCHEDULE)))
+    schedule, lines = resumed_schedule(SCHEDULE, saved)
+    assert schedule == SCHEDULE
+    assert lines == [
+        " > using checkpoint value 0.00015 for learning rate",
+        " > using checkpoint value 1e-05 for minimum learning rate",
+        " > using checkpoint value 204.8 for warmup iterations",
+        " > using checkpoint value 20480 for total number of iterations",
+        " > using checkpoint value cosine for decay style",
+    ]
+
+
+def test_different_settings_are_refused_by_name_or_settled_by_a_switch() -> None:
+    wanted = replace(SCHEDULE, max_lr=3e-4, style="linear")
+    saved = schedule_to_json(SCHEDULE)
+    with pytest.raises(ValueError, match=r"learning rate is 0.0003 .*--lr.* 0.00015 in .*decay style is linear"):
+        resumed_schedule(wanted, saved)
+    assert resumed_schedule(wanted, saved, use_checkpoint_lr_scheduler=True)[0] == SCHEDULE
+    schedule, lines = resumed_schedule(wanted, saved, override_lr_scheduler=True)
+    assert schedule == wanted
+    assert lines[0] == " > overriding learning rate value to 0.0003" and len(lines) == 5
+    with pytest.raises(ValueError, match="only one"):
+        resumed_schedule(wanted, saved, override_lr_scheduler=True, use_checkpoint_lr_scheduler=True)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("max_lr", "1e-4"), ("decay", 1.5), ("style", 1), ("warmup", None), ("min_lr", True)]
+)
+def test_a_damaged_saved_setting_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name}="):
+        resumed_schedule(SCHEDULE, {**schedule_to_json(SCHEDULE), name: value})
+    missing = {key: kept for key, kept in schedule_to_json(SCHEDULE).items() if key != name}
+    with pytest.raises(ValueError, match=f"{name}=None"):
+        resumed_schedule(SCHEDULE, missing)
