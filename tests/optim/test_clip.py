@@ -1,0 +1,114 @@
+"""Norms and clipping against double precision; overflow; cut tensors."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalith.optim.clip import clip_gradients, count_zeros, global_norm, unscale_gradients
+
+CPU = torch.device("cpu")
+
+
+def tensors(scale: float = 1.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1000, 700), (257,), (256,), (3, 5, 7), (), (0, 4)]
+    return [torch.randn(shape, generator=generator) * scale for shape in shapes]
+
+
+def norm_in_double(values: list[Tensor]) -> float:
+    return float(sum(value.double().square().sum() for value in values) ** 0.5)
+
+
+def test_the_norm_is_that_of_double_precision() -> None:
+    assert float(global_norm(tensors(), device=CPU)) == pytest.approx(norm_in_double(tensors()), rel=1e-7)
+    positive = [torch.rand(3_000_000, generator=torch.Generator().manual_seed(1))]
+    assert float(global_norm(positive, device=CPU)) == pytest.approx(norm_in_double(positive), rel=1e-8)
+    assert float(global_norm([], device=CPU)) == 0
+
+
+def test_the_norm_does_not_depend_on_strides() -> None:
+    value = torch.randn(40, 30, generator=torch.Generator().manual_seed(2))
+    assert float(global_norm([value.t()], device=CPU)) == pytest.approx(norm_in_double([value]), rel=1e-7)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e9])
+def test_clipping_gives_the_norm_before_and_at_most_the_limit(max_norm: float) -> None:
+    gradients = tensors()
+    norm = clip_gradients(gradients, max_norm)
+    before = norm_in_double(tensors())
+    assert float(norm) == pytest.approx(before, rel=1e-7)
+    factor = min(1.0, max_norm / (before + 1e-6))
+    for clipped, original in zip(gradients, tensors(), strict=True):
+        torch.testing.assert_close(clipped, original * factor, rtol=1e-6, atol=0)
+        if factor == 1.0:
+            assert torch.equal(clipped, original)
+
+
+def test_a_zero_gradient_is_left_alone() -> None:
+    gradients = [torch.zeros(5)]
+    assert float(clip_gradients(gradients, 1.0)) == 0
+    assert torch.equal(gradients[0], torch.zeros(5))
+
+
+def test_ranks_with_different_parts_find_the_norm_of_the_whole() -> None:
+    parts = [tensors()[:1], tensors()[1:]]
+    others = [global_norm(part, device=CPU).square() for part in reversed(parts)]
+    for part, other in zip(parts, others, strict=True):
+        norm = clip_gradients(part, 1.0, reduce=lambda found, other=other: found + other)  # type: ignore[misc]
+        assert float(norm) == pytest.approx(norm_in_double(tensors()), rel=1e-7)
+    assert norm_in_double([*parts[0], *parts[1]]) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_copy_that_is_not_counted_is_scaled_all_the_same() -> None:
+    counted, copy = [torch.full((4,), 2.0)], [torch.full((4,), 2.0)]
+    norm = clip_gradients([*counted, *copy], 1.0, counted=counted)
+    assert float(norm) == 4.0
+    torch.testing.assert_close(copy[0], torch.full((4,), 0.5))
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan"), None])
+def test_unscaling_finds_any_overflow(bad: float | None) -> None:
+    gradients = tensors(scale=65536.0)
+    if bad is not None:
+        gradients[3][1, 2, 3] = bad
+    found = unscale_gradients(gradients, 65536.0)
+    assert float(found) == (0.0 if bad is None else 1.0)
+    torch.testing.assert_close(gradients[0], tensors()[0], rtol=0, atol=0)
+
+
+def test_one_ranks_overflow_is_every_ranks() -> None:
+    assert float(unscale_gradients(tensors(), 2.0, reduce=lambda found: found.clamp(min=1.0))) == 1.0
+
+
+def test_zeros_are_counted_over_ranks() -> None:
+    gradients = [torch.tensor([0.0, 1.0, -0.0]), torch.zeros(2, 2), torch.empty(0)]
+    assert int(count_zeros(gradients, device=CPU)) == 6
+    assert int(count_zeros(gradients, device=CPU, reduce=lambda found: found * 2)) == 12
+
+
+def test_a_cut_tensor_counts_by_its_part_and_is_scaled_in_place() -> None:
+    class Cut:
+        """What a DTensor offers of itself."""
+
+        def __init__(self, local: Tensor) -> None:
+            self.local = local
+
+        def to_local(self) -> Tensor:
+            return self.local
+
+    cut = Cut(torch.full((4,), 2.0))
+    gradients: list[Tensor] = [cut]  # type: ignore[list-item]
+    assert float(clip_gradients(gradients, 2.0)) == 4.0
+    torch.testing.assert_close(cut.local, torch.full((4,), 1.0))
+    assert float(unscale_gradients(gradients, 2.0)) == 0.0
+    torch.testing.assert_close(cut.local, torch.full((4,), 0.5))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_device_finds_the_same_norm() -> None:
+    gradients = [value.to("cuda") for value in tensors(4.0)]
+    assert float(unscale_gradients(gradients, 4.0)) == 0.0
+    assert float(clip_gradients(gradients, 1.0)) == pytest.approx(norm_in_double(tensors()), rel=1e-6)
+    assert float(global_norm(gradients, device=gradients[0].device)) == pytest.approx(1.0, rel=1e-5)
+    assert int(count_zeros(gradients, device=gradients[0].device)) == 0
