@@ -1,0 +1,177 @@
+"""The ways out of a run: a text stream and a file of JSON lines. Neither ever stops the training.
+
+A closed pipe, a full disk or a lost file system is announced once through another channel; what could not be written is
+dropped, and the next line is tried again.
+"""
+
+import errno
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, SupportsFloat, TextIO
+
+# What a terminal would obey, or show elsewhere than where it stands: control characters but the tab, marks that turn
+# the direction of text, separators of lines, and halves of characters, which cannot be encoded.
+UNPRINTABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text as one line that does nothing to a terminal: what is not to be printed is shown as an escape, \\x1b."""
+    return UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
+
+
+class Outlet:
+    """A text stream that takes everything and raises nothing; on_loss is told, once, why it does not write."""
+
+    def __init__(self, stream: TextIO, on_loss: Callable[[str], None]) -> None:
+        self._stream = stream
+        self._on_loss = on_loss
+        self._told = False
+        self.closed_by_reader = False
+
+    @property
+    def encoding(self) -> str:
+        return self._stream.encoding or "utf-8"
+
+    def isatty(self) -> bool:
+        return not self._stream.closed and self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        """Write and flush what can be; characters that the stream's encoding lacks are written as escapes."""
+        if self.closed_by_reader:
+            return len(text)
+        if self._stream.closed:
+            self._lose("it is closed")
+            return len(text)
+        try:
+            self._stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+            self._stream.flush()
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                self.closed_by_reader = True
+                self._discard()
+            self._lose(str(error))
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing: every write is flushed."""
+
+    def _lose(self, reason: str) -> None:
+        if not self._told:
+            self._told = True
+            self._on_loss(reason)
+
+    def _discard(self) -> None:
+        """Let what still lies in the stream's buffer go nowhere, or Python would fail on it when it exits."""
+        try:
+            descriptor = self._stream.fileno()
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+        except (OSError, ValueError):  # not a stream of the system's
+            return
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, that is only ever appended to, each line by one write.
+
+    It goes on after what is there, also after a line that was cut short. on_loss is told, once, why nothing is written.
+    """
+
+    def __init__(self, path: Path, on_loss: Callable[[str], None]) -> None:
+        self.path = path
+        self._on_loss = on_loss
+        self._told = False
+        self._descriptor: int | None = None
+        self._torn = False  # the file ends within a line
+        self._lost = 0  # lines since the last that was written
+
+    def write(self, line: str) -> None:
+        try:
+            if self._descriptor is None:
+                self._open()
+            assert self._descriptor is not None
+            note = [json.dumps({"event": "lines_lost", "lines": self._lost})] if self._lost else []
+            data = ("\n" * self._torn + "\n".join([*note, line]) + "\n").encode("utf-8")
+            written = os.write(self._descriptor, data)
+            if written < len(data):
+                self._torn = True
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        except OSError as error:
+            self._lost += 1
+            if not self._told:
+                self._told = True
+                self._on_loss(str(error))
+            return
+        self._torn, self._lost = False, 0
+
+    def _open(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        size = os.fstat(self._descriptor).st_size
+        self._torn = size > 0 and os.pread(self._descriptor, 1, size - 1) != b"\n"
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a JSON-lines file, and the number of lines that are not whole: a kill leaves at most one.
+
+    After a resume some steps appear twice: the later record is of the run that went on.
+    """
+    records, damaged = [], 0
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            damaged += 1
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+        else:
+            damaged += 1
+    return records, damaged
+
+
+def record_of(event: Any, *, time: float, step: int | None) -> dict[str, Any]:
+    """An event as a JSON object: its kind, the Unix time, the step (its own, else the one given), then its values."""
+    values = {field.name: plain(getattr(event, field.name)) for field in fields(event)}
+    own = values.pop("step", None)
+    return {"event": event_name(type(event)), "time": time, "step": step if own is None else own, **values}
+
+
+def event_name(kind: type) -> str:
+    """step_done for StepDone."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it, numbers at full precision; those that JSON lacks as the strings NaN and ±Infinity."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else ("NaN" if math.isnan(value) else f"{'-' * (value < 0)}Infinity")
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): plain(entry) for name, entry in value.items()}
+    if isinstance(value, Sequence):
+        return [plain(entry) for entry in value]
+    if isinstance(value, SupportsFloat):  # a number of numpy or torch
+        return plain(float(value))
+    return str(value)
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """One line of ASCII that is also harmless to a terminal."""
+    return json.dumps(record, allow_nan=False).replace("\x7f", "\\u007f")
