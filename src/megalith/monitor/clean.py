@@ -19,10 +19,10 @@ def run_started(event: events.RunStarted) -> list[str]:
         "pipeline": event.pipeline_parallel_size,
     }
     layout = " x ".join(f"{name} {size}" for name, size in axes.items() if size > 1)
-    ranks = counted(event.world_size, "process") + (f" ({layout})" if layout else "")
+    ranks = counted(event.world_size, "process", "processes") + (f" ({layout})" if layout else "")
     batch = f"{event.global_batch_size:,} sequences per step"
     if event.rampup_batch_size is None:
-        batch += f" in {counted(event.num_microbatches, 'microbatch')}"
+        batch += f" in {counted(event.num_microbatches, 'microbatch', 'microbatches')}"
     else:
         batch += f", from {event.rampup_batch_size[0]:,} on"
     return [*event.remarks, f"run: {ranks}, {event.dtype}, {batch}"]
@@ -95,10 +95,9 @@ def run_ended(event: events.RunEnded) -> list[str]:
     ]
 
 
-def counted(number: int, noun: str) -> str:
-    """1 step, 2 steps, 2 processes."""
-    plural = "es" if noun.endswith(("s", "ch")) else "s"
-    return f"{number:,} {noun}{'' if number == 1 else plural}"
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """1 step, 2 steps; plural if that is not the noun with an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import select
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -19,19 +20,30 @@ from typing import Any, SupportsFloat, TextIO
 UNPRINTABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+PATIENCE = 1.0  # seconds to wait for a full pipe
+
+
 def printable(text: str) -> str:
     """The text as one line that does nothing to a terminal: what is not to be printed is shown as an escape, \\x1b."""
     return UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
 
 
 class Outlet:
-    """A text stream that takes everything and raises nothing; on_loss is told, once, why it does not write."""
+    """A text stream that takes everything and raises nothing; on_loss is told, once, why it does not write.
+
+    A stream of the system's is written past Python's buffer, so that nothing is left there on which Python would fail
+    when it exits.
+    """
 
     def __init__(self, stream: TextIO, on_loss: Callable[[str], None]) -> None:
         self._stream = stream
         self._on_loss = on_loss
         self._told = False
-        self.closed_by_reader = False
+        self._gone = False
+        try:
+            self._descriptor: int | None = stream.fileno()
+        except (OSError, ValueError):  # in memory, or closed
+            self._descriptor = None
 
     @property
     def encoding(self) -> str:
@@ -44,24 +56,34 @@ class Outlet:
         return self._stream.fileno()
 
     def write(self, text: str) -> int:
-        """Write and flush what can be; characters that the stream's encoding lacks are written as escapes."""
-        if self.closed_by_reader:
-            return len(text)
+        """Write what can be; characters that the stream's encoding lacks are written as escapes."""
         if self._stream.closed:
             self._lose("it is closed")
-            return len(text)
-        try:
-            self._stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
-            self._stream.flush()
-        except OSError as error:
-            if error.errno == errno.EPIPE:
-                self.closed_by_reader = True
-                self._discard()
-            self._lose(str(error))
+        elif not self._gone:
+            try:
+                self._put(text.encode(self.encoding, "backslashreplace"))
+            except OSError as error:
+                if error.errno in (errno.EPIPE, errno.EIO):
+                    self._discard()
+                self._lose(str(error))
         return len(text)
 
     def flush(self) -> None:
-        """Nothing: every write is flushed."""
+        """Nothing: a write does not wait."""
+
+    def _put(self, data: bytes) -> None:
+        self._stream.flush()  # what others wrote before
+        if self._descriptor is None:
+            self._stream.write(data.decode(self.encoding))
+            self._stream.flush()
+            return
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[os.write(self._descriptor, rest) :]
+            except BlockingIOError:  # a pipe that another program made non-blocking, and that is full
+                if not select.select([], [self._descriptor], [], PATIENCE)[1]:
+                    raise
 
     def _lose(self, reason: str) -> None:
         if not self._told:
@@ -69,14 +91,12 @@ class Outlet:
             self._on_loss(reason)
 
     def _discard(self) -> None:
-        """Let what still lies in the stream's buffer go nowhere, or Python would fail on it when it exits."""
-        try:
-            descriptor = self._stream.fileno()
+        """The reader or the terminal is gone for good: let what anyone still writes there go nowhere."""
+        self._gone = True
+        if self._descriptor is not None:
             nowhere = os.open(os.devnull, os.O_WRONLY)
-        except (OSError, ValueError):  # not a stream of the system's
-            return
-        os.dup2(nowhere, descriptor)
-        os.close(nowhere)
+            os.dup2(nowhere, self._descriptor)
+            os.close(nowhere)
 
 
 class JsonLines:

@@ -6,11 +6,13 @@ workers, and its failures surface nowhere near their cause. Up to tensorboard_qu
 FLUSH_SECONDS.
 """
 
+import errno
+import io
 import os
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megalith.monitor import events
 from megalith.monitor.lines import perplexity
@@ -33,14 +35,12 @@ class EventFile:
         self._event, self._summary, self._metadata = Event, Summary, SummaryMetadata
         self._tensor, self._shape = TensorProto, TensorShapeProto
         self._queue_size = queue_size
-        self._waiting: list[Any] = []
+        self._waiting: list[Any] = [Event(wall_time=now, file_version="brain.Event:2")]
         self._flushed = now
         directory.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}"
-        self._file: IO[bytes] = unused(directory, name).open("xb")
-        self._records = RecordWriter(self._file)
-        self._waiting.append(Event(wall_time=now, file_version="brain.Event:2"))
-        self.flush(now)
+        self._file = unused(directory, name).open("xb", buffering=0)
+        self._record_writer = RecordWriter
 
     def scalar(self, name: str, value: float, x: int, now: float) -> None:
         summary = self._summary(value=[self._summary.Value(tag=name, simple_value=value)])
@@ -63,15 +63,17 @@ class EventFile:
     def flush(self, now: float) -> None:
         waiting, self._waiting = self._waiting, []
         self._flushed = now
+        buffer = io.BytesIO()
+        records = self._record_writer(buffer)
         for event in waiting:
-            self._records.write(event.SerializeToString())
-        self._file.flush()
+            records.write(event.SerializeToString())
+        data = buffer.getvalue()
+        if self._file.write(data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
-    def close(self, now: float) -> None:
-        try:
-            self.flush(now)
-        finally:
-            self._file.close()
+    def close(self) -> None:
+        """Give the file back; what still waits is lost without a flush."""
+        self._file.close()
 
 
 def unused(directory: Path, name: str) -> Path:
@@ -168,12 +170,16 @@ class Scalars:
         if self._file is None or self._failed:
             return
         try:
-            self._file.close(now)
+            self._file.flush(now)
         except OSError as error:
             self._fail(str(error), on_loss)
+        else:
+            self._file.close()
 
     def _fail(self, reason: str, on_loss: Callable[[str], None]) -> None:
         self._failed = True
+        if self._file is not None:
+            self._file.close()
         on_loss(reason)
 
 
