@@ -1,0 +1,158 @@
+"""softmax(q k^T) v in the forms that the mask and dropout ask for.
+
+Blocked scores count as minus infinity in all of them. A query that sees no key at all gets 0.
+
+Shape letters: B batch, H heads, T query, S key, K head width.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalith.layers.mask import Mask, causal_order
+from megalith.layers.random import keep_mask, number_words
+
+# Scores held at once by attention with dropout: on the CPU what fits its caches, on a GPU what fills it.
+_SCORES_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 27}
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionDropout:
+    """Dropout of attention probabilities."""
+
+    probability: float
+    rows: Tensor  # int32 BHT: one word per query and head
+
+
+def attend(
+    q_BHTK: Tensor,
+    k_BHSK: Tensor,
+    v_BHSK: Tensor,
+    mask: Mask,
+    *,
+    scale: float,
+    divisor: float = 1.0,
+    dropout: AttentionDropout | None = None,
+) -> Tensor:
+    """Attention of every query over its visible keys, BHTK; the softmax runs in fp32 whatever the type of q.
+
+    scale: what scores are multiplied by. divisor: scores are kept divided by it until the softmax has them in fp32, so
+    that they fit fp16; it matters only where scores are stored at all, that is with dropout.
+    """
+    if dropout is not None:
+        output: Tensor = _DroppedAttention.apply(q_BHTK, k_BHSK, v_BHSK, mask, scale, divisor, dropout)
+        return output
+    if mask.blocks is not None:
+        attended: Tensor = _compiled_flex_attention()(q_BHTK, k_BHSK, v_BHSK, block_mask=mask.blocks, scale=scale)
+        return attended
+    causal = mask.causal and mask.visible is None
+    return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask.visible, is_causal=causal, scale=scale)
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    """FlexAttention; without the compiler it would hold all scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+class _DroppedAttention(torch.autograd.Function):
+    """Attention with dropout by counter, a bounded number of scores at a time.
+
+    Nothing of the size of the scores is kept: the backward pass computes probabilities and dropout mask again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_BHTK: Tensor,
+        k_BHSK: Tensor,
+        v_BHSK: Tensor,
+        mask: Mask,
+        scale: float,
+        divisor: float,
+        dropout: AttentionDropout,
+    ) -> Tensor:
+        batch, heads, num_queries, head_width = q_BHTK.shape
+        # Heads inside tokens in memory, as the projection that follows wants it.
+        o_BHTK = q_BHTK.new_empty(batch, num_queries, heads, head_width).transpose(1, 2)
+        words_S = number_words(k_BHSK.shape[2], device=q_BHTK.device)
+        for part in _parts(q_BHTK, k_BHSK, mask):
+            p = _probabilities(q_BHTK[part.queries], k_BHSK[part.keys], part, scale, divisor)
+            p *= keep_mask(dropout.rows[part.queries], words_S[part.keys[2]], dropout.probability)
+            o_BHTK[part.queries] = p.to(v_BHSK.dtype) @ v_BHSK[part.keys]
+        o_BHTK *= 1 / (1 - dropout.probability)
+        ctx.mask, ctx.scale, ctx.divisor, ctx.probability = mask, scale, divisor, dropout.probability
+        ctx.save_for_backward(q_BHTK, k_BHSK, v_BHSK, dropout.rows, o_BHTK)
+        return o_BHTK
+
+    @staticmethod
+    def backward(ctx: Any, grad_o_BHTK: Tensor) -> tuple[Tensor | None, ...]:
+        q_BHTK, k_BHSK, v_BHSK, rows_BHT, o_BHTK = ctx.saved_tensors
+        grad_q, grad_k, grad_v = torch.empty_like(q_BHTK), torch.zeros_like(k_BHSK), torch.zeros_like(v_BHSK)
+        words_S = number_words(k_BHSK.shape[2], device=q_BHTK.device)
+        # sum_s p_s grad_p_s = grad_o . o, also under dropout (Dao et al. 2022, appendix B.4).
+        sums_BHT1 = (grad_o_BHTK.float() * o_BHTK.float()).sum(-1, keepdim=True)
+        grad_o_BHTK = grad_o_BHTK * (1 / (1 - ctx.probability))
+        for part in _parts(q_BHTK, k_BHSK, ctx.mask):
+            q, k, v, grad_o = q_BHTK[part.queries], k_BHSK[part.keys], v_BHSK[part.keys], grad_o_BHTK[part.queries]
+            p = _probabilities(q, k, part, ctx.scale, ctx.divisor)
+            keep = keep_mask(rows_BHT[part.queries], words_S[part.keys[2]], ctx.probability)
+            grad_v[part.keys] += (p * keep).to(v.dtype).mT @ grad_o
+            grad_s = (grad_o @ v.mT).float()
+            grad_s = grad_s.mul_(keep).sub_(sums_BHT1[part.queries]).mul_(p).mul_(ctx.scale).to(q.dtype)
+            grad_q[part.queries] = grad_s @ k
+            grad_k[part.keys] += grad_s.mT @ q
+        return grad_q, grad_k, grad_v, None, None, None, None
+
+
+class _Part(NamedTuple):
+    """Some heads of one sample, some of their queries, and all keys that these may see; indices into BHTK and BHSK."""
+
+    queries: tuple[int, slice, slice]
+    keys: tuple[int, slice, slice]
+    blocked: Tensor | None  # bool 1TS
+    some_see_nothing: bool
+
+
+def _parts(q_BHTK: Tensor, k_BHSK: Tensor, mask: Mask) -> Iterator[_Part]:
+    """Parts that cover all queries, each with a bounded number of scores."""
+    batch, heads, num_queries, _ = q_BHTK.shape
+    num_keys = k_BHSK.shape[2]
+    allowed = _SCORES_AT_ONCE["cuda" if q_BHTK.is_cuda else "cpu"]
+    # In causal order half of the keys are blocked; pieces of the queries leave a part of these out.
+    num_pieces = 2 if mask.causal and num_queries > 1 else 1
+    queries = min(-(-num_queries // num_pieces), max(1, allowed // num_keys))
+    step = max(1, min(heads, allowed // (queries * num_keys)))
+    plain = mask.causal and mask.visible is None
+    for first in range(0, num_queries, queries):
+        rows = slice(first, min(first + queries, num_queries))
+        seen = slice(0, rows.stop) if plain else slice(0, num_keys)
+        blocked = None
+        if plain:
+            blocked = ~causal_order(num_queries, num_keys, q_BHTK.device)[None, rows, seen]
+        for b in range(batch):
+            if mask.visible is not None:
+                blocked = ~mask.visible[b if len(mask.visible) > 1 else 0, :, rows]
+            for h in range(0, heads, step):
+                several = slice(h, h + step)
+                # In causal order every query sees itself at least.
+                yield _Part((b, several, rows), (b, several, seen), blocked, not mask.causal)
+
+
+def _probabilities(q_HTK: Tensor, k_HSK: Tensor, part: _Part, scale: float, divisor: float) -> Tensor:
+    """fp32 HTS: the softmax over visible keys, 0 elsewhere."""
+    scores = ((q_HTK * (scale / divisor)) @ k_HSK.mT).float()
+    if divisor != 1:
+        scores *= divisor
+    if part.blocked is None:
+        return torch.softmax(scores, -1)
+    p = torch.softmax(scores.masked_fill_(part.blocked, -torch.inf), -1)
+    # Where nothing is visible the softmax is 0 / 0.
+    return p.masked_fill_(part.blocked, 0.0) if part.some_see_nothing else p

@@ -1,0 +1,145 @@
+"""Multi-head attention (Vaswani et al. 2017).
+
+The modules know weights and heads; what is seen is in the mask, and `attend` computes. Both self-attention and
+cross-attention serve decoders and encoders.
+
+Shape letters: B batch, T query, S key, D width, H heads, K head width.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megalith.layers.attend import AttentionDropout, attend
+from megalith.layers.cache import KeyValueCache
+from megalith.layers.initial import Initial
+from megalith.layers.linear import Linear
+from megalith.layers.mask import Mask
+from megalith.layers.random import mix, number_words, rows_for
+
+
+class Attend(Protocol):
+    """What computes attention, see `megalith.layers.attend.attend`."""
+
+    def __call__(
+        self,
+        q_BHTK: Tensor,
+        k_BHSK: Tensor,
+        v_BHSK: Tensor,
+        mask: Mask,
+        *,
+        scale: float,
+        divisor: float = ...,
+        dropout: AttentionDropout | None = ...,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of an attention and what its weights start from; the same for all layers of a model."""
+
+    width: int
+    num_heads: int
+    head_width: int
+    into: Initial  # weights of the projections to queries, keys and values
+    out: Initial  # weight of the projection back to the width
+
+
+class _Attention(nn.Module):
+    """What self- and cross-attention share: from queries, keys and values to the output.
+
+    divisor: scores stored in 16 bits are kept divided by it (Megatron-LM's query-key layer scaling: the layer's number
+    from 1). dropout: probability of dropping an attention probability; where: `key(...)` of the layer and role.
+
+    Seams for parallelism: attend, for context parallelism and recomputation; head_offset, the global number of the
+    first head held here, for tensor parallelism. How many heads are held follows from the size of the projections.
+    """
+
+    def __init__(self, shape: AttentionShape, *, divisor: float, dropout: float, where: int) -> None:
+        super().__init__()
+        self.head_width = shape.head_width
+        self.divisor = divisor
+        self.dropout = dropout
+        self.where = where
+        self.attend: Attend = attend
+        self.head_offset = 0
+
+    def heads_attend(
+        self, q_BTHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, mask: Mask, rows_BT: Tensor | None
+    ) -> Tensor:
+        """BT(HK): attention of all heads held here, joined."""
+        dropout = None
+        if rows_BT is not None and self.dropout > 0:
+            words_H = number_words(q_BTHK.shape[2], first=self.head_offset, device=q_BTHK.device)
+            rows_BHT = mix(rows_for(rows_BT, self.where)[:, None, :] ^ words_H[:, None])
+            dropout = AttentionDropout(self.dropout, rows_BHT)
+        o_BHTK = self.attend(
+            q_BTHK.transpose(1, 2),
+            k_BSHK.transpose(1, 2),
+            v_BSHK.transpose(1, 2),
+            mask,
+            scale=self.head_width**-0.5,
+            divisor=self.divisor if q_BTHK.dtype != torch.float32 else 1.0,
+            dropout=dropout,
+        )
+        return o_BHTK.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(_Attention):
+    """Attention of a sequence over itself. qkv holds, for each head in turn, its query, key and value features."""
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        number: int,
+        divisor: float,
+        dropout: float,
+        where: int,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(shape, divisor=divisor, dropout=dropout, where=where)
+        joined = shape.num_heads * shape.head_width
+        self.number = number
+        self.qkv = Linear(shape.width, 3 * joined, shape.into, device=device)
+        self.out = Linear(joined, shape.width, shape.out, device=device)
+
+    def forward(
+        self, x_BTD: Tensor, mask: Mask, rows_BT: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        qkv: Tensor = self.qkv(x_BTD)
+        q_BTHK, k_BSHK, v_BSHK = qkv.unflatten(-1, (-1, 3, self.head_width)).unbind(3)
+        if cache is not None:
+            k_BHSK, v_BHSK = cache.extend(self.number, k_BSHK.transpose(1, 2), v_BSHK.transpose(1, 2))
+            k_BSHK, v_BSHK = k_BHSK.transpose(1, 2), v_BHSK.transpose(1, 2)
+        out: Tensor = self.out(self.heads_attend(q_BTHK, k_BSHK, v_BSHK, mask, rows_BT))
+        return out
+
+
+class CrossAttention(_Attention):
+    """Attention of a decoder's sequence over an encoder's output. key_value holds each head's key, then its value."""
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        divisor: float,
+        dropout: float,
+        where: int,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(shape, divisor=divisor, dropout=dropout, where=where)
+        joined = shape.num_heads * shape.head_width
+        self.query = Linear(shape.width, joined, shape.into, device=device)
+        self.key_value = Linear(shape.width, 2 * joined, shape.into, device=device)
+        self.out = Linear(joined, shape.width, shape.out, device=device)
+
+    def forward(self, x_BTD: Tensor, memory_BSD: Tensor, mask: Mask, rows_BT: Tensor | None = None) -> Tensor:
+        query: Tensor = self.query(x_BTD)
+        key_value: Tensor = self.key_value(memory_BSD)
+        k_BSHK, v_BSHK = key_value.unflatten(-1, (-1, 2, self.head_width)).unbind(3)
+        q_BTHK = query.unflatten(-1, (-1, self.head_width))
+        out: Tensor = self.out(self.heads_attend(q_BTHK, k_BSHK, v_BSHK, mask, rows_BT))
+        return out

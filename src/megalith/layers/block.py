@@ -1,0 +1,114 @@
+"""One transformer layer: attention and feed-forward, each with its norm, dropout and residual.
+
+Shape letters: B batch, T token, S token of the encoder, D width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megalith.layers.attention import AttentionShape, CrossAttention, SelfAttention
+from megalith.layers.cache import KeyValueCache
+from megalith.layers.dropout import drop
+from megalith.layers.feedforward import FeedForward, Gelu
+from megalith.layers.mask import Mask
+from megalith.layers.norm import LayerNorm
+from megalith.layers.random import key
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """What all blocks of a stack have in common."""
+
+    attention: AttentionShape
+    inner: int  # features inside the feed-forward
+    gelu: Gelu
+    epsilon: float  # of the norms
+    attention_dropout: float
+    hidden_dropout: float
+    layer_scaling: bool  # keep 16-bit attention scores divided by the layer's number
+    residual_after_norm: bool  # the residual is the norm's output rather than its input
+    dtype: torch.dtype  # of the computation inside; the stream x may be wider
+
+
+class Block(nn.Module):
+    """x + drop(attention(norm(x))), then the same with the encoder's output, if cross, and the feed-forward.
+
+    number: the layer's global number from 0, whatever part of the model lies here. stack: the name of the stack, which
+    sets the dropout of two stacks of a model apart.
+
+    Seam for sequence parallelism: cut(rows) gives the rows of those tokens of the stream x that are held here.
+    """
+
+    def __init__(
+        self, shape: BlockShape, *, number: int, stack: str, cross: bool = False, device: torch.device | None = None
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.stack, self.number = stack, number
+        width, into, out = shape.attention.width, shape.attention.into, shape.attention.out
+        divisor = float(number + 1) if shape.layer_scaling else 1.0
+        dropout = shape.attention_dropout
+        self.attention_norm = LayerNorm(width, shape.epsilon, device=device)
+        self.attention = SelfAttention(
+            shape.attention,
+            number=number,
+            divisor=divisor,
+            dropout=dropout,
+            where=self._where("attention probabilities"),
+            device=device,
+        )
+        self.cross_norm: LayerNorm | None = None
+        self.cross: CrossAttention | None = None
+        if cross:
+            self.cross_norm = LayerNorm(width, shape.epsilon, device=device)
+            self.cross = CrossAttention(
+                shape.attention,
+                divisor=divisor,
+                dropout=dropout,
+                where=self._where("cross-attention probabilities"),
+                device=device,
+            )
+        self.feedforward_norm = LayerNorm(width, shape.epsilon, device=device)
+        self.feedforward = FeedForward(width, shape.inner, shape.gelu, up=into, down=out, device=device)
+        self._drop_attention = self._where("attention")
+        self._drop_cross = self._where("cross-attention")
+        self._drop_feedforward = self._where("feed-forward")
+        self.cut: Callable[[Tensor], Tensor] | None = None
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask: Mask,
+        rows_BT: Tensor | None = None,
+        *,
+        cache: KeyValueCache | None = None,
+        memory_BSD: Tensor | None = None,
+        memory_mask: Mask | None = None,
+    ) -> Tensor:
+        """The stream after this block, in its own type. rows_BT: None for no dropout. memory: the encoder's output."""
+        dtype = self.shape.dtype
+        stream_rows = self.cut(rows_BT) if self.cut is not None and rows_BT is not None else rows_BT
+
+        normed = self.attention_norm(x_BTD)
+        branch = self.attention(normed.to(dtype), mask, rows_BT, cache)
+        x_BTD = self._add(x_BTD, normed, branch, stream_rows, self._drop_attention)
+
+        if self.cross is not None and self.cross_norm is not None:
+            assert memory_BSD is not None and memory_mask is not None
+            normed = self.cross_norm(x_BTD)
+            branch = self.cross(normed.to(dtype), memory_BSD, memory_mask, rows_BT)
+            x_BTD = self._add(x_BTD, normed, branch, stream_rows, self._drop_cross)
+
+        normed = self.feedforward_norm(x_BTD)
+        branch = self.feedforward(normed.to(dtype))
+        return self._add(x_BTD, normed, branch, stream_rows, self._drop_feedforward)
+
+    def _add(self, x_BTD: Tensor, normed: Tensor, branch: Tensor, rows_BT: Tensor | None, where: int) -> Tensor:
+        residual = normed if self.shape.residual_after_norm else x_BTD
+        return residual + drop(branch, rows_BT, self.shape.hidden_dropout, where)
+
+    def _where(self, role: str) -> int:
+        return key("dropout", self.stack, self.number, role)

@@ -1,0 +1,17 @@
+"""Dropout by counter: which features of a token are dropped depends on the token's word and the place in the model."""
+
+import torch
+from torch import Tensor
+
+from megalith.layers.random import keep_mask, number_words, rows_for
+
+
+def drop(x_BTW: Tensor, rows_BT: Tensor | None, probability: float, where: int) -> Tensor:
+    """x with features set to 0 with the given probability and the rest divided by the probability to stay.
+
+    rows_BT: int32 from `dropout_rows`, None for no dropout. where: `key(...)` of the layer and the role.
+    """
+    if rows_BT is None or probability == 0:
+        return x_BTW
+    keep_BTW = keep_mask(rows_for(rows_BT, where), number_words(x_BTW.shape[-1], device=x_BTW.device), probability)
+    return torch.where(keep_BTW, x_BTW * (1 / (1 - probability)), 0)

@@ -1,0 +1,37 @@
+"""Matrix product and bias."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megalith.layers.initial import ZEROS, Initial
+
+
+class Linear(nn.Module):
+    """x W^T + b, with fp32 weights that are cast to the type of x, so that their gradients arrive in fp32.
+
+    Seams for tensor parallelism: enter is applied to the input; leave to the product before the bias is added, so that
+    partial products can be summed first.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, weight: Initial, *, bias: bool = True, device: torch.device | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=torch.float32, device=device))
+        self.bias = nn.Parameter(torch.empty(outputs, dtype=torch.float32, device=device)) if bias else None
+        self.initial = {"weight": weight, "bias": ZEROS}
+        self.enter: Callable[[Tensor], Tensor] | None = None
+        self.leave: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.enter is not None:
+            x = self.enter(x)
+        weight = self.weight.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.leave is None:
+            return F.linear(x, weight, bias)
+        product = self.leave(F.linear(x, weight))
+        return product if bias is None else product + bias

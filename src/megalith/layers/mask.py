@@ -1,0 +1,73 @@
+"""Which keys a query sees.
+
+A mask is built once per batch and handed to all layers. Documents express everything but the causal order: a query sees
+the keys of its own document number. Separate documents in a sample, padding (a number of its own) and the encoder's
+padding in cross-attention are all this one rule.
+
+Shape letters: B batch, T query, S key.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """What `attend` needs to know. causal alone means: query t sees keys 0 to t.
+
+    visible: bool B1TS, True where the key may be seen; then it holds the causal order too and causal is only a hint.
+    blocks: the same for FlexAttention, which skips blocks where nothing is visible.
+    """
+
+    causal: bool
+    visible: Tensor | None = None
+    blocks: "BlockMask | None" = None
+
+
+def make_mask(
+    *,
+    causal: bool,
+    query_documents_BT: Tensor | None = None,
+    key_documents_BS: Tensor | None = None,
+    dense: bool = True,
+) -> Mask:
+    """The mask of self-attention, or of cross-attention if the keys have documents of their own.
+
+    dense: keep a bool per pair of query and key. Otherwise, on CUDA, FlexAttention's blocks, which it alone can use.
+    """
+    if query_documents_BT is None:
+        return Mask(causal)
+    queries_BT = query_documents_BT
+    keys_BS = queries_BT if key_documents_BS is None else key_documents_BS
+    if dense or not queries_BT.is_cuda:
+        visible_B1TS = queries_BT[:, None, :, None] == keys_BS[:, None, None, :]
+        if causal:
+            visible_B1TS = visible_B1TS & causal_order(queries_BT.shape[1], keys_BS.shape[1], queries_BT.device)
+        return Mask(causal, visible=visible_B1TS)
+    return Mask(causal, blocks=document_blocks(queries_BT, keys_BS, causal=causal))
+
+
+def document_blocks(queries_BT: Tensor, keys_BS: Tensor, *, causal: bool) -> "BlockMask":
+    """The block mask of FlexAttention for these documents."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def same_document(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return queries_BT[b, t] == keys_BS[b, s]
+
+    def same_document_before(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return (queries_BT[b, t] == keys_BS[b, s]) & (t >= s)
+
+    batch, num_queries = queries_BT.shape
+    rule = same_document_before if causal else same_document
+    return create_block_mask(rule, batch, None, num_queries, keys_BS.shape[1], device=str(queries_BT.device))
+
+
+def causal_order(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """bool TS: True where key s is not after query t, both counted from 0."""
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril()

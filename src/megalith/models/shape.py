@@ -1,0 +1,85 @@
+"""Sizes of a transformer, with what the settings leave open filled in."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megalith.layers.attention import AttentionShape
+from megalith.layers.block import BlockShape
+from megalith.layers.feedforward import Gelu
+from megalith.layers.initial import Initial
+from megalith.models.settings import ModelConfig
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a transformer."""
+
+    num_layers: int
+    width: int  # features of the stream
+    num_heads: int
+    head_width: int  # features per head
+    inner: int  # features inside a feed-forward
+    num_positions: int  # rows of the position table
+
+
+def shape_of(config: ModelConfig) -> Shape:
+    """The sizes that the settings give: heads share the width and feed-forwards have 4 times the width if not set.
+
+    Raises ValueError if a size is missing or the width cannot be shared out.
+    """
+    num_layers = _given(config, "num_layers")
+    width = _given(config, "hidden_size")
+    num_heads = _given(config, "num_attention_heads")
+    if config.kv_channels is None and width % num_heads:
+        raise ValueError(
+            f"hidden_size {width} is not divisible by num_attention_heads {num_heads}: change one or set kv_channels"
+        )
+    return Shape(
+        num_layers=num_layers,
+        width=width,
+        num_heads=num_heads,
+        head_width=width // num_heads if config.kv_channels is None else config.kv_channels,
+        inner=4 * width if config.ffn_hidden_size is None else config.ffn_hidden_size,
+        num_positions=_given(config, "max_position_embeddings"),
+    )
+
+
+def initial_weights(config: ModelConfig) -> tuple[Initial, Initial]:
+    """How tables and inner projections start, and how the projections back to the stream do.
+
+    The second are narrower by sqrt(2 num_layers), so that the sum of all residuals has the same scale for any depth.
+    """
+    std = config.init_method_std
+    return Initial("normal", std), Initial("normal", std / (2 * shape_of(config).num_layers) ** 0.5)
+
+
+def block_shape(config: ModelConfig, dtype: torch.dtype) -> BlockShape:
+    """What all blocks of a model with these settings have in common; dtype is that of the computation inside."""
+    shape = shape_of(config)
+    into, out = initial_weights(config)
+    return BlockShape(
+        attention=AttentionShape(shape.width, shape.num_heads, shape.head_width, into, out),
+        inner=shape.inner,
+        gelu=_gelu(config),
+        epsilon=config.layernorm_epsilon,
+        attention_dropout=config.attention_dropout,
+        hidden_dropout=config.hidden_dropout,
+        layer_scaling=config.apply_query_key_layer_scaling,
+        residual_after_norm=config.apply_residual_connection_post_layernorm,
+        dtype=dtype,
+    )
+
+
+def _gelu(config: ModelConfig) -> Gelu:
+    # Megatron-LM's fused bias and GELU has the tanh form only; the other settings speak where it is off.
+    if config.bias_gelu_fusion or config.openai_gelu:
+        return "tanh"
+    return "onnx" if config.onnx_safe else "erf"
+
+
+def _given(config: ModelConfig, name: str) -> int:
+    value: int | None = getattr(config, name)
+    if value is None or value < 1:
+        raise ValueError(f"{name} is {value}: a model needs at least 1, set it")
+    return value
