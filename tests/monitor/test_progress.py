@@ -14,7 +14,7 @@ from tests.monitor.reports import STARTED, evaluated, interval_done, step_done
 from megalith.monitor import events
 from megalith.monitor.log import RunLog
 from megalith.monitor.outlet import read_records
-from megalith.monitor.progress import REFRESH_SECONDS, Pace
+from megalith.monitor.progress import REFRESH_SECONDS, Pace, fitted
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -184,3 +184,30 @@ def test_the_pace_follows_the_last_steps_and_is_right_from_the_first() -> None:
     for step in range(2, 200):
         pace.add(events.StepDone(step, 0, 100, 4.0, {}, 0.0, 1, 1.0, skipped=False))
     assert pace.seconds == pytest.approx(4.0) and pace.tokens == pytest.approx(100.0, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("columns", "beside"),
+    [
+        ("120", "lm loss 2.5000 | lr 1.00e-02 | 131,072 tokens/s | 156.0 TFLOP/s | MFU 50.0% | left 45 s"),
+        ("100", "lm loss 2.5000 | 131,072 tokens/s | 156.0 TFLOP/s | MFU 50.0% | left 45 s"),
+        ("80", "lm loss 2.5000 | 131,072 tokens/s | MFU 50.0% | left 45 s"),
+        ("60", "lm loss 2.5000 | left 45 s"),
+        ("40", "left 45 s"),
+    ],
+)
+def test_a_narrow_terminal_keeps_the_step_the_loss_and_the_time_left(
+    columns: str, beside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    text = CONTROL.sub("", show(short_run)).replace("\r", "\n")
+    (last, *_) = [line.rstrip() for line in text.split("\n") if line.startswith("step 10/100")]
+    assert last.endswith(f" {beside}") and len(last) <= int(columns)
+
+
+def test_what_weighs_least_goes_first_and_something_always_stays() -> None:
+    figures = [(3, "loss 1"), (1, "lr 2"), (2, "speed 3")]
+    assert fitted(figures, 100) == "loss 1 | lr 2 | speed 3"
+    assert fitted(figures, 22) == "loss 1 | speed 3"
+    assert fitted(figures, 10) == "loss 1"
+    assert fitted(figures, 1) == "loss 1"

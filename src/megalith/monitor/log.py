@@ -140,7 +140,8 @@ class RunLog:
             self._keep(step, then)
 
     def _keep(self, event: Event, now: float) -> None:
-        self._record(record_of(event, time=now, step=self._step))
+        if self._file is not None or self._as_json:
+            self._record(record_of(event, time=now, step=self._step))
         if self._scalars is not None:
             self._scalars.report(event, now, self._scalars_lost)
 

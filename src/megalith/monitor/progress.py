@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 REFRESH_SECONDS = 0.2
+WIDE = 120  # characters of a terminal on which the long bar has room
+BAR_WIDTH = 20
+NARROW_BAR_WIDTH = 10
 MEMORY = 0.9  # weight of the past in the smoothed speed, per step
 
 
@@ -74,8 +77,8 @@ class TerminalConsole:
 
         self._started = started
         self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=BAR_WIDTH if self._console.width >= WIDE else NARROW_BAR_WIDTH),
             TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=self._console,
             auto_refresh=False,
@@ -93,18 +96,20 @@ class TerminalConsole:
         if now - self._drawn < REFRESH_SECONDS and step.step < self._started.last_step:
             return
         self._drawn = now
+        description = place(step.step, self._started.last_step)
+        bar = BAR_WIDTH if self._console.width >= WIDE else NARROW_BAR_WIDTH
+        room = self._console.width - len(description) - bar - 2  # a blank on either side of the bar
         self._progress.update(
             self._task,
             completed=step.step - self._started.step,
-            description=place(step.step, self._started.last_step),
-            figures=printable(self._figures(step, self._started)),
+            description=description,
+            figures=fitted([(weight, printable(text)) for weight, text in self._figures(step, self._started)], room),
         )
         self._progress.refresh()
 
-    def _figures(self, step: StepDone, started: TrainingStarted) -> str:
-        losses = [
-            f"{name} skipped" if step.skipped else f"{name} {float(loss):.4f}" for name, loss in step.losses.items()
-        ]
+    def _figures(self, step: StepDone, started: TrainingStarted) -> list[tuple[int, str]]:
+        """What stands beside the bar, each with its weight: the lighter goes first where there is no room."""
+        losses = [f"{name} skipped" if step.skipped else f"{name} {float(x):.4f}" for name, x in step.losses.items()]
         speed = throughput(
             self._pace.tokens,
             self._pace.seconds,
@@ -114,13 +119,26 @@ class TerminalConsole:
         )
         left = duration(self._pace.seconds * (started.last_step - step.step))
         shown = rates(speed.tokens_per_second, speed.tflops_per_device, speed.mfu)
-        return " | ".join([*losses, f"lr {step.learning_rate:.2e}", *shown, f"left {left}"])
+        return [
+            *((9 - number, text) for number, text in enumerate(losses)),
+            (1, f"lr {step.learning_rate:.2e}"),
+            *zip((4, 2, 3), shown, strict=False),
+            (10, f"left {left}"),
+        ]
 
     def close(self) -> None:
         """Leave the bar as it stands, and the cursor below it."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def fitted(figures: list[tuple[int, str]], room: int) -> str:
+    """The texts, in their order, of those figures that fit into room characters; the lightest are left out first."""
+    kept = list(figures)
+    while len(kept) > 1 and len(" | ".join(text for _, text in kept)) > room:
+        kept.remove(min(kept))
+    return " | ".join(text for _, text in kept)
 
 
 def place(step: int, last_step: int) -> str:
