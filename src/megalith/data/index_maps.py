@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK = 1 << 16  # documents or samples worked on at once, so that they stay in the processor's cache
+WIDE_SAMPLES = 2**32 - 2  # from here on shuffle_idx takes 64 bits
 LAST_EPOCH_SHARE = 0.80  # a last epoch of which less is needed is shuffled by itself
 
 
@@ -156,7 +157,7 @@ def locate_samples(
 
 def shuffle_samples(plan: EpochPlan, random: np.random.RandomState) -> NDArray[Any]:
     """shuffle_idx: the samples before a separate last epoch in random order, then those of the last one."""
-    dtype = np.int64 if plan.samples >= np.iinfo(np.uint32).max - 1 else np.uint32
+    dtype = np.int64 if plan.samples >= WIDE_SAMPLES else np.uint32
     shuffle_idx = np.arange(plan.samples, dtype=dtype)
     first = plan.samples_before_last_epoch if plan.separate_last_epoch else plan.samples
     random.shuffle(shuffle_idx[:first])
