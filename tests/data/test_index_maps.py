@@ -109,7 +109,7 @@ def test_a_part_draws_only_from_its_documents() -> None:
 def test_very_many_samples_take_wide_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """2^32 samples cannot be made here; the limit can be moved."""
 
-    assert index_maps.WIDE_SAMPLES == np.iinfo(np.uint32).max - 1
+    assert np.iinfo(np.uint32).max - 1 == index_maps.WIDE_SAMPLES
     monkeypatch.setattr(index_maps, "WIDE_SAMPLES", 29)
     plan = plan_epochs(29, num_samples=0, sequence_length=1)
     assert index_maps.shuffle_samples(plan, np.random.RandomState(0)).dtype == np.uint32

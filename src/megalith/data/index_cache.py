@@ -129,7 +129,7 @@ def load_or_build_index_maps(
             return maps, _report(request, "", {"wait": asked - started, "load": time.monotonic() - asked})
         except _UnfitError as unfit:
             reason = str(unfit)
-        with _lock(request.lock, disk) as owned:
+        with _lock(request.lock) as owned:
             if owned:
                 return _build_or_load(request, reason, wait=time.monotonic() - started)
         if time.monotonic() - started > wait_seconds:
@@ -293,7 +293,7 @@ def _unwritable(directory: Path, error: OSError) -> ValueError:
 
 
 @contextmanager
-def _lock(path: Path, disk: Disk) -> Iterator[bool]:
+def _lock(path: Path) -> Iterator[bool]:
     """Whether this process alone holds the lock; it ends with the block or the process.
 
     Where the file system has no locks everyone holds it, and builds the same files.

@@ -1,0 +1,329 @@
+"""Stored index maps: built once, rebuilt when they do not fit, and never wrong, whoever is killed or whatever fails."""
+
+import errno
+import fcntl
+import io
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from megalith.data import index_cache
+from megalith.data.index_cache import ARRAYS, IndexMapsReport, load_or_build_index_maps
+from megalith.data.index_maps import IndexMaps, build_index_maps
+from megalith.files import DISK, Disk
+from tests.data.failing_disk import FailingDisk
+
+FORK = multiprocessing.get_context("fork")
+LENGTHS = np.array([5, 1, 9, 14, 2, 7, 31, 3, 12, 6], np.int32)
+BASE = "corpus_train_indexmap_50ns_8sl_7s"
+
+
+def ask(
+    directory: Path,
+    *,
+    lengths: NDArray[np.int32] = LENGTHS,
+    documents: range = range(10),
+    cache_path: Path | None = None,
+    wait_seconds: float = 20,
+    disk: Disk = DISK,
+) -> tuple[IndexMaps, IndexMapsReport]:
+    return load_or_build_index_maps(
+        directory / "corpus",
+        "train",
+        documents=documents,
+        lengths=lengths,
+        num_samples=50,
+        sequence_length=8,
+        seed=7,
+        cache_path=cache_path,
+        wait_seconds=wait_seconds,
+        disk=disk,
+    )
+
+
+def expected(lengths: NDArray[np.int32] = LENGTHS, documents: range = range(10)) -> IndexMaps:
+    ids = np.array(documents, np.int32)
+    return build_index_maps(ids, lengths, num_samples=50, sequence_length=8, seed=7)
+
+
+def same(maps: IndexMaps, others: IndexMaps) -> bool:
+    return all(np.array_equal(getattr(maps, name), getattr(others, name)) for name in ARRAYS)
+
+
+def saved(array: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def test_maps_are_built_once_and_then_loaded(tmp_path: Path) -> None:
+    maps, report = ask(tmp_path)
+    assert report.rebuilt_because == "there were none" and same(maps, expected())
+    assert set(report.seconds) == {*ARRAYS, "wait", "load"}
+    maps, report = ask(tmp_path)
+    assert report.rebuilt_because == "" and same(maps, expected())
+    assert set(report.seconds) == {"wait", "load"}
+    assert maps.plan == expected().plan and report.num_documents == 10 and report.sequence_length == 8
+    assert not maps.doc_idx.flags.writeable
+
+
+def test_files_have_the_names_and_the_bytes_that_megatron_gives_them(tmp_path: Path) -> None:
+    _, report = ask(tmp_path)
+    names = {f"{BASE}_{name}.npy" for name in ARRAYS}
+    assert {path.name for path in tmp_path.iterdir()} == {*names, f"{BASE}_made_from.json"}
+    for name in ARRAYS:
+        assert report.paths[name] == tmp_path / f"{BASE}_{name}.npy"
+        assert report.paths[name].read_bytes() == saved(getattr(expected(), name))
+
+
+def test_a_part_without_a_whole_sample_is_stored_too(tmp_path: Path) -> None:
+    for reason in ("there were none", ""):
+        maps, report = load_or_build_index_maps(
+            tmp_path / "corpus", "test", documents=range(1), lengths=LENGTHS, num_samples=0, sequence_length=8, seed=1
+        )
+        assert report.rebuilt_because == reason
+        assert len(maps) == 0 and maps.sample_idx.tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "documents"), [(LENGTHS[::-1].copy(), range(10)), (np.roll(LENGTHS, 1), range(10)), (LENGTHS, range(9))]
+)
+def test_maps_of_other_data_are_rebuilt(tmp_path: Path, lengths: NDArray[np.int32], documents: range) -> None:
+    ask(tmp_path)
+    maps, report = ask(tmp_path, lengths=lengths, documents=documents)
+    assert report.rebuilt_because == "they were made from other data or settings"
+    assert same(maps, expected(lengths, documents))
+
+
+def flip(path: Path, byte: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "a flipped bit of the header": lambda path: flip(path, 20),
+    "a flipped bit of the data": lambda path: flip(path, 150),
+    "a flipped last bit": lambda path: flip(path, -1),
+    "a lost end": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "nothing left": lambda path: os.truncate(path, 0),
+    "another array": lambda path: np.save(path, np.arange(5)),
+    "no file": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_array_is_rebuilt_and_named(tmp_path: Path, name: str, damage: str) -> None:
+    _, report = ask(tmp_path)
+    DAMAGES[damage](report.paths[name])
+    maps, again = ask(tmp_path)
+    assert str(report.paths[name]) in again.rebuilt_because
+    assert same(maps, expected())
+    assert ask(tmp_path)[1].rebuilt_because == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b"[]", b"[" * 60000, b'{"made_from": 1}', b"\xff\xfe", b"null", b"x" * 70000],
+    ids=["empty", "cut", "list", "deep", "other", "bytes", "null", "long"],
+)
+def test_a_record_that_says_nothing_is_not_believed(tmp_path: Path, text: bytes) -> None:
+    ask(tmp_path)
+    (tmp_path / f"{BASE}_made_from.json").write_bytes(text)
+    maps, report = ask(tmp_path)
+    assert report.rebuilt_because and same(maps, expected())
+
+
+@pytest.mark.parametrize("files", [None, [], {}, {"doc_idx": 3}, {"doc_idx": {"size": 1}}])
+def test_a_record_without_digests_is_not_believed(tmp_path: Path, files: object) -> None:
+    ask(tmp_path)
+    path = tmp_path / f"{BASE}_made_from.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "files": files}))
+    maps, report = ask(tmp_path)
+    assert "is damaged" in report.rebuilt_because and same(maps, expected())
+
+
+def test_maps_without_a_record_are_rebuilt_with_the_same_bytes(tmp_path: Path) -> None:
+    right = expected()
+    for name in ARRAYS:
+        np.save(tmp_path / f"{BASE}_{name}.npy", getattr(right, name))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    maps, report = ask(tmp_path)
+    assert report.rebuilt_because == "nothing says what they were made from" and same(maps, right)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_data_sets_of_one_name_share_a_cache_without_disturbing_each_other(tmp_path: Path) -> None:
+    cache = tmp_path / "not yet" / "cache"
+    for reason in ("there were none", ""):
+        maps, report = ask(tmp_path / "a", cache_path=cache)
+        assert report.rebuilt_because == reason and same(maps, expected())
+        maps, report = ask(tmp_path / "b", cache_path=cache, documents=range(4))
+        assert report.rebuilt_because == reason and same(maps, expected(documents=range(4)))
+        assert report.paths["doc_idx"].name == f"{BASE}_doc_idx.npy"
+
+
+class ReadOnlyDisk(Disk):
+    def create(self, path: Path) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def test_a_directory_that_cannot_be_written_names_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot be written to .*Read-only.*--data-cache-path"):
+        ask(tmp_path, disk=ReadOnlyDisk())
+    with pytest.raises(ValueError, match=r"cannot be written to .*No such file.*--data-cache-path"):
+        ask(tmp_path / "nowhere")
+    assert not list(tmp_path.iterdir())
+
+
+class FullDisk(Disk):
+    def free_bytes(self, path: Path) -> int:
+        return 1000
+
+
+def test_a_full_disk_is_found_before_anything_is_built(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"index maps need \d+ bytes in .*, 1000 are free") as raised:
+        ask(tmp_path, disk=FullDisk())
+    assert raised.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("replacing", [False, True])
+def test_whatever_operation_fails_no_wrong_maps_are_left(tmp_path: Path, replacing: bool) -> None:
+    counting = FailingDisk()
+    ask(tmp_path, disk=counting)
+    assert counting.operations > 12
+    for operation in range(1, counting.operations + 1):
+        directory = tmp_path / str(operation)
+        directory.mkdir()
+        if replacing:
+            ask(directory, documents=range(5))
+        with pytest.raises(OSError, match="index maps need"):
+            ask(directory, disk=FailingDisk(operation))
+        assert not [path for path in directory.iterdir() if path.suffix in (".tmp", ".lock")]
+        maps, report = ask(directory)
+        # Only the last operation, syncing the directory after the record's rename, leaves a set that is whole.
+        assert bool(report.rebuilt_because) == (operation < counting.operations)
+        assert same(maps, expected())
+
+
+class SlowDisk(Disk):
+    """Takes its time over every new name, and says so in a file beside."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def rename(self, source: Path, target: Path) -> None:
+        (target.parent.parent / "building").touch()
+        time.sleep(self.seconds)
+        super().rename(source, target)
+
+
+def ask_and_tell(directory: Path, seconds: float, results: Any) -> None:
+    """In a process of its own: ask for the maps, and put down whether they were built and what they are."""
+    maps, report = ask(directory, disk=SlowDisk(seconds))
+    results.put((report.rebuilt_because, [getattr(maps, name).tolist() for name in ARRAYS]))
+
+
+def test_of_many_processes_one_builds(tmp_path: Path) -> None:
+    results = FORK.Queue()
+    (tmp_path / "data").mkdir()
+    processes = [FORK.Process(target=ask_and_tell, args=(tmp_path / "data", 0.02, results)) for _ in range(6)]
+    for process in processes:
+        process.start()
+    outcomes = [results.get(timeout=20) for _ in processes]
+    for process in processes:
+        process.join(20)
+        assert process.exitcode == 0
+    assert sorted(reason for reason, _ in outcomes) == ["", "", "", "", "", "there were none"]
+    right = [getattr(expected(), name).tolist() for name in ARRAYS]
+    assert all(arrays == right for _, arrays in outcomes)
+    assert not [path for path in (tmp_path / "data").iterdir() if path.suffix in (".tmp", ".lock")]
+
+
+def start_builder(tmp_path: Path, seconds: float) -> Any:
+    """A process that is in the middle of building."""
+    directory = tmp_path / "data"
+    directory.mkdir()
+    builder = FORK.Process(target=ask_and_tell, args=(directory, seconds, FORK.Queue()))
+    builder.start()
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "building").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return builder
+
+
+def test_a_killed_builder_is_replaced_and_its_remains_removed(tmp_path: Path) -> None:
+    builder = start_builder(tmp_path, seconds=60)
+    os.kill(builder.pid, signal.SIGKILL)
+    builder.join(20)
+    remains = {path.suffix for path in (tmp_path / "data").iterdir()}
+    assert remains == {".tmp", ".lock"}
+    maps, report = ask(tmp_path / "data")
+    assert report.rebuilt_because and same(maps, expected())
+    assert {path.suffix for path in (tmp_path / "data").iterdir()} == {".npy", ".json"}
+
+
+def test_a_builder_that_hangs_is_named_in_time(tmp_path: Path) -> None:
+    builder = start_builder(tmp_path, seconds=60)
+    try:
+        with pytest.raises(TimeoutError, match=f"process {builder.pid} on .* has been building index maps for 0.2 s"):
+            ask(tmp_path / "data", wait_seconds=0.2)
+    finally:
+        builder.kill()
+        builder.join(20)
+
+
+def test_a_process_that_waited_says_how_long(tmp_path: Path) -> None:
+    builder = start_builder(tmp_path, seconds=0.1)
+    maps, report = ask(tmp_path / "data")
+    builder.join(20)
+    assert report.rebuilt_because == "" and report.seconds["wait"] > 0.1
+    assert same(maps, expected())
+
+
+def test_without_locks_everyone_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert same(ask(tmp_path)[0], expected())
+    assert ask(tmp_path)[1].rebuilt_because == ""
+
+
+def test_another_fault_of_the_lock_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(descriptor: int, operation: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        ask(tmp_path)
+
+
+def test_a_lock_whose_file_was_removed_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening the file and locking it, its last owner may have removed it."""
+    real = fcntl.flock
+    removed = []
+
+    def remove_first(descriptor: int, operation: int) -> None:
+        if not removed:
+            removed.append(True)
+            (tmp_path / f"{BASE}.lock").unlink()
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with index_cache._lock(tmp_path / f"{BASE}.lock") as owned:
+        assert not owned
+    with index_cache._lock(tmp_path / f"{BASE}.lock") as owned:
+        assert owned
