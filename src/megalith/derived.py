@@ -108,4 +108,5 @@ OURS = (
     "keep_every",
     "log_format",
     "exit_before_training",
+    "eval_first",
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 from megalith.config import REMOVED, TASKS, ConfigError, Fault, Run, compose, convert, known_settings, nearest
 from megalith.fields import describe
+from megalith.files import write_whole
 
 
 def preset_names() -> list[str]:
@@ -205,3 +206,11 @@ def read_command_line(words: Sequence[str]) -> Run:
     values = {**preset_values, **file_values, **flag_values}
     file_task = values.pop("task", None)
     return compose(task or file_task or "gpt", values)
+
+
+def write_run_file(run: Run) -> None:
+    """Keep the run's settings in its run directory, as a run file that gives the same run again."""
+    if run.checkpoint.save is not None:
+        folder = Path(run.checkpoint.save)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "run.toml", as_toml(run))

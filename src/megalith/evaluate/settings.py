@@ -22,3 +22,4 @@ class EvaluateConfig:
     retriever_score_scaling: bool = setting(
         False, "divide scores by sqrt(hidden_size)", section="biencoder", switch="on", task="ict"
     )
+    eval_first: bool = setting(False, "evaluate before the first step too", section="validation", switch="on")

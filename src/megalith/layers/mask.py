@@ -31,6 +31,7 @@ class Mask:
 
 
 def make_mask(
+    num_tokens: int,
     *,
     causal: bool,
     query_documents_BT: Tensor | None = None,
@@ -39,6 +40,7 @@ def make_mask(
 ) -> Mask:
     """The mask of self-attention, or of cross-attention if the keys have documents of their own.
 
+    num_tokens: queries of a sample that are held here; a rank that holds only some of them needs to know.
     dense: keep a bool per pair of query and key. Otherwise, on CUDA, FlexAttention's blocks, which it alone can use.
     """
     if query_documents_BT is None:

@@ -3,7 +3,7 @@
 Shape letters: B batch, T token, D width, V vocabulary (padded).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +23,11 @@ from megalith.models.settings import ModelConfig
 from megalith.models.shape import block_shape, initial_weights, shape_of
 
 
-def run_whole(block: nn.Module, x_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Run a block and keep what its backward pass needs."""
-    x_BTD = block(x_BTD, *args, **kwargs)
-    return x_BTD
+def run_whole(blocks: Sequence[nn.Module], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Run blocks one after the other and keep what their backward passes need. args: the mask, the dropout rows."""
+    for block in blocks:
+        x = block(x, *args, **kwargs)
+    return x
 
 
 class Decoder(nn.Module):
@@ -38,8 +39,9 @@ class Decoder(nn.Module):
 
     dtype: of the computation; the stream between blocks is in fp32 if fp32_residual_connection.
 
-    Seams for parallelism: run_block(block, x, ...) runs one block, for recomputation; mask_for makes the mask;
-    cross_entropy is the loss over the vocabulary.
+    Seams for parallelism: run_blocks(blocks, x, ...) runs blocks, for recomputation; mask_for makes the mask; cut(rows)
+    gives the rows of those tokens of the stream that are held here; score projects to the vocabulary; cross_entropy is
+    the loss over it.
     """
 
     def __init__(
@@ -74,8 +76,10 @@ class Decoder(nn.Module):
             self.final_norm = LayerNorm(shape.width, config.layernorm_epsilon, device=device)
             if not self.tied:
                 self.output = Linear(shape.width, vocab_size, table, bias=False, device=device)
-        self.run_block: Callable[..., Tensor] = run_whole
+        self.run_blocks: Callable[..., Tensor] = run_whole
         self.mask_for: Callable[..., Mask] = make_mask
+        self.cut: Callable[[Tensor], Tensor] | None = None
+        self.score: Callable[[Tensor, Tensor], Tensor] = score_tokens
         self.cross_entropy: Callable[..., Tensor] = vocabulary_cross_entropy
 
     def forward(
@@ -124,22 +128,23 @@ class Decoder(nn.Module):
             mask = cache.mask(positions_BT.shape[1])
         else:
             drops_scores = rows is not None and self.config.attention_dropout > 0
-            mask = self.mask_for(causal=True, query_documents_BT=documents, dense=drops_scores)
-        for block in self.layers.values():
-            x_BTD = self.run_block(block, x_BTD, mask, rows, cache=cache)
-        return x_BTD
+            num_tokens = positions_BT.shape[1]
+            mask = self.mask_for(num_tokens, causal=True, query_documents_BT=documents, dense=drops_scores)
+        return self.run_blocks(list(self.layers.values()), x_BTD, mask, rows, cache=cache)
 
     def embed(self, tokens_BT: Tensor, positions_BT: Tensor, rows_BT: Tensor | None) -> Tensor:
         """BTD: the stream that enters the first block."""
         x_BTD: Tensor = self.word_embedding(tokens_BT) + self.position_embedding(positions_BT)
         if not self.config.fp32_residual_connection:
             x_BTD = x_BTD.to(self.dtype)
+        if self.cut is not None and rows_BT is not None:
+            rows_BT = self.cut(rows_BT)
         return drop(x_BTD, rows_BT, self.config.hidden_dropout, key("dropout", "embedding"))
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """BTV: scores of the next token from the stream after the last block."""
         hidden_BTD = self.final_norm(x_BTD).to(self.dtype)
-        return F.linear(hidden_BTD, self.output_table.to(self.dtype))
+        return self.score(hidden_BTD, self.output_table)
 
     @property
     def output_table(self) -> nn.Parameter:
@@ -156,6 +161,11 @@ class Decoder(nn.Module):
         return per_token_losses(
             hidden_BTD, self.output_table, labels_BT, softmax_in_16_bit=self.config.fp16_lm_cross_entropy
         )
+
+
+def score_tokens(hidden_BTD: Tensor, table_VD: Tensor) -> Tensor:
+    """BTV: the product of every token's features with every row of the table."""
+    return F.linear(hidden_BTD, table_VD.to(hidden_BTD.dtype))
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -80,6 +80,14 @@ class Groups:
     world: ProcessGroup | None = None
     embedding: ProcessGroup | None = None  # first and last stage, where the tied table stands twice
 
+    def agree(self, numbers: list[int]) -> list[int]:
+        """The largest of each number over all ranks: what one rank knows, all know."""
+        if self.world is None:
+            return numbers
+        agreed = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.world)
+        return [int(number) for number in agreed]
+
 
 def ranks_in(environment: Mapping[str, str]) -> tuple[int, int, int]:
     """(rank, world size, local rank) that torchrun or SLURM announces in the environment; (0, 1, 0) without either."""

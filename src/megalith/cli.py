@@ -1,0 +1,131 @@
+"""The command `megalith` and its subcommands. What a user got wrong is said in a sentence each, without a traceback.
+
+Nothing heavy is imported before it is known that the words make sense.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+FAULT = 2  # exit status of a command that could not start
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a subcommand; return the exit status."""
+    started = time.time()
+    words = list(sys.argv[1:] if words is None else words)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else FAULT
+    if words[0] == "--version":
+        from megalith import __version__
+
+        print(f"megalith {__version__}")
+        return 0
+    command = COMMANDS.get(words[0])
+    if command is None:
+        print(f"megalith: {words[0]} is not a command.\n\n{usage()}", file=sys.stderr)
+        return FAULT
+    try:
+        return command(words[1:], started)
+    except ValueError as error:
+        for line in str(error).splitlines():
+            print(f"megalith: {line}", file=sys.stderr)
+        return FAULT
+    except KeyboardInterrupt:
+        print("megalith: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away; a second write at exit must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def usage() -> str:
+    lines = ["usage: megalith COMMAND ...", ""]
+    lines += [f"  {name:<12}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "megalith COMMAND --help tells more; docs/start.md leads through a first run."])
+
+
+def pretrain(words: Sequence[str], started: float) -> int:
+    """Train a model from a preset, a run file or flags; the same command goes on where it stopped."""
+    from megalith.sources import flag_parser, read_command_line
+
+    if "-h" in words or "--help" in words:
+        flag_parser().print_help()
+        return 0
+    run = read_command_line(words)
+    if run.parallel.nproc is not None and "RANK" not in os.environ:
+        return start_ranks(words, run.parallel.nproc)
+
+    from megalith.check import check
+    from megalith.config import ConfigError
+    from megalith.parallel.mesh import ranks_in
+
+    rank, world_size, _ = ranks_in(os.environ)
+    if faults := check(run, world_size):
+        # One rank speaks for all; the others fail alike.
+        if rank == 0:
+            raise ConfigError(faults)
+        return FAULT
+
+    from megalith.train import train
+
+    return train(run, started=started)
+
+
+def start_ranks(words: Sequence[str], nproc: int) -> int:
+    """Become torchrun with that many processes on this machine."""
+    rest = list(words)
+    at = next(i for i, word in enumerate(rest) if word.split("=")[0] == "--nproc")
+    del rest[at : at + (1 if "=" in rest[at] else 2)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    os.execv(sys.executable, [sys.executable, *torchrun, "-m", "megalith", "pretrain", *rest])
+
+
+def preprocess(words: Sequence[str], started: float) -> int:
+    """Turn text (JSON lines, plain text, parquet) into the token files that training reads."""
+    from megalith.data.prepare import main as prepare_main
+
+    return prepare_main(words)
+
+
+def generate(words: Sequence[str], started: float) -> int:
+    """Continue prompts with a trained model."""
+    parser = argparse.ArgumentParser(prog="megalith generate", description=generate.__doc__)
+    parser.add_argument("run", help="run directory (what --save named)")
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be repeated"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="[tokens; default 100]")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="[default 0.8]")
+    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="only the N likeliest tokens [0: all]")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, metavar="X", help="only the likeliest tokens that make up X"
+    )
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="[default 1234]")
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use [the newest]")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    options = parser.parse_args(words)
+
+    from megalith.evaluate.talk import Sampling, talk
+
+    sampling = Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        greedy=options.greedy,
+        seed=options.seed,
+    )
+    return talk(options.run, options.prompt, sampling, step=options.step, device=options.device)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str], float], int]] = {
+    "pretrain": pretrain,
+    "preprocess": preprocess,
+    "generate": generate,
+}

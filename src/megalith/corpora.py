@@ -1,0 +1,63 @@
+"""--corpus: text that is already on the machine, made into token files with a tokenizer trained on it, once per run."""
+
+import dataclasses
+import itertools
+import os
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megalith.config import Run
+from megalith.data.corpus import standard_library_documents
+from megalith.data.indexed import IndexedWriter, best_dtype, idx_path
+from megalith.data.tokenizer import load_tokenizer, train_byte_bpe
+from megalith.monitor.log import RunLog
+from megalith.parallel.mesh import Layout
+
+BATCH = 256  # documents tokenized at once
+
+
+def prepare_corpus(run: Run, layout: Layout, log: RunLog) -> Run:
+    """The run with its corpus turned into ordinary data settings; itself if it names none.
+
+    The files are kept in the run directory: a run that goes on finds the very same text and tokenizer.
+    """
+    if run.data.corpus is None:
+        return run
+    assert run.checkpoint.save is not None, "check.py saw to it"
+    folder = Path(run.checkpoint.save) / "corpus"
+    prefix = folder / f"{run.data.corpus}-{run.data.corpus_vocab_size}_text_document"
+    if layout.rank == 0 and not idx_path(prefix).exists():
+        log.line("making a corpus of this Python installation's documentation and sources ...")
+        folder.mkdir(parents=True, exist_ok=True)
+        make_corpus(prefix, run.data.corpus_vocab_size)
+    if layout.world_size > 1:
+        dist.barrier()
+    data = dataclasses.replace(
+        run.data,
+        corpus=None,
+        data_path=(os.fspath(prefix),),
+        tokenizer_type="GPT2BPETokenizer",
+        vocab_file=os.fspath(tokenizer_folder(prefix) / "vocab.json"),
+        merge_file=os.fspath(tokenizer_folder(prefix) / "merges.txt"),
+    )
+    return dataclasses.replace(run, data=data)
+
+
+def tokenizer_folder(prefix: Path) -> Path:
+    """Where the tokenizer trained on a corpus lies."""
+    return prefix.with_name(prefix.name.removesuffix("_text_document") + "-tokenizer")
+
+
+def make_corpus(prefix: Path, vocab_size: int) -> None:
+    """Train a byte-level BPE on the text and write the text's tokens; the index, written last, makes it whole."""
+    folder = tokenizer_folder(prefix)
+    train_byte_bpe(standard_library_documents(), vocab_size, folder)
+    tokenizer = load_tokenizer(
+        "GPT2BPETokenizer", vocab_file=str(folder / "vocab.json"), merge_file=str(folder / "merges.txt")
+    )
+    documents = standard_library_documents()
+    with IndexedWriter(prefix, best_dtype(tokenizer.vocab_size), overwrite=True) as writer:
+        while batch := list(itertools.islice(documents, BATCH)):
+            for tokens in tokenizer.encode_batch(batch):
+                writer.add_document([[*tokens, tokenizer.eod]])

@@ -1,0 +1,140 @@
+"""The three parts of a run's data, opened, split, mapped and blended as its settings say."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from megalith.config import Run
+from megalith.data.blend import BlendedDataset, normalize, parse_data_path, samples_of_each
+from megalith.data.causal import CausalBatches, CausalDataset, SampleRows
+from megalith.data.index_cache import IndexMapsReport, load_or_build_index_maps
+from megalith.data.indexed import IndexedDataset, open_indexed
+from megalith.data.split import PARTS, split_documents
+from megalith.data.tokenizer import Tokenizer
+from megalith.derived import sequence_length
+from megalith.monitor.events import BlendBuilt, CorpusOpened, CorpusPart, CorpusSplit, Event, MapsBuilt, MapsLoaded
+
+# The parts' names as a log spells them.
+SPOKEN = {"train": "train", "valid": "validation", "test": "test"}
+
+Report = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One token file and how it is split."""
+
+    indexed: IndexedDataset
+    parts: Mapping[str, range]
+
+
+def open_corpus(prefix: str, run: Run, report: Report) -> Corpus:
+    """Open a token file and split its documents."""
+    started = time.perf_counter()
+    indexed = open_indexed(prefix, run.data.data_impl)
+    if run.data.mmap_warmup:
+        indexed.warm_up()
+    seconds = time.perf_counter() - started
+    report(CorpusOpened(indexed.num_documents, seconds, warmed_up=run.data.mmap_warmup))
+    # A document is an item here: a language model reads no sentences.
+    parts = split_documents(run.data.split, indexed.num_items)
+    report(CorpusSplit(tuple(CorpusPart(SPOKEN[name], part.start, part.stop) for name, part in parts.items())))
+    return Corpus(indexed, parts)
+
+
+def build_causal_parts(
+    run: Run, tokenizer: Tokenizer, *, vocab_size: int, targets: Mapping[str, int], report: Report
+) -> dict[str, CausalBatches]:
+    """The batches of every part that is asked for samples and has documents.
+
+    vocab_size: ids that the model has. targets: samples wanted of each of train, valid and test.
+    Raises ValueError naming the file for data that is missing, damaged or does not fit the vocabulary.
+    """
+    prefixes, weights = parse_data_path(run.data.data_path or ())
+    corpora = [open_corpus(prefix, run, report) for prefix in prefixes]
+    batches: dict[str, CausalBatches] = {}
+    for name in PARTS:
+        wanted = samples_of_each(weights, targets[name]) if len(prefixes) > 1 else [targets[name]]
+        rows = [
+            _rows(corpus, name, num_samples, run, vocab_size, report) if corpus.parts[name] and num_samples else None
+            for corpus, num_samples in zip(corpora, wanted, strict=True)
+        ]
+        if any(row is not None for row in rows):
+            batches[name] = CausalBatches(
+                _blend(rows, weights, report),
+                eod=_eod(run, tokenizer),
+                reset_position_ids=run.data.reset_position_ids,
+                reset_attention_mask=run.data.reset_attention_mask,
+                eod_mask_loss=run.data.eod_mask_loss,
+            )
+    if targets["train"] and "train" not in batches:
+        raise ValueError(f"--split = {run.data.split}: leaves no document for training. Give the first share more.")
+    return batches
+
+
+def _eod(run: Run, tokenizer: Tokenizer) -> int | None:
+    needed = run.data.reset_position_ids or run.data.reset_attention_mask or run.data.eod_mask_loss
+    return tokenizer.eod if needed else None
+
+
+def _rows(corpus: Corpus, name: str, num_samples: int, run: Run, vocab_size: int, report: Report) -> CausalDataset:
+    maps, made = load_or_build_index_maps(
+        corpus.indexed.prefix,
+        name,
+        documents=corpus.parts[name],
+        lengths=corpus.indexed.lengths,
+        num_samples=num_samples,
+        sequence_length=sequence_length(run),
+        seed=run.train.seed,
+        cache_path=run.data.data_cache_path,
+    )
+    for event in _maps_events(name, made):
+        report(event)
+    return CausalDataset(corpus.indexed, maps, vocab_size=vocab_size)
+
+
+def _maps_events(name: str, made: IndexMapsReport) -> list[Event]:
+    events: list[Event] = []
+    plan = made.plan
+    if made.rebuilt_because:
+        events.append(
+            MapsBuilt(
+                num_documents=made.num_documents,
+                num_epochs=plan.epochs,
+                seq_length=made.sequence_length,
+                num_samples=plan.samples,
+                samples_before_last_epoch=plan.samples_before_last_epoch if plan.separate_last_epoch else plan.samples,
+                samples_per_epoch=plan.samples_per_epoch,
+                last_epoch_samples=plan.last_epoch_samples,
+                separate_last_epoch=plan.separate_last_epoch,
+                document_seconds=made.seconds.get("doc_idx", 0.0),
+                sample_seconds=made.seconds.get("sample_idx", 0.0),
+                shuffle_seconds=made.seconds.get("shuffle_idx", 0.0),
+            )
+        )
+    paths = {array: str(path) for array, path in made.paths.items()}
+    events.append(
+        MapsLoaded(
+            part=SPOKEN[name],
+            document_path=paths["doc_idx"],
+            sample_path=paths["sample_idx"],
+            shuffle_path=paths["shuffle_idx"],
+            seconds=made.seconds["load"],
+            num_samples=plan.samples,
+            num_epochs=plan.epochs,
+        )
+    )
+    return events
+
+
+def _blend(rows: Sequence[CausalDataset | None], weights: Sequence[float], report: Report) -> SampleRows:
+    """The only data set, or the blend of those that have documents in this part."""
+    kept = [(row, weight) for row, weight in zip(rows, weights, strict=True) if row is not None]
+    if len(kept) == 1:
+        return kept[0][0]
+    started = time.perf_counter()
+    blended = BlendedDataset([row for row, _ in kept], normalize([weight for _, weight in kept]))
+    counts = [int((blended.blend.datasets == number).sum()) for number in range(len(kept))]
+    shares = tuple(count / max(1, len(blended)) for count in counts)
+    report(BlendBuilt(tuple(blended.weights), shares, time.perf_counter() - started))
+    return blended

@@ -1,0 +1,306 @@
+"""What a run works with, built in the order in which it is announced; nothing here takes a step."""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from megalith.config import Run
+from megalith.data.loader import BatchSource, Loader
+from megalith.data.order import CyclicOrder, Order, SingleOrder, sample_counts
+from megalith.data.tokenizer import Tokenizer, load_tokenizer, padded_vocab_size
+from megalith.derived import (
+    compute_dtype,
+    dataloader_type,
+    global_batch_size,
+    recompute_granularity,
+    reference_arguments,
+    tokenizer_type,
+)
+from megalith.layers.initial import draw_weights
+from megalith.monitor import lines
+from megalith.monitor.events import (
+    DatasetsBuilt,
+    Initialized,
+    ModelBuilt,
+    PlaceReached,
+    RankParameters,
+    RanksStarted,
+    RunStarted,
+    ScalarsOpened,
+    ScheduleBuilt,
+    TargetsSet,
+    TimersReported,
+    TokenizerBuilt,
+    Warned,
+)
+from megalith.monitor.flops import datasheet_flops
+from megalith.monitor.interval import Interval
+from megalith.monitor.ledger import Ledger
+from megalith.monitor.log import RunLog, choose_format
+from megalith.monitor.scalars import Scalars
+from megalith.monitor.timers import SETUP_TIMERS, Timers
+from megalith.notices import notices
+from megalith.optim.batch_size import ConstantBatch, RampedBatch, make_batch_sizes, steps_for_samples
+from megalith.optim.groups import build_optimizer
+from megalith.optim.loss_scale import LossScale, make_loss_scale
+from megalith.optim.schedule import Schedule, make_schedule
+from megalith.parallel.mesh import Groups, Layout, make_groups
+from megalith.parallel.recompute import recompute_blocks
+from megalith.task import TASK_ROWS, Task
+
+
+@dataclass
+class Progress:
+    """All that changes from step to step, beside the weights and the optimizer's state."""
+
+    step: int = 0  # optimizer steps, skipped ones included
+    consumed_train_samples: int = 0
+    consumed_valid_samples: int = 0
+    schedule_samples: int = 0  # of steps that were not skipped: what the learning rate counts
+    loss_scale: LossScale | None = None
+    skipped_steps: int = 0
+
+
+@dataclass
+class Job:
+    """Everything that a run works with."""
+
+    run: Run
+    task: Task
+    layout: Layout
+    groups: Groups
+    device: torch.device
+    started: float  # Unix seconds
+    log: RunLog
+    timers: Timers
+    ledger: Ledger
+    tokenizer: Tokenizer
+    vocab_size: int  # padded
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    batch_sizes: ConstantBatch | RampedBatch
+    last_step: int
+    progress: Progress
+    interval: Interval
+    memory_reported: bool = False
+    # Nothing is measured of an evaluation: the timers line speaks of steps.
+    untimed: Timers = field(default_factory=Timers)
+    loaders: dict[str, Loader] = field(default_factory=dict)  # by part of the data
+
+
+def open_log(run: Run, layout: Layout) -> RunLog:
+    """The log of a run; only the last rank speaks, as in Megatron-LM, for the last stage knows the loss."""
+    speaks = layout.rank == layout.world_size - 1
+    folder = Path(run.checkpoint.save) if run.checkpoint.save is not None else None
+    scalars = Scalars(Path(to), run.monitor) if speaks and (to := scalars_folder(run)) is not None else None
+    return RunLog(
+        choose_format(run.monitor.log_format, sys.stdout),
+        sys.stdout,
+        jsonl_path=folder / "log.jsonl" if folder is not None and speaks else None,
+        scalars=scalars,
+        is_printing_rank=speaks,
+    )
+
+
+def scalars_folder(run: Run) -> str | None:
+    """Where TensorBoard's files go: --tensorboard-dir, or a folder of the run directory."""
+    if run.monitor.tensorboard_dir is not None or run.checkpoint.save is None:
+        return run.monitor.tensorboard_dir
+    return str(Path(run.checkpoint.save) / "tensorboard")
+
+
+def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, started: float) -> Job:
+    """Build and announce everything up to the first step, but load no checkpoint and open no data.
+
+    Raises ValueError, naming what is wrong, for whatever of the user's is found missing or unfit.
+    """
+    ledger = Ledger()
+    timers = Timers(torch.cuda.synchronize if device.type == "cuda" and run.monitor.log_interval == 1 else None)
+    batch_sizes = make_batch_sizes(run.optimizer, data_parallel=layout.data)
+    announce_start(run, layout, batch_sizes, log)
+    log.line(lines.building_tokenizer(tokenizer_type(run)), detail=True)
+    tokenizer = open_tokenizer(run, layout)
+    # Padded alike for every layout, so that a checkpoint and the loss do not depend on one.
+    vocab_size = padded_vocab_size(tokenizer.vocab_size, run.model.make_vocab_size_divisible_by, 1)
+    log.report(TokenizerBuilt(tokenizer.name, tokenizer.vocab_size, vocab_size))
+    if (folder := scalars_folder(run)) is not None:
+        log.report(ScalarsOpened(folder))
+    log.line(lines.initializing_distributed(), detail=True)
+    groups = make_groups(layout, device)
+    announce_ranks(run, layout, log, started=started)
+
+    task = TASK_ROWS[run.task]
+    log.line(lines.building_model(task.title), detail=True)
+    with timers("model-and-optimizer-setup"):
+        model = task.build_model(run, vocab_size, getattr(torch, compute_dtype(run)))
+        recompute_blocks(model, recompute_granularity(run), every=run.parallel.checkpoint_num_layers)
+        if not run.train.exit_before_training:
+            model.to_empty(device=device)
+            draw_weights(model, run.train.seed)
+        optimizer = build_optimizer(model, run.optimizer)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    log.report(ModelBuilt(task.title, count, (RankParameters(0, 0, count),)))
+    schedule = make_schedule(
+        run.optimizer,
+        global_batch_size=global_batch_size(run, layout.data),
+        train_iters=run.train.train_iters,
+        train_samples=run.train.train_samples,
+    )
+    log.report(ScheduleBuilt(schedule.style))
+    peak = peak_flops(device, compute_dtype(run))
+    last_step = run.train.train_iters or steps_for_samples(run.train.train_samples or 0, batch_sizes)
+    if run.train.train_iters is None:
+        log.line(f"setting training iterations to {last_step}", detail=True)
+    return Job(
+        run=run,
+        task=task,
+        layout=layout,
+        groups=groups,
+        device=device,
+        started=started,
+        log=log,
+        timers=timers,
+        ledger=ledger,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        batch_sizes=batch_sizes,
+        last_step=last_step,
+        progress=Progress(loss_scale=make_loss_scale(run.optimizer)),
+        interval=Interval(time.perf_counter(), last_step=last_step, num_devices=layout.world_size, peak_flops=peak),
+    )
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """Floating-point operations per second of one device by its maker's data sheet; None where there is none."""
+    return datasheet_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+
+
+def announce_start(run: Run, layout: Layout, batch_sizes: ConstantBatch | RampedBatch, log: RunLog) -> None:
+    """Say how many ranks there are, every setting, and what deserves a note."""
+    ramp = run.optimizer.rampup_batch_size
+    remarks = []
+    if run.optimizer.global_batch_size is None:
+        remarks.append(f"setting global batch size to {batch_sizes.global_batch_size}")
+    if run.optimizer.bf16:
+        remarks.append("accumulate and all-reduce gradients in fp32 for bfloat16 data type.")
+    log.report(
+        RunStarted(
+            arguments=reference_arguments(run, layout),
+            world_size=layout.world_size,
+            data_parallel_size=layout.data,
+            tensor_parallel_size=layout.tensor,
+            pipeline_parallel_size=layout.pipeline,
+            dtype=compute_dtype(run),
+            num_microbatches=batch_sizes.num_microbatches(0),
+            global_batch_size=batch_sizes.global_batch_size,
+            rampup_batch_size=None if ramp is None else (int(ramp[0]), int(ramp[1]), int(ramp[2])),
+            remarks=tuple(remarks),
+        )
+    )
+    for line in notices(run, layout.world_size):
+        if line.startswith("warning: "):
+            log.report(Warned(line.removeprefix("warning: ")))
+        else:
+            log.line(line)
+
+
+def announce_ranks(run: Run, layout: Layout, log: RunLog, *, started: float) -> None:
+    """Say that the ranks stand. The seeds are Megatron-LM's line; ours are derived from --seed alone, on any layout."""
+    seed = run.train.seed + 100 * layout.place("pipeline")
+    log.report(
+        RanksStarted(
+            tensor_parallel_size=layout.tensor,
+            pipeline_parallel_size=layout.pipeline,
+            seed=run.train.seed,
+            rank=layout.rank,
+            model_parallel_rank=layout.place("tensor"),
+            data_parallel_rank=layout.place("data"),
+            model_parallel_seed=seed + 2718 + layout.place("tensor"),
+            data_parallel_seed=seed,
+        )
+    )
+    log.report(Initialized(time.time() - started))
+    log.report(PlaceReached("after megatron is initialized"))
+
+
+def open_tokenizer(run: Run, layout: Layout) -> Tokenizer:
+    """The tokenizer of the run's data, kept in the run directory if there is one."""
+    data = run.data
+    tokenizer = load_tokenizer(
+        tokenizer_type(run),
+        vocab_file=data.vocab_file,
+        merge_file=data.merge_file,
+        tokenizer_model=data.tokenizer_model,
+        vocab_extra_ids=data.vocab_extra_ids,
+    )
+    if run.checkpoint.save is not None and layout.rank == 0:
+        tokenizer.save(Path(run.checkpoint.save) / "tokenizer")
+    return tokenizer
+
+
+def open_data(job: Job) -> None:
+    """Open the data of every part that the run asks samples of; in place."""
+    run = job.run
+    with job.timers("train/valid/test-data-iterators-setup"):
+        counts = sample_counts(
+            train_iters=job.last_step,
+            train_samples=run.train.train_samples,
+            eval_interval=run.evaluate.eval_interval,
+            eval_iters=run.evaluate.eval_iters,
+            global_batch_size=job.batch_sizes.global_batch_size,
+        )
+        targets = {"train": counts.train, "valid": counts.valid, "test": counts.test}
+        job.log.line(lines.building_datasets(), detail=True)
+        job.log.report(TargetsSet(train=counts.train, validation=counts.valid, test=counts.test))
+        job.log.line(lines.building_datasets(job.task.title), detail=True)
+        parts = job.task.build_parts(
+            run, job.tokenizer, vocab_size=job.vocab_size, targets=targets, report=job.log.report
+        )
+        job.log.report(DatasetsBuilt(job.task.title))
+        job.loaders = {name: make_loader(job, name, source) for name, source in parts.items()}
+    job.log.report(PlaceReached("after dataloaders are built"))
+    job.log.line(lines.setup_done(), detail=True)
+    job.log.report(TimersReported(job.timers.elapsed(SETUP_TIMERS)))
+
+
+def make_loader(job: Job, name: str, source: BatchSource) -> Loader:
+    """What reads this replica's share of a part."""
+    total = len(source)
+    order: Order
+    if name != "train":
+        # Evaluations go round: how many there will be is not known when a run is continued with more steps.
+        order = RoundOrder(total)
+    elif dataloader_type(job.run) == "cyclic":
+        order = CyclicOrder(total)
+    else:
+        order = SingleOrder(total)
+    assert job.run.optimizer.micro_batch_size is not None
+    return Loader(
+        source,
+        order,
+        micro_batch_size=job.run.optimizer.micro_batch_size,
+        replica=job.layout.place("data"),
+        data_parallel=job.layout.data,
+        pinned=job.device.type == "cuda",
+    )
+
+
+class RoundOrder:
+    """Each sample in its place, beginning anew after the last; for evaluation, which never runs out."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+
+    def global_indices(self, consumed: int, count: int) -> NDArray[np.int64]:
+        """The indices at these positions."""
+        return np.arange(consumed, consumed + count) % self.total

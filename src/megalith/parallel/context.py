@@ -1,0 +1,176 @@
+"""Context parallelism: each rank holds some of a sequence's tokens, and attention alone needs the others.
+
+The sequence is cut into 2 x ranks chunks and rank r holds chunks r and 2 x ranks - 1 - r, so that in causal order all
+ranks have the same work. Everything that has one entry per token is cut alike, dropout words among them, so masks are
+those of the whole sequence.
+
+Two ways to attend: `gather`, every rank collects all keys and values and attends from its own queries; `all-to-all`
+(Jacobs et al. 2023, arXiv:2309.14509), ranks trade tokens for heads, attend over the whole sequence with some of the
+heads, and trade back.
+
+Shape letters: B batch, H heads, T tokens held here, S all tokens, K head width.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megalith.layers.attend import AttentionDropout
+from megalith.layers.attention import Attend, SelfAttention
+from megalith.layers.mask import Mask, make_mask
+from megalith.parallel.collectives import Group, all_gather, gather_for_product, rank_in, size_of
+
+
+def places_held(num_tokens: int, rank: int, ranks: int) -> Tensor:
+    """int64: which of a sequence's num_tokens tokens a rank holds, in the order in which it holds them.
+
+    num_tokens must be divisible by 2 x ranks.
+    """
+    chunk = num_tokens // (2 * ranks)
+    first, second = rank * chunk, (2 * ranks - 1 - rank) * chunk
+    return torch.cat([torch.arange(first, first + chunk), torch.arange(second, second + chunk)])
+
+
+def natural_order(num_tokens: int, ranks: int) -> Tensor:
+    """int64: where each token of the sequence stands once the parts of all ranks are joined in rank order."""
+    joined = torch.cat([places_held(num_tokens, rank, ranks) for rank in range(ranks)])
+    return joined.argsort()
+
+
+def cut_tokens(batch: dict[str, Tensor], group: Group) -> dict[str, Tensor]:
+    """The batch with this rank's tokens of every entry that has one value per token (two dimensions or more)."""
+    ranks = size_of(group)
+    if ranks == 1:
+        return batch
+    held = {
+        name: entry[:, places_held(entry.shape[1], rank_in(group), ranks).to(entry.device)]
+        for name, entry in batch.items()
+        if entry.dim() >= 2
+    }
+    return {**batch, **held}
+
+
+def cut_context(model: nn.Module, group: Group, *, exchange: str) -> None:
+    """Let the model's self-attention see the whole sequence although each rank holds a part; in place.
+
+    exchange: gather or all-to-all. The model has the seam mask_for, its attentions the seam attend.
+    """
+    if size_of(group) == 1:
+        return
+    if exchange == "gather":
+        model.mask_for = partial(mask_over_all_keys, group=group)  # type: ignore[assignment]
+    else:
+        model.mask_for = partial(mask_of_whole_sequence, group=group)  # type: ignore[assignment]
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            way = attend_gathered if exchange == "gather" else attend_traded
+            module.attend = partial(way, inner=module.attend, group=group)
+
+
+def mask_over_all_keys(
+    num_tokens: int, *, causal: bool, query_documents_BT: Tensor | None = None, dense: bool = True, group: Group
+) -> Mask:
+    """What this rank's queries see of all keys in their natural order. num_tokens: held here."""
+    ranks = size_of(group)
+    device = query_documents_BT.device if query_documents_BT is not None else None
+    places_S = torch.arange(num_tokens * ranks, device=device)
+    places_T = places_held(num_tokens * ranks, rank_in(group), ranks).to(places_S.device)
+    visible_B1TS = ((places_T[:, None] >= places_S) | (not causal))[None, None]
+    if query_documents_BT is not None:
+        keys_BS = in_natural_order(query_documents_BT, 1, group)
+        visible_B1TS = visible_B1TS & (query_documents_BT[:, None, :, None] == keys_BS[:, None, None, :])
+    return Mask(causal, visible=visible_B1TS)
+
+
+def mask_of_whole_sequence(
+    num_tokens: int, *, causal: bool, query_documents_BT: Tensor | None = None, dense: bool = True, group: Group
+) -> Mask:
+    """The mask of the whole sequence in its natural order."""
+    if query_documents_BT is not None:
+        query_documents_BT = in_natural_order(query_documents_BT, 1, group)
+    return make_mask(num_tokens * size_of(group), causal=causal, query_documents_BT=query_documents_BT, dense=dense)
+
+
+def in_natural_order(local: Tensor, dim: int, group: Group) -> Tensor:
+    """The parts of all ranks, in the order of the sequence; no gradient."""
+    joined = all_gather(local, dim, group)
+    return joined.index_select(dim, natural_order(joined.shape[dim], size_of(group)).to(joined.device))
+
+
+def attend_gathered(
+    q_BHTK: Tensor,
+    k_BHTK: Tensor,
+    v_BHTK: Tensor,
+    mask: Mask,
+    *,
+    inner: Attend,
+    group: Group,
+    scale: float,
+    divisor: float = 1.0,
+    dropout: AttentionDropout | None = None,
+) -> Tensor:
+    """BHTK: attention of this rank's queries over the keys of all ranks."""
+    # One collective for both, since each costs a latency.
+    gathered = gather_for_product(torch.stack([k_BHTK, v_BHTK]), 3, group)
+    order = natural_order(gathered.shape[3], size_of(group)).to(gathered.device)
+    k_BHSK, v_BHSK = gathered.index_select(3, order).unbind()
+    return inner(q_BHTK, k_BHSK, v_BHSK, mask, scale=scale, divisor=divisor, dropout=dropout)
+
+
+def attend_traded(
+    q_BHTK: Tensor,
+    k_BHTK: Tensor,
+    v_BHTK: Tensor,
+    mask: Mask,
+    *,
+    inner: Attend,
+    group: Group,
+    scale: float,
+    divisor: float = 1.0,
+    dropout: AttentionDropout | None = None,
+) -> Tensor:
+    """BHTK: attention over the whole sequence by some of the heads on each rank. Heads must divide over the ranks."""
+    ranks = size_of(group)
+    order = natural_order(q_BHTK.shape[2] * ranks, ranks).to(q_BHTK.device)
+    traded = trade(torch.cat([q_BHTK, k_BHTK, v_BHTK], -1), give=1, take=2, group=group)
+    q, k, v = traded.index_select(2, order).chunk(3, -1)
+    if dropout is not None:
+        rows = trade(dropout.rows, give=1, take=2, group=group).index_select(2, order)
+        dropout = AttentionDropout(dropout.probability, rows)
+    attended = inner(q, k, v, mask, scale=scale, divisor=divisor, dropout=dropout)
+    return trade(attended.index_select(2, order.argsort()), give=2, take=1, group=group)
+
+
+class _Trade(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, give: int, take: int, group: Group) -> Tensor:
+        ctx.give, ctx.take, ctx.group = give, take, group
+        sent = torch.stack([part.contiguous() for part in value.chunk(size_of(group), give)])
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=group)
+        return torch.cat(received.unbind(), take)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Trade.apply(gradients[0], ctx.take, ctx.give, ctx.group), None, None, None
+
+
+def trade(value: Tensor, *, give: int, take: int, group: Group) -> Tensor:
+    """Give each rank its share along one dimension, take everybody's part along another, joined in rank order."""
+    traded: Tensor = _Trade.apply(value, give, take, group)
+    return traded
+
+
+def context_faults(*, size: int, seq_length: int, heads_per_rank: int, exchange: str) -> list[tuple[str, int, str]]:
+    """What keeps a sequence from being cut over that many ranks: (setting, its value, the rule)."""
+    faults = []
+    if size > 1 and seq_length % (2 * size):
+        rule = f"is not divisible by 2 x --context-parallel-size = {2 * size}"
+        faults.append(("seq_length", seq_length, rule))
+    if size > 1 and exchange == "all-to-all" and heads_per_rank % size:
+        rule = f"heads per tensor rank cannot be traded over --context-parallel-size = {size} ranks"
+        faults.append(("num_attention_heads", heads_per_rank, rule))
+    return faults

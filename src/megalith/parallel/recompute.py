@@ -1,0 +1,47 @@
+"""Recomputation: the backward pass computes activations again instead of keeping them (Chen et al. 2016, 1604.06174).
+
+Dropout masks are functions of counters, so computing twice needs no generator's state.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megalith.layers.attention import CrossAttention, SelfAttention
+from megalith.models.decoder import run_whole
+
+
+def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, keeping only what it is given for the backward pass."""
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return result
+
+    return run
+
+
+def run_in_chunks(
+    blocks: Sequence[nn.Module], x: Tensor, *args: Any, every: int, keep_input: Callable[..., Tensor], **kwargs: Any
+) -> Tensor:
+    """Run blocks one after the other, `every` of them at a time through keep_input."""
+    for start in range(0, len(blocks), every):
+        x = keep_input(blocks[start : start + every], x, *args, **kwargs)
+    return x
+
+
+def recompute_blocks(model: nn.Module, granularity: str | None, *, every: int = 1) -> None:
+    """Let the model's blocks (full) or the cores of their attentions (selective) be computed again; in place.
+
+    every: with full, consecutive blocks that share one kept input. The model has the seam run_blocks, its attentions
+    the seam attend. Without gradients nothing is kept anyway.
+    """
+    if granularity == "full":
+        model.run_blocks = partial(run_in_chunks, every=every, keep_input=recomputed(run_whole))  # type: ignore[assignment]
+    elif granularity == "selective":
+        for module in model.modules():
+            if isinstance(module, SelfAttention | CrossAttention):
+                module.attend = recomputed(module.attend)

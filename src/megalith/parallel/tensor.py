@@ -1,0 +1,203 @@
+"""Tensor parallelism: one table from layer class to how its weights are cut over the ranks of the tensor axis.
+
+A column-parallel product gives each rank some output features (Shoeybi et al. 2019, arXiv:1909.08053), the row-parallel
+one after it takes them and sums; heads and inner features stay on their rank in between. With a cut sequence
+(Korthikanti et al. 2022, arXiv:2205.05198) the stream between blocks is cut along the tokens, and the sums become
+reduce-scatters. Nothing else in the package knows about either; a new layer class with weights needs a row in SPLITS.
+
+Shape letters: B batch, T token, D width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from megalith.layers.attention import CrossAttention, SelfAttention
+from megalith.layers.block import Block
+from megalith.layers.embedding import Embedding
+from megalith.layers.feedforward import FeedForward
+from megalith.layers.linear import Linear
+from megalith.layers.norm import LayerNorm
+from megalith.models.decoder import Decoder
+from megalith.parallel.collectives import (
+    Group,
+    copy_to_group,
+    gather_for_product,
+    rank_in,
+    reduce_from_group,
+    scatter_copies,
+    scatter_sum,
+    size_of,
+)
+from megalith.parallel.vocabulary import cut_cross_entropy, cut_logits, look_up_cut_table
+
+TOKENS = 1  # the dimension of a BT.. tensor along which a sequence is cut
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What this rank holds of a parameter: its place in the whole, and whether its gradient is only part of a sum."""
+
+    whole: tuple[int, ...]
+    offset: tuple[int, ...]
+    is_copy: bool  # every tensor rank holds the same
+    summed_over_tokens: bool = False  # each tensor rank has the gradient of its own tokens only
+
+
+@dataclass
+class Cutter:
+    """Cuts the modules of a model in place and remembers what it did, by parameter name."""
+
+    group: Group
+    sequence: bool  # the stream between blocks is cut along the tokens
+    cuts: dict[str, Cut] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return size_of(self.group)
+
+    @property
+    def rank(self) -> int:
+        return rank_in(self.group)
+
+    def rows_of(self, total: int) -> tuple[int, int]:
+        """First and number of this rank's share of `total`; the last rank's is smaller where they do not divide."""
+        share = -(-total // self.size)
+        first = min(self.rank * share, total)
+        return first, min(share, total - first)
+
+    def cut_parameter(self, module: nn.Module, path: str, name: str, dim: int | None) -> None:
+        """Keep only this rank's part of a parameter along dim; None keeps it whole."""
+        parameter = getattr(module, name)
+        whole, offset = tuple(parameter.shape), [0] * parameter.dim()
+        if dim is not None:
+            offset[dim], count = self.rows_of(whole[dim])
+            local = parameter.data.narrow(dim, offset[dim], count).clone()
+            setattr(module, name, nn.Parameter(local))
+        partial_sum = dim is None and self.sequence
+        self.cuts[f"{path}.{name}"] = Cut(whole, tuple(offset), dim is None, partial_sum)
+
+    def columns(self, linear: Linear, path: str) -> None:
+        """Each rank gives some of the output features."""
+        self.cut_parameter(linear, path, "weight", 0)
+        if linear.bias is not None:
+            self.cut_parameter(linear, path, "bias", 0)
+        linear.enter = (
+            partial(gather_for_product, dim=TOKENS, group=self.group)
+            if self.sequence
+            else partial(copy_to_group, group=self.group)
+        )
+
+    def rows(self, linear: Linear, path: str) -> None:
+        """Each rank takes some of the input features; the products are summed, then the bias is added once."""
+        self.cut_parameter(linear, path, "weight", 1)
+        if linear.bias is not None:
+            self.cut_parameter(linear, path, "bias", None)
+        linear.leave = (
+            partial(scatter_sum, dim=TOKENS, group=self.group)
+            if self.sequence
+            else partial(reduce_from_group, group=self.group)
+        )
+
+
+def _cut_self_attention(module: SelfAttention, path: str, cutter: Cutter) -> None:
+    heads = module.out.weight.shape[1] // module.head_width
+    cutter.columns(module.qkv, f"{path}.qkv")
+    cutter.rows(module.out, f"{path}.out")
+    module.head_offset = cutter.rows_of(heads)[0]
+
+
+def _cut_cross_attention(module: CrossAttention, path: str, cutter: Cutter) -> None:
+    heads = module.out.weight.shape[1] // module.head_width
+    cutter.columns(module.query, f"{path}.query")
+    cutter.columns(module.key_value, f"{path}.key_value")
+    cutter.rows(module.out, f"{path}.out")
+    module.head_offset = cutter.rows_of(heads)[0]
+
+
+def _cut_feed_forward(module: FeedForward, path: str, cutter: Cutter) -> None:
+    cutter.columns(module.up, f"{path}.up")
+    cutter.rows(module.down, f"{path}.down")
+
+
+def _copy_norm(module: LayerNorm, path: str, cutter: Cutter) -> None:
+    cutter.cut_parameter(module, path, "weight", None)
+    cutter.cut_parameter(module, path, "bias", None)
+
+
+def _cut_block(module: Block, path: str, cutter: Cutter) -> None:
+    if cutter.sequence:
+        module.cut = partial(scatter_copies, dim=TOKENS, group=cutter.group)
+
+
+def _cut_decoder(module: Decoder, path: str, cutter: Cutter) -> None:
+    held = dict(module.named_children())
+    if "word_embedding" in held:
+        cut_vocabulary(module.word_embedding, "word_embedding", cutter)
+    if "position_embedding" in held:
+        copy_table(module.position_embedding, "position_embedding", cutter)
+    if "output" in held:
+        cutter.cut_parameter(module.output, "output", "weight", 0)
+    if cutter.sequence:
+        module.cut = partial(scatter_copies, dim=TOKENS, group=cutter.group)
+    module.score = partial(cut_logits, group=cutter.group, sequence=cutter.sequence)
+    module.cross_entropy = partial(cut_cross_entropy, group=cutter.group, sequence=cutter.sequence)
+
+
+def cut_vocabulary(table: Embedding, path: str, cutter: Cutter) -> None:
+    """Each rank holds the rows of some tokens; a token's row is summed from the one rank that has it."""
+    first, _ = cutter.rows_of(table.weight.shape[0])
+    cutter.cut_parameter(table, path, "weight", 0)
+    table.look_up = partial(look_up_cut_table, first=first, group=cutter.group, sequence=cutter.sequence)
+
+
+def copy_table(table: Embedding, path: str, cutter: Cutter) -> None:
+    """Every rank holds the whole table, and looks up its own tokens only if the sequence is cut."""
+    cutter.cut_parameter(table, path, "weight", None)
+    if cutter.sequence:
+        whole_look_up = table.look_up
+
+        def look_up(ids: Tensor, weight: Tensor) -> Tensor:
+            return whole_look_up(scatter_copies(ids, TOKENS, cutter.group), weight)
+
+        table.look_up = look_up
+
+
+# How each layer class is cut. Linear and Embedding are cut by the layer that they are part of, which knows their role.
+SPLITS: dict[type[nn.Module], Callable[[Any, str, Cutter], None]] = {
+    SelfAttention: _cut_self_attention,
+    CrossAttention: _cut_cross_attention,
+    FeedForward: _cut_feed_forward,
+    LayerNorm: _copy_norm,
+    Block: _cut_block,
+    Decoder: _cut_decoder,
+}
+
+
+def split_tensors(model: nn.Module, group: Group, *, sequence: bool) -> dict[str, Cut]:
+    """Cut the model over the group in place; give what this rank holds of each parameter, by name.
+
+    The model may still be on the meta device. Raises TypeError for a parameter of a layer that has no row in SPLITS.
+    """
+    cutter = Cutter(group, sequence and size_of(group) > 1)
+    if cutter.size > 1:
+        for path, module in list(model.named_modules()):
+            if type(module) in SPLITS:
+                SPLITS[type(module)](module, path, cutter)
+    for name, parameter in model.named_parameters():
+        if cutter.size > 1 and name not in cutter.cuts:
+            raise TypeError(f"{name}: its layer's class has no row in parallel.tensor.SPLITS")
+        cutter.cuts.setdefault(name, Cut(tuple(parameter.shape), (0,) * parameter.dim(), is_copy=True))
+    return cutter.cuts
+
+
+def tensor_faults(*, size: int, num_heads: int, inner: int) -> list[tuple[str, int, list[int]]]:
+    """What does not divide by the tensor-parallel size: (setting, its value, the sizes that would fit)."""
+    faults = []
+    for name, value in (("num_attention_heads", num_heads), ("ffn_hidden_size", inner)):
+        if value % size:
+            faults.append((name, value, [n for n in range(1, value + 1) if value % n == 0 and n <= 64]))
+    return faults

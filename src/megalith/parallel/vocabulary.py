@@ -1,0 +1,124 @@
+"""The vocabulary cut over tensor ranks: looking up, scoring and the loss, none of which ever gathers the logits.
+
+Rank r holds the rows [r share, (r + 1) share) of the table, share = V / ranks rounded up.
+
+Shape letters: B batch, T token, N rows (B T), C rows of a chunk, D width, V vocabulary, S vocabulary rows held here.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalith.parallel.collectives import (
+    Group,
+    all_gather,
+    all_reduce,
+    copy_to_group,
+    gather_for_product,
+    rank_in,
+    reduce_from_group,
+    scatter_sum,
+    size_of,
+)
+
+CHUNK = {"cpu": 512, "cuda": 4096}  # rows scored at once, as in layers/loss.py
+
+
+def look_up_cut_table(ids_BT: Tensor, table_SD: Tensor, *, first: int, group: Group, sequence: bool) -> Tensor:
+    """BTD: the row of each id, wherever it is held; with sequence, of this rank's tokens only."""
+    local = ids_BT - first
+    elsewhere = (local < 0) | (local >= table_SD.shape[0])
+    rows_BTD = F.embedding(local.masked_fill(elsewhere, 0), table_SD)
+    rows_BTD = rows_BTD.masked_fill(elsewhere[..., None], 0.0)
+    return scatter_sum(rows_BTD, 1, group) if sequence else reduce_from_group(rows_BTD, group)
+
+
+def cut_logits(hidden_BTD: Tensor, table_SD: Tensor, *, group: Group, sequence: bool) -> Tensor:
+    """BTV: all logits on every rank. For generation; training never needs them."""
+    if sequence:
+        hidden_BTD = gather_for_product(hidden_BTD, 1, group)
+    logits_BTS = hidden_BTD @ table_SD.to(hidden_BTD.dtype).t()
+    widths = all_gather(torch.tensor([logits_BTS.shape[-1]], device=logits_BTS.device), 0, group).tolist()
+    # A collective wants equal parts: a smaller last one is filled up and cut off again.
+    filled = F.pad(logits_BTS, (0, max(widths) - logits_BTS.shape[-1]))
+    parts = all_gather(filled, -1, group).split(max(widths), -1)
+    return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], -1)
+
+
+def cut_cross_entropy(
+    hidden_BTD: Tensor,
+    table_SD: Tensor,
+    labels_BT: Tensor,
+    loss_weights_BT: Tensor,
+    *,
+    group: Group,
+    sequence: bool,
+    softmax_in_16_bit: bool = False,
+) -> Tensor:
+    """The weighted sum of cross entropies as layers/loss.py gives it, from a table cut over the group.
+
+    Every rank gets the whole sum. Per chunk of rows three vectors travel: the largest logit, the sum of exponentials
+    and the label's logit.
+    """
+    hidden_BTD = gather_for_product(hidden_BTD, 1, group) if sequence else copy_to_group(hidden_BTD, group)
+    share = -(-_vocabulary(table_SD, group) // size_of(group))
+    labels_N = labels_BT.flatten() - rank_in(group) * share
+    table = table_SD.to(hidden_BTD.dtype)
+    dtype = hidden_BTD.dtype if softmax_in_16_bit else torch.float32
+    loss: Tensor = _CutCrossEntropy.apply(
+        hidden_BTD.flatten(0, -2), table, labels_N, loss_weights_BT.flatten().float(), dtype, group
+    )
+    return loss
+
+
+def _vocabulary(table_SD: Tensor, group: Group) -> int:
+    return int(all_reduce(torch.tensor(table_SD.shape[0], device=table_SD.device), group))
+
+
+class _CutCrossEntropy(torch.autograd.Function):
+    """Gradients are computed chunk by chunk in the forward pass; that of hidden is this rank's part of a sum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        table_SD: Tensor,
+        labels_N: Tensor,
+        weights_N: Tensor,
+        dtype: torch.dtype,
+        group: Group,
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden_ND) if wanted else None
+        grad_table = torch.zeros_like(table_SD, dtype=torch.float32) if wanted else None
+        losses_N = torch.empty_like(weights_N)
+        chunk = CHUNK["cuda" if hidden_ND.is_cuda else "cpu"]
+        for start in range(0, len(hidden_ND), chunk):
+            part = slice(start, start + chunk)
+            hidden, weights = hidden_ND[part], weights_N[part, None]
+            labels = labels_N[part, None]
+            here = (labels >= 0) & (labels < len(table_SD))
+            labels = labels.masked_fill(~here, 0)
+            scores = (hidden @ table_SD.t()).to(dtype)
+            scores -= all_reduce(scores.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
+            wanted_score = scores.gather(1, labels).masked_fill(~here, 0)
+            powers = scores.exp_()
+            sums = torch.stack([powers.sum(-1, keepdim=True), wanted_score])
+            total, score = all_reduce(sums, group).unbind()
+            losses_N[part] = (total.log() - score)[:, 0].float()
+            if grad_hidden is not None and grad_table is not None:
+                slopes = powers.div_(total).scatter_add_(1, labels, -here.to(powers.dtype)).to(hidden.dtype)
+                torch.mm(slopes, table_SD, out=grad_hidden[part]).mul_(weights)
+                weighted = (hidden * weights).to(hidden.dtype)
+                grad_table += slopes.t() @ weighted
+        if grad_hidden is not None and grad_table is not None:
+            ctx.save_for_backward(grad_hidden, grad_table)
+        return losses_N @ weights_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_table = ctx.saved_tensors
+        return grad_hidden * gradients[0], grad_table * gradients[0], None, None, None, None

@@ -1,0 +1,36 @@
+"""What is told of the steps that were taken: figures of the machine, the interval's line, timers and memory."""
+
+import time
+
+from megalith.derived import sequence_length
+from megalith.job import Job
+from megalith.models.shape import shape_of
+from megalith.monitor.events import MemoryReported, RankMemory, StepDone, TimersReported
+from megalith.monitor.flops import training_flops
+from megalith.monitor.timers import STEP_TIMERS
+
+
+def step_flops(job: Job, batch_size: int) -> float:
+    """Floating-point operations that the model needs for a step of that many sequences, recomputation apart."""
+    shape = shape_of(job.run.model)
+    return training_flops(
+        num_layers=shape.num_layers,
+        hidden_size=shape.width,
+        seq_length=sequence_length(job.run),
+        vocab_size=job.vocab_size,
+        batch=batch_size,
+        ffn_hidden_size=shape.inner,
+        attention_width=shape.num_heads * shape.head_width,
+    )
+
+
+def report_interval(job: Job, last: StepDone) -> None:
+    """Report the steps since the last report, which `last` ended: the line, then timers, then once the memory."""
+    done = job.interval.close(last, time.perf_counter())
+    job.log.report(done)
+    # Megatron-LM prints the memory with the first line whose learning rate is above 0: then a step has been taken.
+    if not job.memory_reported and done.learning_rate > 0 and last.memory is not None:
+        job.memory_reported = True
+        job.log.report(MemoryReported(last.step, (RankMemory(job.layout.rank, last.memory),)))
+    seconds = job.timers.elapsed(STEP_TIMERS)
+    job.log.report(TimersReported(seconds, num_steps=job.run.monitor.log_interval, step=last.step))

@@ -1,0 +1,262 @@
+"""The run from start to end, in the order in which it happens.
+
+Everything that changes from step to step is in `Progress`, the weights and the optimizer's state; the rest of a job is
+fixed once it is built (job.py). So a checkpoint is these three, and a resumed run goes on bit for bit.
+"""
+
+import os
+import signal
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megalith.config import Run
+from megalith.corpora import prepare_corpus
+from megalith.derived import sequence_length
+from megalith.job import Job, build_job, open_data, open_log
+from megalith.layers.random import dropout_rows
+from megalith.monitor.events import Evaluated, PlaceReached, RunEnded, StepDone, TrainingStarted
+from megalith.monitor.memory import memory_use
+from megalith.monitor.signals import StopSignals
+from megalith.optim.clip import clip_gradients, count_zeros, global_norm, unscale_gradients
+from megalith.optim.groups import set_learning_rate
+from megalith.optim.schedule import learning_rate
+from megalith.parallel.mesh import choose_device, join, leave, make_layout
+from megalith.parallel.shard import reduce_gradients
+from megalith.parallel.step import Batch, forward_backward
+from megalith.report import report_interval, step_flops
+from megalith.resume import Keeper, resume
+from megalith.sources import write_run_file
+
+# Exit statuses beside 0: done, or stopped where --exit-interval or --exit-duration-in-mins said.
+STOPPED_BY_SIGNAL = 75  # saved; the same command goes on
+STOPPED_UNSAVED = 76  # a signal stopped a run that has no --save
+
+
+def train(run: Run, *, started: float) -> int:
+    """Run a training to its end, or to where it is told to stop; return the exit status.
+
+    started: Unix seconds when the program began. Raises ValueError for what is found unfit before the first step.
+    """
+    layout = make_layout(
+        os.environ,
+        tensor=run.parallel.tensor_model_parallel_size,
+        pipeline=run.parallel.pipeline_model_parallel_size,
+    )
+    with ExitStack() as stack:
+        device = choose_device(run.parallel.device, layout.local_rank)
+        join(layout, device)
+        stack.callback(leave)
+        log = stack.enter_context(open_log(run, layout))
+        signals = stack.enter_context(StopSignals())
+        run = prepare_corpus(run, layout, log)
+        job = build_job(run, layout, device, log, started=started)
+        keeper = stack.enter_context(Keeper(job))
+        resume(job)
+        log.report(PlaceReached("after model, optimizer, and learning rate scheduler are built"))
+        open_data(job)
+        if run.train.exit_before_training:
+            log.line(f"nothing was trained: --exit-before-training ({run.task}, {job.last_step} steps)")
+            return 0
+        write_run_file(run)
+        if job.progress.step >= job.last_step:
+            log.line(f"the run is finished: all {job.last_step} steps were taken; raise --train-iters to go on")
+            return 0
+        reason = run_steps(job, keeper, signals)
+        if reason is None:
+            finish(job, keeper)
+        keeper.wait()
+        log.report(
+            RunEnded(
+                step=job.progress.step,
+                reason=reason or "done",
+                minutes=(time.time() - started) / 60,
+                spent=job.ledger.seconds(),
+            )
+        )
+    if reason is None or reason.startswith("exit-"):
+        return 0
+    return STOPPED_BY_SIGNAL if run.checkpoint.save is not None else STOPPED_UNSAVED
+
+
+def run_steps(job: Job, keeper: Keeper, signals: StopSignals) -> str | None:
+    """Take steps until the last one is done (None), or until something asks to stop (its name)."""
+    run, progress, log = job.run, job.progress, job.log
+    log.report(
+        TrainingStarted(
+            step=progress.step,
+            last_step=job.last_step,
+            consumed_samples=progress.consumed_train_samples,
+            num_devices=job.layout.world_size,
+            peak_flops=job.interval.peak_flops,
+        )
+    )
+    log.report(PlaceReached("before the start of training step"))
+    if run.evaluate.eval_first and progress.step == 0:
+        evaluate(job, "valid")
+    while progress.step < job.last_step:
+        with job.ledger.spend("step"):
+            done = take_step(job)
+        log.report(done)
+        job.interval.add(done)
+        if every(progress.step, run.monitor.log_interval):
+            report_interval(job, done)
+        if every(progress.step, run.evaluate.eval_interval):
+            evaluate(job, "valid")
+        reason = reason_to_stop(job, signals)
+        if reason or every(progress.step, run.checkpoint.save_interval):
+            keeper.save()
+        if reason:
+            return reason
+    return None
+
+
+def every(step: int, interval: int | None) -> bool:
+    """Whether something is due at this step."""
+    return interval is not None and step % interval == 0
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of a step's gradients."""
+
+    skipped: bool
+    grad_norm: Tensor | None = None
+    num_zeros: Tensor | None = None
+
+
+def take_step(job: Job) -> StepDone:
+    """One optimizer step: microbatches forward and backward, one reduction, one update or none."""
+    began = time.perf_counter()
+    progress, run, timers = job.progress, job.run, job.timers
+    num_microbatches = job.batch_sizes.num_microbatches(progress.consumed_train_samples)
+    batch_size = job.batch_sizes.batch_size(progress.consumed_train_samples)
+    with timers("batch-generator"), job.ledger.spend("data"):
+        microbatches = job.loaders["train"].step_batch(progress.consumed_train_samples, num_microbatches)
+    if run.model.hidden_dropout > 0 or run.model.attention_dropout > 0:
+        microbatches = [with_rows(batch, run.train.seed) for batch in microbatches]
+
+    job.optimizer.zero_grad(set_to_none=True)
+    scale = 1.0 if progress.loss_scale is None else progress.loss_scale.scale
+    losses = forward_backward(
+        microbatches,
+        lambda batch: job.task.losses(job.model, batch),
+        masks=job.task.masks,
+        scale=scale,
+        group=job.groups.replicas,
+        timers=timers,
+    )
+    if job.groups.replicas is not None:
+        with timers("backward-params-all-reduce"):
+            reduce_gradients(job.model.parameters(), job.groups.replicas)
+    with timers("optimizer"):
+        update = update_weights(job, scale)
+
+    progress.step += 1
+    progress.consumed_train_samples += batch_size
+    progress.skipped_steps += update.skipped
+    if not update.skipped:
+        progress.schedule_samples += batch_size
+    return StepDone(
+        step=progress.step,
+        consumed_samples=progress.consumed_train_samples,
+        num_tokens=batch_size * sequence_length(run),
+        seconds=time.perf_counter() - began,
+        losses=losses,
+        learning_rate=learning_rate(progress.schedule_samples, job.schedule),
+        global_batch_size=batch_size,
+        loss_scale=1.0 if progress.loss_scale is None else progress.loss_scale.scale,
+        skipped=update.skipped,
+        grad_norm=update.grad_norm,
+        num_zeros=update.num_zeros,
+        params_norm=(global_norm(job.model.parameters(), device=job.device) if run.monitor.log_params_norm else None),
+        model_flops=step_flops(job, batch_size),
+        memory=memory_use(job.device) if every(progress.step, run.monitor.log_interval) else None,
+    )
+
+
+def with_rows(batch: Batch, seed: int) -> Batch:
+    """The batch with the dropout words of its tokens."""
+    return {**batch, "rows": dropout_rows(seed, batch["samples"], batch["tokens"].shape[1])}
+
+
+def update_weights(job: Job, scale: float) -> Update:
+    """Unscale, look for overflow, clip and update, or skip the step; in place."""
+    progress, config, timers = job.progress, job.run.optimizer, job.timers
+    gradients = [parameter.grad for parameter in job.model.parameters() if parameter.grad is not None]
+    with timers("optimizer-unscale-and-check-inf"):
+        overflow = bool(unscale_gradients(gradients, scale))
+    if progress.loss_scale is not None:
+        progress.loss_scale = progress.loss_scale.updated(overflow)
+    if overflow:
+        return Update(skipped=True)
+    norm = None
+    if config.clip_grad > 0:
+        with timers("optimizer-clip-main-grad"):
+            norm = clip_gradients(gradients, config.clip_grad)
+    zeros = count_zeros(gradients, device=job.device) if job.run.monitor.log_num_zeros_in_grad else None
+    set_learning_rate(job.optimizer, learning_rate(progress.schedule_samples, job.schedule))
+    job.optimizer.step()
+    return Update(skipped=False, grad_norm=norm, num_zeros=zeros)
+
+
+def evaluate(job: Job, part: str, *, final: bool = False) -> dict[str, float] | None:
+    """Report the mean losses over the next eval_iters batches of a part; None if the run has no such data."""
+    if part not in job.loaders or not job.run.evaluate.eval_iters:
+        return None
+    progress, sums = job.progress, dict[str, float]()
+    began = time.perf_counter()
+    iterations = job.run.evaluate.eval_iters
+    num_microbatches = job.batch_sizes.num_microbatches(progress.consumed_train_samples)
+    with job.ledger.spend("evaluation"), torch.no_grad():
+        job.model.eval()
+        consumed = progress.consumed_valid_samples if part == "valid" else 0
+        for _ in range(iterations):
+            losses = forward_backward(
+                job.loaders[part].step_batch(consumed, num_microbatches),
+                lambda batch: job.task.losses(job.model, batch),
+                masks=job.task.masks,
+                scale=1.0,
+                group=job.groups.replicas,
+                timers=job.untimed,
+                backward=False,
+            )
+            consumed += job.batch_sizes.batch_size(progress.consumed_train_samples)
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0.0) + float(loss)
+        job.model.train()
+    if part == "valid":
+        progress.consumed_valid_samples = consumed
+    means = {name: total / iterations for name, total in sums.items()}
+    split = "validation" if part == "valid" else part
+    seconds = time.perf_counter() - began
+    job.log.report(Evaluated(progress.step, progress.consumed_train_samples, split, final, means, seconds))
+    return means
+
+
+def finish(job: Job, keeper: Keeper) -> None:
+    """After the last step: validate, save, test."""
+    job.log.report(PlaceReached("after training is done"))
+    evaluate(job, "valid", final=True)
+    keeper.save(while_training=False)
+    evaluate(job, "test", final=True)
+
+
+def reason_to_stop(job: Job, signals: StopSignals) -> str | None:
+    """Why the run is to stop after this step, the same on every rank; None to go on."""
+    train = job.run.train
+    minutes = (time.time() - job.started) / 60
+    late = train.exit_duration_in_mins is not None and minutes > train.exit_duration_in_mins
+    number = int(signals.received or 0)
+    # One small reduction on the host: a signal that one rank got, or a clock that is past its hour, stops all.
+    number, late_anywhere = job.groups.agree([number, int(late)])
+    if number:
+        return signal.Signals(number).name
+    if late_anywhere:
+        return "exit-duration"
+    if every(job.progress.step, train.exit_interval):
+        return "exit-interval"
+    return None
