@@ -10,6 +10,7 @@ Shape letters: B batch, T token, N rows (B T), C rows of a chunk, D width, V voc
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Rows per chunk: fewer make the matrix products slow, more make the chunk's logits large (100 MB for 512 rows of 50304
@@ -23,34 +24,41 @@ def vocabulary_cross_entropy(
     labels_BT: Tensor,
     loss_weights_BT: Tensor,
     *,
+    bias_V: Tensor | None = None,
     softmax_in_16_bit: bool = False,
     chunk: int | None = None,
 ) -> Tensor:
-    """Sum over tokens of loss weight times cross entropy of softmax(hidden table^T) against the label: a fp32 scalar.
+    """Sum over tokens of loss weight times cross entropy of softmax(hidden table^T + bias) and label: a fp32 scalar.
 
-    Logits are computed in the type of hidden; the softmax in fp32, or in that type if softmax_in_16_bit. The gradient
-    of 16-bit logits is the weighted one, so loss weights have to hold the loss scale already. Labels below 0 are
-    allowed where the weight is 0. Gradients flow to hidden and table.
+    Logits are computed in the type of hidden; the softmax in fp32, or in that type if softmax_in_16_bit. Gradients that
+    flow through 16-bit logits are those of the weighted loss, so loss weights hold the loss scale already. Labels below
+    0 are allowed where the weight is 0. Gradients flow to hidden, table and bias.
     """
-    wanted = torch.is_grad_enabled() and (hidden_BTD.requires_grad or table_VD.requires_grad)
     table = table_VD.to(hidden_BTD.dtype)
+    bias = None if bias_V is None else bias_V.to(hidden_BTD.dtype)
     chunk = _rows_per_chunk(hidden_BTD) if chunk is None else chunk
     hidden_ND = hidden_BTD.flatten(0, -2)
     labels_N, weights_N = labels_BT.flatten(), loss_weights_BT.flatten().float()
-    if not wanted:
-        return _losses(hidden_ND, table, labels_N, softmax_in_16_bit, chunk) @ weights_N
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden_ND, table, labels_N, weights_N, softmax_in_16_bit, chunk)
+    if not (torch.is_grad_enabled() and (hidden_BTD.requires_grad or table_VD.requires_grad)):
+        return _losses(hidden_ND, table, bias, labels_N, softmax_in_16_bit, chunk) @ weights_N
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden_ND, table, bias, labels_N, weights_N, softmax_in_16_bit, chunk)
     return loss
 
 
 @torch.no_grad()
 def per_token_losses(
-    hidden_BTD: Tensor, table_VD: Tensor, labels_BT: Tensor, *, softmax_in_16_bit: bool = False
+    hidden_BTD: Tensor,
+    table_VD: Tensor,
+    labels_BT: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    softmax_in_16_bit: bool = False,
 ) -> Tensor:
     """fp32 BT: the cross entropy of every token, without gradients. Labels below 0 give the loss of label 0."""
-    chunk = _rows_per_chunk(hidden_BTD)
     table = table_VD.to(hidden_BTD.dtype)
-    losses_N = _losses(hidden_BTD.flatten(0, -2), table, labels_BT.flatten(), softmax_in_16_bit, chunk)
+    bias = None if bias_V is None else bias_V.to(hidden_BTD.dtype)
+    chunk = _rows_per_chunk(hidden_BTD)
+    losses_N = _losses(hidden_BTD.flatten(0, -2), table, bias, labels_BT.flatten(), softmax_in_16_bit, chunk)
     return losses_N.view(labels_BT.shape)
 
 
@@ -60,6 +68,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden_ND: Tensor,
         table_VD: Tensor,
+        bias_V: Tensor | None,
         labels_N: Tensor,
         weights_N: Tensor,
         softmax_in_16_bit: bool,
@@ -67,6 +76,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         grad_hidden = torch.empty_like(hidden_ND)
         grad_table = torch.empty_like(table_VD, dtype=torch.float32)
+        grad_bias = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         losses_N = torch.empty_like(weights_N)
         # One piece of memory for all chunks: taking and giving back as much for each would cost as much as a product.
         memory_CV = hidden_ND.new_empty(min(chunk, len(hidden_ND)), len(table_VD))
@@ -74,41 +84,51 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             hidden, weights, labels = hidden_ND[part], weights_N[part, None], labels_N[part, None].clamp(min=0)
             logits = torch.mm(hidden, table_VD.t(), out=memory_CV[: len(hidden)])
-            p, losses_N[part] = _softmax_and_losses(logits, hidden, table_VD, labels, softmax_in_16_bit)
+            if bias_V is not None:
+                logits += bias_V
+            softmax, losses_N[part] = _softmax_and_losses(logits, labels, hidden, table_VD, bias_V, softmax_in_16_bit)
             # Now the derivative of the loss by the logits, softmax - one_hot, in place.
-            slopes = p.scatter_add_(1, labels, p.new_full((1, 1), -1.0).expand_as(labels)).to(hidden.dtype)
-            # The weights go to the narrow side of both products, which saves a pass over the chunk.
+            minus_one = softmax.new_full((1, 1), -1.0).expand_as(labels)
+            slopes = softmax.scatter_add_(1, labels, minus_one).to(hidden.dtype)
+            # The weights go to the narrow side of the products, which saves a pass over the chunk.
             torch.mm(slopes, table_VD, out=grad_hidden[part]).mul_(weights)
             _add_product(grad_table, slopes.t(), (hidden * weights).to(hidden.dtype), first=start == 0)
-        ctx.save_for_backward(grad_hidden, grad_table)
+            if grad_bias is not None:
+                grad_bias += slopes.t() @ weights[:, 0].to(slopes.dtype)
+        ctx.save_for_backward(grad_hidden, grad_table, grad_bias)
         return losses_N @ weights_N
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_table = ctx.saved_tensors
+        grads: tuple[Tensor | None, ...] = ctx.saved_tensors
         if grad_loss.is_cuda or grad_loss != 1:  # On a GPU to look would be to wait.
-            grad_hidden, grad_table = grad_hidden * grad_loss, grad_table * grad_loss
-        return grad_hidden, grad_table, None, None, None, None
+            grads = tuple(None if grad is None else grad * grad_loss for grad in grads)
+        return *grads, None, None, None, None
 
 
 def _softmax_and_losses(
-    logits_CV: Tensor, hidden_CD: Tensor, table_VD: Tensor, labels_C1: Tensor, softmax_in_16_bit: bool
+    logits_CV: Tensor,
+    labels_C1: Tensor,
+    hidden_CD: Tensor,
+    table_VD: Tensor,
+    bias_V: Tensor | None,
+    softmax_in_16_bit: bool,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(logits), and the cross entropies C. On the CPU fp32 logits are overwritten: passes over memory count."""
+    """softmax(logits), CV, and the cross entropies, C.
+
+    On the CPU fp32 logits are overwritten by their softmax in one pass over memory, and the loss is -log of what it has
+    at the label. Where that underflows the row is projected once more.
+    """
     if logits_CV.is_cuda or logits_CV.dtype != torch.float32:
         logs = torch.log_softmax(logits_CV, -1, dtype=logits_CV.dtype if softmax_in_16_bit else torch.float32)
         losses_C = -logs.gather(1, labels_C1)[:, 0]
         return logs.exp_(), losses_C
-    label_logits_C = logits_CV.gather(1, labels_C1)[:, 0]
     p_CV = torch.softmax(logits_CV, -1, out=logits_CV)
     label_p_C = p_CV.gather(1, labels_C1)[:, 0]
     losses_C = -label_p_C.log()
-    # Where the label's probability underflows, by log sum exp(logits) = the largest logit - log its probability.
     lost = (label_p_C < 1e-30).nonzero()[:, 0]
     if len(lost):
-        top_p, top = p_CV[lost].max(-1)
-        top_logits = (hidden_CD[lost] * table_VD[top]).sum(-1)
-        losses_C[lost] = top_logits - top_p.log() - label_logits_C[lost]
+        losses_C[lost] = _losses(hidden_CD[lost], table_VD, bias_V, labels_C1[lost, 0], False, len(lost))
     return p_CV, losses_C
 
 
@@ -123,11 +143,13 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> 
         total.addmm_(left, right)
 
 
-def _losses(hidden_ND: Tensor, table_VD: Tensor, labels_N: Tensor, softmax_in_16_bit: bool, chunk: int) -> Tensor:
+def _losses(
+    hidden_ND: Tensor, table_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor, softmax_in_16_bit: bool, chunk: int
+) -> Tensor:
     losses_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
     for start in range(0, len(hidden_ND), chunk):
         part = slice(start, start + chunk)
-        logits = hidden_ND[part] @ table_VD.t()
+        logits = F.linear(hidden_ND[part], table_VD, bias_V)
         logs = torch.log_softmax(logits, -1, dtype=logits.dtype if softmax_in_16_bit else torch.float32)
         losses_N[part] = -logs.gather(1, labels_N[part, None].clamp(min=0))[:, 0]
     return losses_N
