@@ -1,0 +1,126 @@
+"""Real text that every Python installation carries, so that a first run needs no download.
+
+It is the language reference that pydoc shows, the docstrings of the standard library, and the code of some of its
+modules without them (so that no text stands twice, once in training and once in validation data). Nothing is imported:
+sources are parsed. Which modules there are differs between Python versions and distributions; all orders and choices
+depend on a document's own name alone, so a missing module changes nothing else.
+"""
+
+import ast
+import hashlib
+import json
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from megalith.files import Location, open_whole
+
+SEED = "megalith"  # of the order of the documents and the choice of code
+LARGEST_DOCUMENT = 8000  # characters; longer ones are cut at blank lines, so that a random split is even
+SMALLEST_DOCUMENT = 200  # characters
+CODE_SHARE = 1 / 3  # of the modules whose code is taken
+LEFT_OUT = frozenset(
+    ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "ensurepip", "encodings")
+)
+
+
+def standard_library_documents() -> Iterator[str]:
+    """The documents, some 5 MB, in a fixed order in which neighbours have nothing to do with each other.
+
+    Raises ValueError where this Python has no sources on the disk.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    documents: dict[str, str] = {}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if LEFT_OUT.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata"):
+            documents.update(_documents_of(path, name.as_posix()))
+    if not documents:
+        raise ValueError(
+            f"{root}: expected the standard library's sources, found none; give a text of your own instead"
+        )
+    for title in sorted(documents, key=_shuffled):
+        yield documents[title]
+
+
+def write_corpus(path: Location) -> int:
+    """Write the documents as JSON lines with the key text; give their number."""
+    number = 0
+    with open_whole(path, "w") as file:
+        for text in standard_library_documents():
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            number += 1
+    return number
+
+
+def _documents_of(path: Path, name: str) -> Iterator[tuple[str, str]]:
+    """The documents of one source file, each with a name of its own; none of a file that is not valid Python."""
+    try:
+        with tokenize.open(path) as file:
+            source = file.read()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is out of date in a library's source does not matter here
+            tree = ast.parse(source)
+    except (OSError, SyntaxError, ValueError):
+        return
+    if name == "pydoc_data/topics.py":
+        for topic, text in sorted(_topics(tree).items()):
+            yield from _parts(f"{name}:{topic}", text)
+        return
+    documented = _docstrings(tree, name.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+    yield from _parts(f"{name}:docstrings", "\n\n".join(f"{title}\n\n{text}" for title, text, _ in documented))
+    if int(_shuffled(name)[:8], 16) < CODE_SHARE * 16**8:
+        yield from _parts(f"{name}:code", _without(source, [node for _, _, node in documented]))
+
+
+def _topics(tree: ast.Module) -> dict[str, str]:
+    """The topics of the language reference: the one literal dict of text in pydoc's module."""
+    for statement in tree.body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
+            topics = ast.literal_eval(statement.value)
+            return {name: text for name, text in topics.items() if isinstance(name, str) and isinstance(text, str)}
+    return {}
+
+
+def _docstrings(tree: ast.Module, module: str) -> list[tuple[str, str, ast.stmt]]:
+    """The title, text and statement of each docstring, in the order of the source."""
+    found: list[tuple[str, str, ast.stmt]] = []
+    scopes: list[tuple[str, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]] = [(module, tree)]
+    while scopes:
+        title, scope = scopes.pop(0)
+        text = ast.get_docstring(scope)
+        if text:
+            found.append((title, text, scope.body[0]))
+        for inner in ast.iter_child_nodes(scope):
+            if isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                scopes.append((f"{title}.{inner.name}", inner))
+    return sorted(found, key=lambda entry: entry[2].lineno)
+
+
+def _without(source: str, statements: list[ast.stmt]) -> str:
+    """A source without the lines of some statements."""
+    lines = source.splitlines(keepends=True)
+    for statement in statements:
+        for number in range(statement.lineno - 1, statement.end_lineno or statement.lineno):
+            lines[number] = ""
+    return "".join(lines)
+
+
+def _parts(name: str, text: str) -> Iterator[tuple[str, str]]:
+    """A text cut at blank lines into documents of at most about LARGEST_DOCUMENT characters, each with its name."""
+    held: list[str] = []
+    number = size = 0
+    for paragraph in text.strip().split("\n\n"):
+        if held and size + len(paragraph) > LARGEST_DOCUMENT:
+            yield f"{name}:{number}", "\n\n".join(held).strip("\n")
+            held, number, size = [], number + 1, 0
+        held.append(paragraph)
+        size += len(paragraph) + 2
+    if size > SMALLEST_DOCUMENT or (number and size > 2):
+        yield f"{name}:{number}", "\n\n".join(held).strip("\n")
+
+
+def _shuffled(name: str) -> str:
+    return hashlib.sha256(f"{SEED}:{name}".encode()).hexdigest()

@@ -1,0 +1,360 @@
+"""Documents from input files of any size: cut into blocks by one process, parsed by others.
+
+`read_blocks` only finds ends of lines (or rows, paragraphs, files), which is fast, and hands out blocks of about 1 MiB;
+`parse_block` makes documents of a block, which is the work. A block knows where it comes from, so that a fault is named
+by file, line and byte offset wherever it is found. Offsets count the uncompressed bytes of a file, lines begin at 1.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megalith.data.input_files import ByteStream, Source, open_stream
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+READ_SIZE = 1 << 20  # bytes per read, and the size of a usual block
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+TEXT_DOCUMENTS = ("file", "paragraph", "line")
+NEVER = rb"(?!)"  # matches nowhere
+ENDS = {  # what ends a record of each form
+    "jsonl": rb"\n",
+    "line": rb"\n",
+    "paragraph": rb"\n[ \t\r]*\n",
+    "file": NEVER,
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of one source inside a block.
+
+    form: jsonl, line, paragraph, file, row, or fault. line and offset: where it begins (for rows: the number of the
+    first row, from 1). size: its bytes in the block. count: its rows. reason: what is wrong, for a fault.
+    """
+
+    source: str
+    form: str
+    line: int
+    offset: int
+    size: int = 0
+    count: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some parts, one after the other, and their bytes; num_read: bytes of all input files read up to its end."""
+
+    parts: tuple[Part, ...]
+    content: bytes
+    num_read: int
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A document that cannot be used, or a source without any."""
+
+    source: str
+    line: int
+    offset: int
+    reason: str
+    unit: str = "line"
+
+    def __str__(self) -> str:
+        place = f"row {self.line}" if self.unit == "row" else f"line {self.line}, byte offset {self.offset}"
+        return f"{self.source}, {place}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class DocumentRules:
+    """How documents are taken from files.
+
+    keys: the fields (JSON) or columns (parquet) that hold text; plain text has one. text_documents: what is a document
+    in plain text, one of TEXT_DOCUMENTS. max_bytes: of one document as it stands in the file.
+    """
+
+    keys: tuple[str, ...]
+    text_documents: str = "file"
+    max_bytes: int = 1 << 28
+
+
+def read_blocks(sources: Sequence[Source], rules: DocumentRules) -> Iterator[Block]:
+    """The sources in order, in blocks of about READ_SIZE bytes that end where a document ends.
+
+    A block is larger only where a document is: memory stays below READ_SIZE + rules.max_bytes. Small files share
+    blocks. Raises ValueError for a source that cannot be read to its end.
+    """
+    parts: list[Part] = []
+    contents: list[bytes] = []
+    size = 0
+    before = 0  # bytes of the sources that are done
+    for source in sources:
+        reader = _read_parquet if source.format == "parquet" else _read_stream
+        num_read = 0
+        for part, content, num_read in reader(source, rules):
+            parts.append(part)
+            contents.append(content)
+            size += len(content)
+            if size >= READ_SIZE:
+                yield Block(tuple(parts), b"".join(contents), before + num_read)
+                parts, contents, size = [], [], 0
+        before += num_read if source.size is None else source.size
+    if parts:
+        yield Block(tuple(parts), b"".join(contents), before)
+
+
+def _read_stream(source: Source, rules: DocumentRules) -> Iterator[tuple[Part, bytes, int]]:
+    """The parts of a source of JSON lines or text, their bytes, and how much of the file is read."""
+    form = "jsonl" if source.format == "jsonl" else rules.text_documents
+    has_content = False
+    with open_stream(source) as (stream, file):
+        for line, offset, content in _cut(stream, re.compile(ENDS[form]), rules.max_bytes):
+            if content is None:
+                reason = f"is longer than {rules.max_bytes} bytes (--max-document-mb)"
+                if form == "file":
+                    reason += "; --text-documents paragraph or line makes several documents of a file"
+                has_content = True
+                yield Part(source.name, "fault", line, offset, reason=reason), b"", file.num_read
+                continue
+            has_content = has_content or not content.isspace()
+            yield Part(source.name, form, line, offset, len(content)), content, file.num_read
+        if not has_content:
+            reason = "the file is empty or holds nothing but blank lines"
+            yield Part(source.name, "fault", 1, 0, reason=reason), b"", file.num_read
+
+
+def _cut(stream: ByteStream, end: re.Pattern[bytes], max_bytes: int) -> Iterator[tuple[int, int, bytes | None]]:
+    """A stream in pieces that hold whole records: line, offset and bytes; None for a record that is too long.
+
+    end matches what ends a record. A byte order mark at the start is left out.
+    """
+    last_end = re.compile(b"(?s:.*)" + end.pattern)
+    line, offset = 1, 0
+    held = bytearray(stream.read(READ_SIZE))
+    if held.startswith(BYTE_ORDER_MARK):
+        del held[:3]
+        offset = 3
+    searched = 0  # bytes of held that are known to hold no end
+    skipping = False
+    while held:
+        # One byte again, for an end may lie across two reads.
+        found = (end.search if skipping else last_end.match)(held, max(searched - 1, 0))
+        if found:
+            content = bytes(held[: found.end()])
+            if not skipping:
+                yield line, offset, content
+            line, offset = line + content.count(b"\n"), offset + len(content)
+            del held[: len(content)]
+            searched, skipping = 0, False
+        elif len(held) > max_bytes and not skipping:
+            yield line, offset, None
+            skipping = True
+        if skipping and not found:
+            # All but a possible first byte of an end is done with.
+            line, offset = line + held.count(b"\n", 0, len(held) - 1), offset + len(held) - 1
+            del held[:-1]
+        searched = len(held)
+        read = stream.read(READ_SIZE)
+        if not read:
+            break
+        held += read
+    if held and not skipping:
+        yield line, offset, bytes(held)
+
+
+def _read_parquet(source: Source, rules: DocumentRules) -> Iterator[tuple[Part, bytes, int]]:
+    """The rows of a parquet file, a batch of about READ_SIZE bytes at a time, and about how much of it is read."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ValueError(
+            f"{source.name}: reading parquet needs the package pyarrow, which is not installed; "
+            "pip install 'megalith[data]' brings it"
+        ) from error
+    row = 1
+    try:
+        with pq.ParquetFile(source.name, pre_buffer=False) as file:
+            _check_columns(source, file.schema_arrow, rules.keys)
+            num_rows = file.metadata.num_rows
+            if num_rows == 0:
+                yield Part(source.name, "fault", 1, 0, reason="the file has no rows"), b"", 0
+            for batch in file.iter_batches(_rows_at_once(file.metadata), columns=list(rules.keys), use_threads=False):
+                content = b"".join(_pack_column(batch.column(key)) for key in rules.keys)
+                done = (source.size or 0) * (row + batch.num_rows - 1) // num_rows
+                yield Part(source.name, "row", row, 0, len(content), batch.num_rows), content, done
+                row += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{source.name}: not a readable parquet file, from row {row} on ({error!s:.200})") from error
+
+
+def _check_columns(source: Source, schema: "pa.Schema", keys: Sequence[str]) -> None:
+    import pyarrow as pa
+
+    for key in keys:
+        if key not in schema.names:
+            raise ValueError(f"{source.name}: has no column {key}; it has {', '.join(schema.names)} (--json-keys)")
+        kind = schema.field(key).type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            raise ValueError(f"{source.name}: column {key} holds {kind}, not text (--json-keys)")
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """How many rows of a parquet file hold about READ_SIZE bytes."""
+    num_bytes = sum(int(metadata.row_group(number).total_byte_size) for number in range(metadata.num_row_groups))
+    return max(1, READ_SIZE * int(metadata.num_rows) // max(num_bytes, 1))
+
+
+def _pack_column(column: "pa.Array") -> bytes:
+    """A column of text as bytes: the length of each row's text (int64, -1 for null), then the texts."""
+    import pyarrow as pa
+
+    texts = column.cast(pa.large_string())
+    _, ends, content = texts.buffers()
+    bounds = np.frombuffer(ends, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    lengths = np.where(texts.is_valid().to_numpy(zero_copy_only=False), np.diff(bounds), -1)
+    return lengths.tobytes() + (content[bounds[0] : bounds[-1]].to_pybytes() if content is not None else b"")
+
+
+def parse_block(block: Block, rules: DocumentRules) -> Iterator[tuple[str, ...] | Fault]:
+    """The documents of a block, each as its texts in the order of rules.keys, or a fault in a document's place."""
+    begin = 0
+    for part in block.parts:
+        content = block.content[begin : begin + part.size]
+        begin += part.size
+        if part.form == "fault":
+            yield Fault(part.source, part.line, part.offset, part.reason)
+        elif part.form == "row":
+            yield from _parse_rows(part, content, rules)
+        else:
+            yield from _parse_records(part, content, rules)
+
+
+def _parse_records(part: Part, content: bytes, rules: DocumentRules) -> Iterator[tuple[str, ...] | Fault]:
+    end = re.compile(ENDS[part.form])
+    parse = {"jsonl": _parse_json, "file": _parse_text}.get(part.form, _parse_stretch)
+    records: Sequence[str] | Sequence[bytes]
+    try:
+        text = content.decode()
+        records = text.split("\n") if end.pattern == b"\n" else re.split(end.pattern.decode(), text)
+    except UnicodeDecodeError:
+        # Record by record, to find those that are not UTF-8.
+        records = end.split(content)
+    may_be_long = len(content) > rules.max_bytes
+    for number, record in enumerate(records):
+        if not record or record.isspace():
+            continue
+        try:
+            if may_be_long and len(record if isinstance(record, bytes) else record.encode()) > rules.max_bytes:
+                raise _BadDocumentError(f"is longer than {rules.max_bytes} bytes (--max-document-mb)")
+            yield parse(_decode(record), rules.keys)
+        except _BadDocumentError as fault:
+            yield _fault_at(part, content, end, number, str(fault))
+
+
+class _BadDocumentError(ValueError):
+    """What is wrong with one document."""
+
+
+def _decode(record: str | bytes) -> str:
+    if isinstance(record, str):
+        return record
+    try:
+        return record.decode()
+    except UnicodeDecodeError as error:
+        byte = record[error.start]
+        raise _BadDocumentError(f"is not UTF-8: byte 0x{byte:02x}, {error.start} bytes after its start") from error
+
+
+def _fault_at(part: Part, content: bytes, end: re.Pattern[bytes], number: int, reason: str) -> Fault:
+    """The fault of a record, with the line and byte offset where that record begins."""
+    begin = 0
+    for _ in range(number):
+        found = end.search(content, begin)
+        assert found is not None, "records are counted by their ends"
+        begin = found.end()
+    return Fault(part.source, part.line + content.count(b"\n", 0, begin), part.offset + begin, reason)
+
+
+def _parse_json(line: str, keys: Sequence[str]) -> tuple[str, ...]:
+    try:
+        document = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise _BadDocumentError(f"is not JSON: {error.msg} (character {error.colno})") from error
+    except RecursionError as error:
+        raise _BadDocumentError("is not usable JSON: brackets nested too deeply") from error
+    except ValueError as error:
+        raise _BadDocumentError(f"is not usable JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise _BadDocumentError(f"must be a JSON object, but is {_kind(document)}")
+    texts = []
+    for key in keys:
+        if key not in document:
+            has = ", ".join(repr(name)[:40] for name in list(document)[:10]) or "none"
+            raise _BadDocumentError(f"has no key {key!r} (--json-keys); its keys: {has}")
+        text = document[key]
+        if not isinstance(text, str):
+            raise _BadDocumentError(f"the value of {key!r} must be text, but is {_kind(text)}")
+        texts.append(text)
+    if "\\u" in line:
+        _check_surrogates(texts)
+    return tuple(texts)
+
+
+def _check_surrogates(texts: Sequence[str]) -> None:
+    """Escapes in JSON can spell half a surrogate pair, which is no character."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = ord(text[error.start])
+            raise _BadDocumentError(f"holds \\u{half:04x}, half a surrogate pair, which is not a character") from error
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+def _parse_text(text: str, keys: Sequence[str]) -> tuple[str, ...]:
+    return (text,)
+
+
+def _parse_stretch(text: str, keys: Sequence[str]) -> tuple[str, ...]:
+    """A line or paragraph without the line ends around it."""
+    return (text.strip("\r\n"),)
+
+
+def _parse_rows(part: Part, content: bytes, rules: DocumentRules) -> Iterator[tuple[str, ...] | Fault]:
+    """The rows that `_pack_column` packed, one column after the other."""
+    columns: list[list[bytes | None]] = []
+    begin = 0
+    for _ in rules.keys:
+        lengths = np.frombuffer(content, np.int64, part.count, begin).tolist()
+        begin += 8 * part.count
+        texts: list[bytes | None] = []
+        for length in lengths:
+            texts.append(None if length < 0 else content[begin : begin + length])
+            begin += max(length, 0)
+        columns.append(texts)
+    for number, row in enumerate(zip(*columns, strict=True)):
+        try:
+            yield tuple(_row_text(text, key, rules) for text, key in zip(row, rules.keys, strict=True))
+        except _BadDocumentError as fault:
+            yield Fault(part.source, part.line + number, 0, str(fault), unit="row")
+
+
+def _row_text(text: bytes | None, key: str, rules: DocumentRules) -> str:
+    if text is None:
+        raise _BadDocumentError(f"the value of {key!r} must be text, but is null")
+    if len(text) > rules.max_bytes:
+        raise _BadDocumentError(f"{key!r} is longer than {rules.max_bytes} bytes (--max-document-mb)")
+    return _decode(text)

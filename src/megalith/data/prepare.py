@@ -1,0 +1,368 @@
+"""`megalith preprocess`: text files to the token files that training reads.
+
+One pass: a process cuts the input into blocks, workers tokenize them, the tokens are written in the order of the input.
+So memory stays bounded, and the files are the same bytes whatever the number of workers. They get their names when all
+is done, and last of all PREFIX_KEY_document.json, which says what they were made from and what their digests are.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import time
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megalith import __version__
+from megalith.data.documents import TEXT_DOCUMENTS, DocumentRules, read_blocks
+from megalith.data.indexed import IndexedWriter, best_dtype, bin_path, idx_path
+from megalith.data.input_files import FORMATS, Source, find_sources
+from megalith.data.prepare_progress import Amount, Progress, open_progress
+from megalith.data.tokenized import TokenizedBlock, TokenRules, tokenize_block
+from megalith.data.tokenizer import KINDS, Tokenizer, load_tokenizer
+from megalith.data.worker_pool import WorkerPool
+from megalith.fields import describe, setting
+from megalith.files import digest_of, write_whole
+
+MOST_FAULTS_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What to read, how to tokenize it and where to write."""
+
+    input: tuple[str, ...] = setting(
+        (),
+        "JSON lines, text or parquet files, plain, .gz or .zst; patterns like 'data/*.jsonl'; - is standard input",
+        section="input data",
+        repeat="+",
+    )
+    json_keys: tuple[str, ...] = setting(
+        ("text",), "fields or columns to take text from; each gives files of its own", section="input data", repeat="+"
+    )
+    input_format: str = setting(
+        "auto",
+        "what the files hold; auto: by their names, JSON lines where a name does not tell",
+        section="input data",
+        choices=("auto", *FORMATS),
+    )
+    text_documents: str = setting(
+        "file",
+        "what one document of plain text is: the file, a paragraph (between blank lines) or a line",
+        section="input data",
+        choices=TEXT_DOCUMENTS,
+    )
+    split_sentences: bool = setting(False, "make an item of every sentence", section="input data", switch="on")
+    keep_newlines: bool = setting(
+        False, "keep the white space after each sentence when splitting", section="input data", switch="on"
+    )
+    skip_bad: bool = setting(
+        False, "skip and count documents that cannot be used; else stop at the first", section="input data", switch="on"
+    )
+    max_document_mb: int = setting(256, "longest document that is accepted", section="input data", unit="MiB")
+    tokenizer_type: str | None = setting(None, "kind of tokenizer", section="tokenizer", choices=tuple(KINDS))
+    vocab_file: str | None = setting(None, "vocab.json of GPT-2, vocab.txt of BERT", section="tokenizer")
+    merge_file: str | None = setting(None, "merges.txt of GPT-2", section="tokenizer")
+    tokenizer_model: str | None = setting(None, "tokenizer.json or SentencePiece model", section="tokenizer")
+    append_eod: bool = setting(
+        False, "end every document with the end-of-document token", section="tokenizer", switch="on"
+    )
+    output_prefix: str | None = setting(
+        None, "where to write: PREFIX_KEY_document.bin and .idx, or _sentence", section="output data"
+    )
+    dataset_impl: str = setting(
+        "mmap", "format of the token files", section="output data", choices=("lazy", "cached", "mmap")
+    )
+    overwrite: bool = setting(False, "replace token files that exist already", section="output data", switch="on")
+    workers: int | None = setting(
+        None, "processes that tokenize; as many as there are cores unless given", section="runtime", unit="processes"
+    )
+    log_interval: int = setting(100, "documents between progress lines", section="runtime", unit="documents")
+
+
+@dataclass(frozen=True)
+class PreparedSet:
+    """One pair of token files. prefix: their path without .bin and .idx."""
+
+    key: str
+    prefix: Path
+    documents: int
+    sentences: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What was made of the input. skipped: documents that could not be used; faults: the first of them."""
+
+    sets: tuple[PreparedSet, ...]
+    documents: int
+    skipped: int
+    faults: tuple[str, ...]
+    num_bytes: int
+    seconds: float
+
+    def lines(self) -> Iterator[str]:
+        """The report for people."""
+        rate = self.num_bytes / max(self.seconds, 1e-9) / 1e6
+        yield f"{self.documents:,} documents, {self.num_bytes:,} bytes in {self.seconds:.1f} s ({rate:.1f} MB/s)"
+        for made in self.sets:
+            left_out = self.documents - made.documents
+            note = f"; {left_out:,} documents without tokens left out" if left_out else ""
+            items = f"{made.sentences:,} sentences, " if made.sentences != made.documents else ""
+            yield f"{made.prefix}: {made.documents:,} documents, {items}{made.tokens:,} tokens{note}"
+        if self.skipped:
+            yield f"skipped {self.skipped:,} documents that cannot be used (--skip-bad), the first of them:"
+            yield from (f"  {fault}" for fault in self.faults)
+        if any(made.documents == 1 for made in self.sets):
+            yield (
+                "all text is one document, and documents are what a split divides; for validation data prepare a "
+                "second file, or make documents of paragraphs with --text-documents paragraph"
+            )
+
+
+def check_config(config: PrepareConfig) -> list[str]:
+    """Everything that is wrong with the settings themselves, one sentence each."""
+    faults: list[str] = []
+    if not config.output_prefix:
+        faults.append("--output-prefix is needed: where to write, as in --output-prefix data/my-corpus")
+    if config.tokenizer_type is None:
+        faults.append(f"--tokenizer-type is needed: one of {', '.join(KINDS)}")
+    if config.dataset_impl != "mmap":
+        faults.append(
+            f"--dataset-impl {config.dataset_impl} is an old format that is read but not written any more; use mmap"
+        )
+    for name, least in (("workers", 1), ("log_interval", 1), ("max_document_mb", 1)):
+        value = getattr(config, name)
+        if value is not None and value < least:
+            faults.append(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    if config.keep_newlines and not config.split_sentences:
+        faults.append("--keep-newlines has a meaning only with --split-sentences; add that or leave it out")
+    if not config.json_keys or len(set(config.json_keys)) < len(config.json_keys):
+        faults.append(f"--json-keys {' '.join(config.json_keys)} must name at least one key and none twice")
+    faults += [
+        f"--json-keys {key!r} cannot be part of a file name; rename the field"
+        for key in config.json_keys
+        if not key or "/" in key or "\0" in key
+    ]
+    return faults
+
+
+def prepare(config: PrepareConfig, *, quiet: bool = False) -> PrepareReport:
+    """Write the token files that the settings ask for; quiet: print nothing.
+
+    Raises ValueError for wrong settings (all at once), for input that cannot be used (naming file, line and byte
+    offset), and where nothing is left to write; ChildProcessError if a worker dies. Then no token file is there.
+    """
+    begin = time.monotonic()
+    sources, tokenizer = _check_all(config)
+    if config.tokenizer_type in ("BertWordPieceLowerCase", "BertWordPieceCase") and not (
+        config.split_sentences or quiet
+    ):
+        print("note: BERT is trained on sentences; --split-sentences makes an item of each", file=sys.stderr)
+    rules = TokenRules(
+        documents=DocumentRules(config.json_keys, config.text_documents, config.max_document_mb << 20),
+        append_eod=config.append_eod,
+        split_sentences=config.split_sentences,
+        keep_newlines=config.keep_newlines,
+        skip_bad=config.skip_bad,
+        dtype=str(best_dtype(tokenizer.vocab_size)),
+    )
+    level = "sentence" if config.split_sentences else "document"
+    prefixes = [Path(f"{config.output_prefix}_{key}_{level}") for key in config.json_keys]
+    prefixes[0].parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(IndexedWriter(prefix, rules.dtype, overwrite=config.overwrite)) for prefix in prefixes
+        ]
+        progress = stack.enter_context(open_progress(config.log_interval, quiet=quiet))
+        results = _tokenize(sources, rules, tokenizer, config.workers or _num_cores(), stack)
+        amount, skipped, faults = _write(results, writers, progress, sources, skip_bad=config.skip_bad)
+        for key, writer in zip(config.json_keys, writers, strict=True):
+            if not writer.num_documents:
+                bad = f" ({skipped} documents were skipped)" if skipped else ""
+                raise ValueError(f"no document of the input has a token under the key {key!r}{bad}; nothing is written")
+        # From here on the files change; what described the old ones must not outlive them.
+        for prefix in prefixes:
+            sidecar_path(prefix).unlink(missing_ok=True)
+    sets = tuple(
+        PreparedSet(key, prefix, writer.num_documents, writer.num_items, writer.num_tokens)
+        for key, prefix, writer in zip(config.json_keys, prefixes, writers, strict=True)
+    )
+    for made in sets:
+        _write_sidecar(made, rules, tokenizer, sources, skipped)
+    return PrepareReport(sets, amount.documents, skipped, faults, amount.num_bytes, time.monotonic() - begin)
+
+
+def _check_all(config: PrepareConfig) -> tuple[list[Source], Tokenizer]:
+    """The input files and the tokenizer; ValueError with everything that is wrong."""
+    faults = check_config(config)
+    sources: list[Source] = []
+    tokenizer: Tokenizer | None = None
+    try:
+        sources = find_sources(config.input, config.input_format)
+    except ValueError as error:
+        faults.append(str(error))
+    if len(config.json_keys) > 1:
+        faults += [
+            f"--input {source.name}: plain text has one field, but --json-keys names {len(config.json_keys)}"
+            for source in sources
+            if source.format == "text"
+        ]
+    if config.tokenizer_type is not None:
+        try:
+            tokenizer = load_tokenizer(
+                config.tokenizer_type,
+                vocab_file=config.vocab_file,
+                merge_file=config.merge_file,
+                tokenizer_model=config.tokenizer_model,
+            )
+            if config.append_eod and "eod" not in tokenizer.roles:
+                faults.append(f"--append-eod: {tokenizer.name} has no token that ends a document; leave it out")
+        except ValueError as error:
+            faults.append(str(error))
+    if faults or tokenizer is None:
+        raise ValueError("\n".join(faults))
+    return sources, tokenizer
+
+
+def _tokenize(
+    sources: Sequence[Source], rules: TokenRules, tokenizer: Tokenizer, num_workers: int, stack: ExitStack
+) -> Iterator[TokenizedBlock]:
+    """The tokens of the sources, block by block in their order; a pool of workers is left to the stack to close."""
+    blocks = read_blocks(sources, rules.documents)
+    if num_workers == 1:
+        return (tokenize_block(block, rules, tokenizer) for block in blocks)
+    return stack.enter_context(WorkerPool(num_workers, rules, tokenizer)).tokenize(blocks)
+
+
+def _write(
+    results: Iterable[TokenizedBlock],
+    writers: Sequence[IndexedWriter],
+    progress: Progress,
+    sources: Sequence[Source],
+    *,
+    skip_bad: bool,
+) -> tuple[Amount, int, tuple[str, ...]]:
+    """Write all results; give how much it was, the number of documents skipped, and the first faults."""
+    total = None if any(source.size is None for source in sources) else sum(source.size or 0 for source in sources)
+    amount, skipped, faults = Amount(num_total=total), 0, list[str]()
+    for result in results:
+        if result.faults and not skip_bad:
+            raise ValueError(f"{result.faults[0]}; correct it, or leave such documents out with --skip-bad")
+        skipped += result.num_bad
+        faults += [str(fault) for fault in result.faults][: MOST_FAULTS_SHOWN - len(faults)]
+        for writer, made in zip(writers, result.keys, strict=True):
+            writer.add_documents(made.lengths, made.items, made.tokens)
+        amount = Amount(
+            amount.documents + result.num_documents,
+            amount.tokens + sum(len(made.tokens) for made in result.keys),
+            amount.num_bytes + result.num_bytes,
+            result.num_read,
+            total,
+        )
+        progress.show(amount)
+    return amount, skipped, tuple(faults)
+
+
+def sidecar_path(prefix: Path) -> Path:
+    """The file beside PREFIX.bin and PREFIX.idx that says what they were made from."""
+    return Path(f"{prefix}.json")
+
+
+def _write_sidecar(
+    made: PreparedSet, rules: TokenRules, tokenizer: Tokenizer, sources: Sequence[Source], skipped: int
+) -> None:
+    files = {path.name: digest_of(path) for path in (bin_path(made.prefix), idx_path(made.prefix))}
+    content = {
+        "megalith": __version__,
+        "tokenizer": {"type": tokenizer.name, "vocab_size": tokenizer.vocab_size, "digest": tokenizer.digest},
+        "eod": tokenizer.eod if rules.append_eod else None,
+        "split_sentences": rules.split_sentences,
+        "keep_newlines": rules.keep_newlines,
+        "documents": made.documents,
+        "sentences": made.sentences,
+        "tokens": made.tokens,
+        "skipped_documents": skipped,
+        "files": {name: {"size": written.size, "sha256": written.digest} for name, written in files.items()},
+        "sources": [{"name": source.name, "size": source.size} for source in sources],
+    }
+    write_whole(sidecar_path(made.prefix), json.dumps(content, indent=1) + "\n")
+
+
+def _num_cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(words: Sequence[str]) -> int:
+    """Run `megalith preprocess WORDS`; return the exit status. ValueError for what a user can correct."""
+    parser, flags = _parser()
+    if any(word in ("-h", "--help") for word in words):
+        parser.print_help()
+        return 0
+    values, unknown = parser.parse_known_args(list(words))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        raise ValueError(
+            f"{unknown[0]} is not a flag of megalith preprocess{f'; did you mean {near[0]}?' if near else ''}"
+        )
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in vars(values).items()
+    }
+    try:
+        report = prepare(PrepareConfig(**given))
+    except ChildProcessError as error:
+        print(f"megalith: {error}", file=sys.stderr)
+        return 1
+    for line in report.lines():
+        print(line)
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see megalith preprocess --help")
+
+
+def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser of the flags that PrepareConfig declares, and these flags."""
+    parser = _Parser(
+        prog="megalith preprocess",
+        usage="%(prog)s --input FILE ... --output-prefix PREFIX --tokenizer-type TYPE [--flags ...]",
+        description="Turn text into token files for training: PREFIX_KEY_document.bin and .idx for each key.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120),
+    )
+    groups: dict[str, Any] = {}
+    flags: list[str] = []
+    for declared in dataclasses.fields(PrepareConfig):
+        described = describe(declared)
+        section = described["section"]
+        group = groups.setdefault(section, None) or parser.add_argument_group(section)
+        groups[section] = group
+        flags.append("--" + declared.name.replace("_", "-"))
+        if described["switch"]:
+            group.add_argument(flags[-1], dest=declared.name, action="store_true", help=described["help"])
+            continue
+        default = " ".join(declared.default) if isinstance(declared.default, tuple) else declared.default
+        shown = [described["unit"], f"default {default}" if default else ""]
+        note = "; ".join(part for part in shown if part)
+        whole = typing.get_type_hints(PrepareConfig)[declared.name] in (int, int | None)
+        group.add_argument(
+            flags[-1],
+            dest=declared.name,
+            type=int if whole else str,
+            choices=described["choices"] or None,
+            nargs=described["repeat"] or None,
+            metavar="|".join(described["choices"]) or ("N" if whole else "TEXT"),
+            help=described["help"] + (f" [{note}]" if note else ""),
+        )
+    return parser, flags
