@@ -1,0 +1,126 @@
+"""A model cut over tensor and context ranks gives the losses and gradients of the whole one."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalith.layers.initial import Shard, draw_weights
+from megalith.layers.random import dropout_rows
+from megalith.models.decoder import Decoder
+from megalith.models.settings import ModelConfig
+from megalith.parallel.context import cut_context, cut_tokens
+from megalith.parallel.mesh import Groups, Layout, make_groups
+from megalith.parallel.tensor import Cut, split_tensors
+from tests.ranks import run_ranks
+
+CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, max_position_embeddings=16)
+VOCAB = 50
+
+
+def batch(*, documents: bool) -> dict[str, Tensor]:
+    tokens = (torch.arange(34).view(2, 17) * 7) % VOCAB
+    made = {
+        "tokens": tokens[:, :-1],
+        "labels": tokens[:, 1:],
+        "positions": torch.arange(16).expand(2, 16),
+        "loss_mask": torch.full((2, 16), 1 / 32),
+        "rows": dropout_rows(5, torch.tensor([3, 4]), 16),
+    }
+    if documents:
+        made["documents"] = torch.tensor([[0] * 5 + [1] * 11, [0] * 9 + [1] * 7])
+    return made
+
+
+def loss_of(model: Decoder, data: dict[str, Tensor]) -> Tensor:
+    loss: Tensor = model(
+        data["tokens"],
+        data["positions"],
+        documents=data.get("documents"),
+        rows=data["rows"],
+        labels=data["labels"],
+        loss_weights=data["loss_mask"],
+    )
+    return loss
+
+
+def whole(config: ModelConfig, *, documents: bool, untied: bool) -> tuple[float, dict[str, Tensor]]:
+    model = Decoder(config, VOCAB, untie_embeddings_and_output_weights=untied)
+    draw_weights(model, 7)
+    loss = loss_of(model, batch(documents=documents))
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}  # type: ignore[misc]
+
+
+def part_of(cut: Cut, tensor: Tensor, shape: torch.Size) -> Tensor:
+    for dim, (offset, size) in enumerate(zip(cut.offset, shape, strict=True)):
+        tensor = tensor.narrow(dim, offset, size)
+    return tensor
+
+
+def cut_run(
+    rank: int,
+    world_size: int,
+    *,
+    config: ModelConfig,
+    tensor: int,
+    exchange: str,
+    sequence: bool,
+    documents: bool,
+    untied: bool,
+) -> tuple[float, dict[str, tuple[Cut, Tensor]]]:
+    layout = Layout(world_size, rank, 0, tensor=tensor, context=world_size // tensor)
+    groups: Groups = make_groups(layout, torch.device("cpu"))
+    model = Decoder(config, VOCAB, untie_embeddings_and_output_weights=untied, device="meta")
+    cuts = split_tensors(model, groups.tensor, sequence=sequence)
+    cut_context(model, groups.context, exchange=exchange)
+    model.to_empty(device="cpu")
+    by_id = {id(parameter): cuts[name] for name, parameter in model.named_parameters()}
+    draw_weights(model, 7, shard_of=lambda p: Shard(p, by_id[id(p)].whole, by_id[id(p)].offset))
+    loss = loss_of(model, cut_tokens(batch(documents=documents), groups.context))
+    loss.backward()
+    gradients: dict[str, tuple[Cut, Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        assert gradient is not None
+        if cuts[name].summed_over_tokens:
+            torch.distributed.all_reduce(gradient, group=groups.tensor)
+        if groups.context is not None:
+            torch.distributed.all_reduce(gradient, group=groups.context)
+        gradients[name] = (cuts[name], gradient)
+    total = loss.detach()
+    if groups.context is not None:
+        torch.distributed.all_reduce(total, group=groups.context)
+    return total.item(), gradients
+
+
+@pytest.mark.parametrize("untied", [False, True])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(
+    ("world_size", "tensor", "sequence", "exchange"),
+    [
+        (2, 2, False, "gather"),
+        (2, 2, True, "gather"),
+        (4, 4, True, "gather"),
+        (2, 1, False, "gather"),
+        (2, 1, False, "all-to-all"),
+        (4, 2, True, "gather"),
+        (4, 2, False, "all-to-all"),
+    ],
+)
+def test_a_cut_model_has_the_loss_and_gradients_of_the_whole_one(
+    world_size: int, tensor: int, sequence: bool, exchange: str, documents: bool, untied: bool
+) -> None:
+    settings: dict[str, Any] = {"documents": documents, "untied": untied}
+    loss, gradients = whole(CONFIG, **settings)
+    run = partial(cut_run, config=CONFIG, tensor=tensor, sequence=sequence, exchange=exchange, **settings)
+    for cut_loss, cut_gradients in run_ranks(run, world_size):
+        # fp32 sums in another order.
+        assert cut_loss == pytest.approx(loss, rel=1e-6)
+        assert cut_gradients.keys() == gradients.keys()
+        for name, (cut, gradient) in cut_gradients.items():
+            want = part_of(cut, gradients[name], gradient.shape)
+            error = (gradient - want).abs().max().item()
+            assert error <= 1e-6 + 1e-4 * want.abs().max().item(), f"{name}: off by {error}"
