@@ -29,7 +29,6 @@ class SampleRows(Protocol):
 class _Pieces:
     """The stretches of documents that make up a batch, in order."""
 
-    rows: NDArray[np.int64]  # sample in the batch that each piece belongs to
     documents: NDArray[np.int32]
     begins: NDArray[np.int64]  # first token taken of the document
     sizes: NDArray[np.int64]  # tokens taken
@@ -66,10 +65,6 @@ class CausalDataset:
         """
         pieces = self._pieces(np.asarray(indices, np.int64))
         num_tokens = len(indices) * (self.sequence_length + 1)
-        if len(indices) and int(pieces.sizes.sum()) != num_tokens:
-            raise ValueError(
-                f"the index maps do not fit {self.indexed.prefix}: samples have other lengths; remove them"
-            )
         # Where each piece lies in the file, less where it lies in the batch.
         shifts = self.indexed.offsets[pieces.documents] // self.indexed.dtype.itemsize + pieces.begins
         shifts -= np.cumsum(pieces.sizes) - pieces.sizes
@@ -87,14 +82,19 @@ class CausalDataset:
         first, last = self.maps.sample_idx[samples].astype(np.int64), self.maps.sample_idx[samples + 1]
         counts = last[:, 0] - first[:, 0] + 1  # documents that each sample touches
         ends = np.cumsum(counts)
-        rows = np.repeat(np.arange(len(indices)), counts)
-        places = np.arange(len(rows)) + (first[:, 0] - (ends - counts))[rows]
+        places = np.repeat(first[:, 0] - (ends - counts), counts)
+        places += np.arange(len(places))
         documents = self.maps.doc_idx[places]
-        begins = np.zeros(len(rows), np.int64)
+        begins = np.zeros(len(places), np.int64)
         begins[ends - counts] = first[:, 1]
-        stops = self.indexed.lengths[documents].astype(np.int64)
-        stops[ends - 1] = last[:, 1] + 1
-        return _Pieces(rows, documents, begins, stops - begins)
+        lengths = self.indexed.lengths[documents].astype(np.int64)
+        sizes = lengths - begins
+        sizes[ends - 1] = last[:, 1] + 1 - begins[ends - 1]
+        if len(indices):
+            within = (sizes >= 0).all() and (begins + sizes <= lengths).all()
+            if not within or (np.add.reduceat(sizes, ends - counts) != self.sequence_length + 1).any():
+                raise ValueError(f"the index maps do not fit {self.indexed.prefix}; remove them, and they are rebuilt")
+        return _Pieces(documents, begins, sizes)
 
     def _check_tokens(self, tokens: NDArray[Any], pieces: _Pieces) -> None:
         if self.vocab_size is None or not len(tokens):
