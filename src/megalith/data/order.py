@@ -110,15 +110,15 @@ class CyclicOrder:
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         """The order of a replica's share in an epoch."""
-        if epoch not in self._permutations:
-            permutation: NDArray[np.int64] = torch.randperm(
-                self._share, generator=torch.Generator().manual_seed(epoch)
-            ).numpy()
-            self._permutations[epoch] = permutation
-            for old in sorted(self._permutations)[:-KEPT_EPOCHS]:
-                if old != epoch:
-                    del self._permutations[old]
-        return self._permutations[epoch]
+        known = self._permutations
+        if epoch in known:
+            return known[epoch]
+        generator = torch.Generator().manual_seed(epoch)
+        permutation: NDArray[np.int64] = torch.randperm(self._share, generator=generator).numpy()
+        # Replaced and not changed: loaders in several threads may share an order.
+        kept = list(known.items())[-(KEPT_EPOCHS - 1) :]
+        self._permutations = dict([*kept, (epoch, permutation)])
+        return permutation
 
 
 def _check(consumed: int, count: int) -> None:
