@@ -65,10 +65,11 @@ def test_a_rank_draws_its_shard_alone() -> None:
 
 def test_a_tied_weight_is_drawn_once_under_its_first_name() -> None:
     model = Two()
-    model.layers["2"] = Linear(8, 6, Initial("normal", 5.0))
-    model.layers["2"].weight = model.layers["0"].weight
+    tied = Linear(8, 6, Initial("normal", 5.0))
+    tied.weight = cast(Linear, model.layers["0"]).weight
+    model.layers["2"] = tied
     draw_weights(model, 1234)
-    assert torch.equal(model.layers["2"].weight.detach(), drawn()["layers.0.weight"])
+    assert torch.equal(tied.weight.detach(), drawn()["layers.0.weight"])
 
 
 def test_xavier_has_the_variance_of_its_formula() -> None:

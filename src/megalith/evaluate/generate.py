@@ -34,9 +34,9 @@ class Sampling:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ValueError(
-                f"temperature {self.temperature} is below 0: use 0 for the most likely token, 1 for the model"
+                f"temperature {self.temperature} is not 0 or above: use 0 for the most likely token, 1 for the model"
             )
         if self.top_k < 0:
             raise ValueError(f"top_k {self.top_k} is below 0: use 0 for all tokens")

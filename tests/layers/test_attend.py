@@ -1,0 +1,176 @@
+"""All forms of attention against one plain formula in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalith.layers.attend import AttentionDropout, attend
+from megalith.layers.mask import Mask, document_blocks, make_mask
+from megalith.layers.random import dropout_rows, keep_mask, mix, number_words
+
+B, H, T, K = 2, 3, 12, 8
+DOCUMENTS = torch.tensor([[0] * 5 + [1] * 7, [0, 1] + [2] * 10], dtype=torch.int32)
+
+
+def draw(*, keys: int = T, dtype: torch.dtype = torch.float32, size: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    q = (size * torch.randn(B, H, T, K, generator=generator)).to(dtype)
+    k = torch.randn(B, H, keys, K, generator=generator).to(dtype)
+    v = torch.randn(B, H, keys, K, generator=generator).to(dtype)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+
+
+def plainly(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, kept: Tensor | None = None) -> Tensor:
+    scores = (q.double() @ k.double().mT * scale).masked_fill(~visible, -torch.inf)
+    p = torch.softmax(scores, -1).masked_fill(~visible, 0)
+    return (p if kept is None else p * kept) @ v.double()
+
+
+def drop_some(probability: float, keys: int = T) -> tuple[AttentionDropout, Tensor]:
+    """The dropout and what it multiplies probabilities by."""
+    rows = dropout_rows(1234, torch.arange(B), T)[:, None] ^ number_words(H)[:, None]
+    dropout = AttentionDropout(probability, mix(rows))
+    return dropout, keep_mask(dropout.rows, number_words(keys), probability) / (1 - probability)
+
+
+def rule(name: str) -> tuple[Mask, Tensor]:
+    """A mask and what it makes visible."""
+    order = torch.ones(T, T, dtype=torch.bool).tril()
+    same = DOCUMENTS[:, None, :, None] == DOCUMENTS[:, None, None, :]
+    if name == "causal":
+        return make_mask(T, causal=True), order.expand(B, 1, T, T)
+    if name == "both ways":
+        return make_mask(T, causal=False), torch.ones(B, 1, T, T, dtype=torch.bool)
+    if name == "causal documents":
+        return make_mask(T, causal=True, query_documents_BT=DOCUMENTS), same & order
+    return make_mask(T, causal=False, query_documents_BT=DOCUMENTS), same
+
+
+RULES = ["causal", "both ways", "causal documents", "documents"]
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+def test_attention_and_its_gradients_are_the_formula(name: str, probability: float) -> None:
+    mask, visible = rule(name)
+    dropout, kept = drop_some(probability) if probability else (None, None)
+    inputs = draw()
+    output = attend(*inputs, mask, scale=0.3, dropout=dropout)
+    expected = plainly(*inputs, visible, 0.3, kept)
+    # fp32 rounding: values are sums of a dozen products of size 1.
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=2e-6)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(6))
+    grads = torch.autograd.grad((output * weights).sum(), inputs)
+    expected_grads = torch.autograd.grad((expected * weights).sum(), inputs)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("scores_at_once", [1, 7 * T, 2 * T * T])
+def test_attention_with_dropout_is_the_same_in_parts_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, scores_at_once: int
+) -> None:
+    mask, _ = rule("causal")
+    dropout, _ = drop_some(0.3)
+    inputs = draw()
+    expected = attend(*inputs, mask, scale=0.3, dropout=dropout)
+    expected_grads = torch.autograd.grad(expected.square().sum(), inputs)
+    monkeypatch.setattr("megalith.layers.attend._SCORES_AT_ONCE", {"cpu": scores_at_once})
+    output = attend(*inputs, mask, scale=0.3, dropout=dropout)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+    for grad, expected_grad in zip(torch.autograd.grad(output.square().sum(), inputs), expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+def test_cross_attention_sees_the_keys_of_its_document_only(probability: float) -> None:
+    key_documents = torch.tensor([[0] * 4 + [-1] * 3, [0] * 7], dtype=torch.int32)
+    query_documents = torch.zeros(B, T, dtype=torch.int32)
+    mask = make_mask(T, causal=False, query_documents_BT=query_documents, key_documents_BS=key_documents)
+    dropout, kept = drop_some(probability, keys=7) if probability else (None, None)
+    inputs = draw(keys=7)
+    output = attend(*inputs, mask, scale=0.3, dropout=dropout)
+    visible = (key_documents == 0)[:, None, None, :].expand(B, 1, T, 7)
+    torch.testing.assert_close(output.double(), plainly(*inputs, visible, 0.3, kept), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+def test_a_query_that_sees_nothing_gets_zero_and_no_gradient(probability: float) -> None:
+    queries = torch.full((B, T), 7, dtype=torch.int32)
+    mask = make_mask(T, causal=False, query_documents_BT=queries, key_documents_BS=torch.zeros(B, T, dtype=torch.int32))
+    inputs = draw()
+    output = attend(*inputs, mask, scale=0.3, dropout=drop_some(probability)[0] if probability else None)
+    assert torch.equal(output, torch.zeros_like(output))
+    for grad in torch.autograd.grad(output.sum(), inputs):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_blocked_keys_have_no_influence_at_all() -> None:
+    mask, _ = rule("causal documents")
+    q, k, v = draw()
+    for dropout in (None, drop_some(0.3)[0]):
+        output = attend(q, k, v, mask, scale=0.3, dropout=dropout)
+        k2, v2 = k.detach().clone(), v.detach().clone()
+        k2[0, :, 5:], v2[0, :, 5:] = 1e4, 1e4
+        changed = attend(q, k2, v2, mask, scale=0.3, dropout=dropout)
+        assert torch.equal(changed[0, :, :5], output[0, :, :5])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+def test_16_bit_attention_is_near_fp32(dtype: torch.dtype, probability: float) -> None:
+    mask, visible = rule("causal")
+    dropout, kept = drop_some(probability) if probability else (None, None)
+    inputs = draw(dtype=dtype)
+    output = attend(*inputs, mask, scale=0.3, divisor=3.0, dropout=dropout)
+    assert output.dtype == dtype
+    grads = torch.autograd.grad(output.float().sum(), inputs)
+    expected = plainly(*inputs, visible, 0.3, kept)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+    for grad, expected_grad in zip(grads, torch.autograd.grad(expected.sum(), inputs), strict=True):
+        assert grad.dtype == dtype
+        torch.testing.assert_close(
+            grad.float(),
+            expected_grad.float(),
+            rtol=0,
+            atol=8 * torch.finfo(dtype).eps * float(expected_grad.abs().max()),
+        )
+
+
+def test_the_divisor_keeps_stored_scores_inside_fp16() -> None:
+    mask, visible = rule("causal")
+    dropout, kept = drop_some(0.3)
+    inputs = draw(dtype=torch.float16, size=2**13)  # scores of some 10^5, fp16 ends at 65504
+    with_divisor = attend(*inputs, mask, scale=3.0, divisor=48.0, dropout=dropout)
+    without = attend(*inputs, mask, scale=3.0, divisor=1.0, dropout=dropout)
+    assert not torch.isfinite(without).all()
+    # With scores this large the softmax picks one key, whatever the rounding.
+    torch.testing.assert_close(with_divisor.double(), plainly(*inputs, visible, 3.0, kept), rtol=0, atol=5e-3)
+
+
+def test_flex_attention_by_blocks_sees_what_the_dense_mask_shows() -> None:
+    from torch.nn.attention.flex_attention import create_mask
+
+    for causal in (True, False):
+        blocks = document_blocks(DOCUMENTS, DOCUMENTS, causal=causal)
+        dense = create_mask(blocks.mask_mod, B, 1, T, T, device="cpu")
+        assert torch.equal(dense, rule("causal documents" if causal else "documents")[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["causal documents", "documents"])
+def test_flex_attention_and_its_gradients_are_the_formula(name: str) -> None:
+    documents = DOCUMENTS.cuda().repeat_interleave(16, dim=1)
+    mask = make_mask(16 * T, causal=name == "causal documents", query_documents_BT=documents, dense=False)
+    assert mask.blocks is not None
+    visible = make_mask(16 * T, causal=mask.causal, query_documents_BT=documents).visible
+    assert visible is not None
+    generator = torch.Generator("cuda").manual_seed(5)
+    inputs = [torch.randn(B, H, 16 * T, 64, device="cuda", generator=generator).requires_grad_() for _ in range(3)]
+    output = attend(inputs[0], inputs[1], inputs[2], mask, scale=0.125)
+    expected = plainly(inputs[0], inputs[1], inputs[2], visible, 0.125)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=5e-3)
+    grads = torch.autograd.grad(output.sum(), inputs)
+    for grad, expected_grad in zip(grads, torch.autograd.grad(expected.sum(), inputs), strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=0, atol=2e-2)
