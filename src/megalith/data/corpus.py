@@ -9,6 +9,7 @@ depend on a document's own name alone, so a missing module changes nothing else.
 import ast
 import hashlib
 import json
+import os
 import sysconfig
 import tokenize
 import warnings
@@ -21,9 +22,12 @@ SEED = "megalith"  # of the order of the documents and the choice of code
 LARGEST_DOCUMENT = 8000  # characters; longer ones are cut at blank lines, so that a random split is even
 SMALLEST_DOCUMENT = 200  # characters
 CODE_SHARE = 1 / 3  # of the modules whose code is taken
+# Directories of tests, of what others installed, of tables, and of modules on their way out of Python.
 LEFT_OUT = frozenset(
-    ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "ensurepip", "encodings")
+    "test tests idle_test site-packages dist-packages __pycache__ ensurepip encodings distutils lib2to3 turtledemo "
+    "lib-dynload".split()
 )
+MACHINE_FILES = "_sysconfigdata"  # what a file's name begins with that tells how this Python was built
 
 
 def standard_library_documents() -> Iterator[str]:
@@ -33,16 +37,14 @@ def standard_library_documents() -> Iterator[str]:
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     documents: dict[str, str] = {}
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if LEFT_OUT.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata"):
-            documents.update(_documents_of(path, name.as_posix()))
+    for path in _sources(root):
+        documents.update(_documents_of(path, path.relative_to(root).as_posix()))
     if not documents:
         raise ValueError(
             f"{root}: expected the standard library's sources, found none; give a text of your own instead"
         )
-    for title in sorted(documents, key=_shuffled):
-        yield documents[title]
+    # Some modules share a text; it must not stand in training and in validation data.
+    yield from dict.fromkeys(documents[title] for title in sorted(documents, key=_shuffled))
 
 
 def write_corpus(path: Location) -> int:
@@ -53,6 +55,14 @@ def write_corpus(path: Location) -> int:
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
             number += 1
     return number
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    """The source files below a directory, without the directories that are LEFT_OUT."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in LEFT_OUT]
+        wanted = (name for name in names if name.endswith(".py") and not name.startswith(MACHINE_FILES))
+        yield from (Path(folder, name) for name in wanted)
 
 
 def _documents_of(path: Path, name: str) -> Iterator[tuple[str, str]]:
@@ -118,8 +128,9 @@ def _parts(name: str, text: str) -> Iterator[tuple[str, str]]:
             held, number, size = [], number + 1, 0
         held.append(paragraph)
         size += len(paragraph) + 2
-    if size > SMALLEST_DOCUMENT or (number and size > 2):
-        yield f"{name}:{number}", "\n\n".join(held).strip("\n")
+    rest = "\n\n".join(held).strip("\n")
+    if len(rest) >= (1 if number else SMALLEST_DOCUMENT):
+        yield f"{name}:{number}", rest
 
 
 def _shuffled(name: str) -> str:

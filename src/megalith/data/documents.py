@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 READ_SIZE = 1 << 20  # bytes per read, and the size of a usual block
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 TEXT_DOCUMENTS = ("file", "paragraph", "line")
+WHITE = b" \t\r\n"  # what a blank line consists of
 NEVER = rb"(?!)"  # matches nowhere
 ENDS = {  # what ends a record of each form
     "jsonl": rb"\n",
@@ -28,6 +29,7 @@ ENDS = {  # what ends a record of each form
     "paragraph": rb"\n[ \t\r]*\n",
     "file": NEVER,
 }
+BLANK_LINES = re.compile(r"\A(?:[ \t\r]*\n)+")
 
 
 @dataclass(frozen=True)
@@ -90,23 +92,31 @@ def read_blocks(sources: Sequence[Source], rules: DocumentRules) -> Iterator[Blo
     A block is larger only where a document is: memory stays below READ_SIZE + rules.max_bytes. Small files share
     blocks. Raises ValueError for a source that cannot be read to its end.
     """
-    parts: list[Part] = []
-    contents: list[bytes] = []
+    held: list[tuple[Part, bytes]] = []
     size = 0
     before = 0  # bytes of the sources that are done
     for source in sources:
         reader = _read_parquet if source.format == "parquet" else _read_stream
         num_read = 0
-        for part, content, num_read in reader(source, rules):
-            parts.append(part)
-            contents.append(content)
-            size += len(content)
-            if size >= READ_SIZE:
-                yield Block(tuple(parts), b"".join(contents), before + num_read)
-                parts, contents, size = [], [], 0
+        try:
+            for part, content, num_read in reader(source, rules):
+                held.append((part, content))
+                size += len(content)
+                # A read cut at the end of a document is a little smaller than the read.
+                if 2 * size >= READ_SIZE:
+                    yield _join(held, before + num_read)
+                    held, size = [], 0
+        except ValueError:
+            # What was read before the fault comes before it.
+            yield _join(held, before + num_read)
+            raise
         before += num_read if source.size is None else source.size
-    if parts:
-        yield Block(tuple(parts), b"".join(contents), before)
+    if held:
+        yield _join(held, before)
+
+
+def _join(held: Sequence[tuple[Part, bytes]], num_read: int) -> Block:
+    return Block(tuple(part for part, _ in held), b"".join(content for _, content in held), num_read)
 
 
 def _read_stream(source: Source, rules: DocumentRules) -> Iterator[tuple[Part, bytes, int]]:
@@ -122,7 +132,7 @@ def _read_stream(source: Source, rules: DocumentRules) -> Iterator[tuple[Part, b
                 has_content = True
                 yield Part(source.name, "fault", line, offset, reason=reason), b"", file.num_read
                 continue
-            has_content = has_content or not content.isspace()
+            has_content = has_content or bool(content.strip(WHITE))
             yield Part(source.name, form, line, offset, len(content)), content, file.num_read
         if not has_content:
             reason = "the file is empty or holds nothing but blank lines"
@@ -142,23 +152,26 @@ def _cut(stream: ByteStream, end: re.Pattern[bytes], max_bytes: int) -> Iterator
         offset = 3
     searched = 0  # bytes of held that are known to hold no end
     skipping = False
-    while held:
+    while True:
         # One byte again, for an end may lie across two reads.
         found = (end.search if skipping else last_end.match)(held, max(searched - 1, 0))
         if found:
             content = bytes(held[: found.end()])
             if not skipping:
                 yield line, offset, content
-            line, offset = line + content.count(b"\n"), offset + len(content)
-            del held[: len(content)]
-            searched, skipping = 0, False
-        elif len(held) > max_bytes and not skipping:
-            yield line, offset, None
-            skipping = True
-        if skipping and not found:
+        elif len(held) > max_bytes or skipping:
+            if not skipping:
+                yield line, offset, None
             # All but a possible first byte of an end is done with.
-            line, offset = line + held.count(b"\n", 0, len(held) - 1), offset + len(held) - 1
-            del held[:-1]
+            content = bytes(held[:-1])
+        else:
+            content = b""
+        line, offset = line + content.count(b"\n"), offset + len(content)
+        del held[: len(content)]
+        was_skipping, skipping = skipping, not found and (skipping or bool(content))
+        if found and was_skipping:
+            searched = 0  # only the first end has been looked for
+            continue
         searched = len(held)
         read = stream.read(READ_SIZE)
         if not read:
@@ -240,8 +253,8 @@ def parse_block(block: Block, rules: DocumentRules) -> Iterator[tuple[str, ...] 
 
 def _parse_records(part: Part, content: bytes, rules: DocumentRules) -> Iterator[tuple[str, ...] | Fault]:
     end = re.compile(ENDS[part.form])
-    parse = {"jsonl": _parse_json, "file": _parse_text}.get(part.form, _parse_stretch)
-    records: Sequence[str] | Sequence[bytes]
+    parse = PARSERS[part.form]
+    records: Sequence[str | bytes]
     try:
         text = content.decode()
         records = text.split("\n") if end.pattern == b"\n" else re.split(end.pattern.decode(), text)
@@ -250,7 +263,7 @@ def _parse_records(part: Part, content: bytes, rules: DocumentRules) -> Iterator
         records = end.split(content)
     may_be_long = len(content) > rules.max_bytes
     for number, record in enumerate(records):
-        if not record or record.isspace():
+        if not (record.strip(WHITE) if isinstance(record, bytes) else record.strip(WHITE.decode())):
             continue
         try:
             if may_be_long and len(record if isinstance(record, bytes) else record.encode()) > rules.max_bytes:
@@ -324,13 +337,20 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), "a number")
 
 
-def _parse_text(text: str, keys: Sequence[str]) -> tuple[str, ...]:
+def _parse_file(text: str, keys: Sequence[str]) -> tuple[str, ...]:
     return (text,)
 
 
-def _parse_stretch(text: str, keys: Sequence[str]) -> tuple[str, ...]:
-    """A line or paragraph without the line ends around it."""
-    return (text.strip("\r\n"),)
+def _parse_paragraph(text: str, keys: Sequence[str]) -> tuple[str, ...]:
+    """A paragraph without the blank lines around it; the first line keeps its indentation."""
+    return (BLANK_LINES.sub("", text.rstrip(WHITE.decode())),)
+
+
+def _parse_line(text: str, keys: Sequence[str]) -> tuple[str, ...]:
+    return (text.rstrip("\r"),)
+
+
+PARSERS = {"jsonl": _parse_json, "file": _parse_file, "paragraph": _parse_paragraph, "line": _parse_line}
 
 
 def _parse_rows(part: Part, content: bytes, rules: DocumentRules) -> Iterator[tuple[str, ...] | Fault]:
