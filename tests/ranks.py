@@ -1,78 +1,127 @@
-"""Real ranks for tests: processes forked from this warm one (importing torch costs seconds), joined over gloo.
+"""Ranks of multi-process tests: forked from the test's own process, which has imported torch, so they start at once.
 
-The parent must never have started a pool of threads (tests/conftest.py), or a forked child hangs in its first product.
+    def on_rank(rank: int) -> float: ...
+    losses = run_ranks(on_rank, 2)
+
+What runs on the ranks may use everything in scope where it is defined: a fork copies it all.
 """
 
 import multiprocessing
 import os
-import pickle
+import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import FileStore  # type: ignore[attr-defined]
+from torch._C._distributed_c10d import FileStore
+
+Value = TypeVar("Value")
 
 
-def run_ranks(function: Callable[[int, int], Any], world_size: int, *, timeout: float = 60.0) -> list[Any]:
-    """What function(rank, world_size) returns on each of world_size processes that share a gloo group.
+@dataclass(frozen=True)
+class Ended:
+    """How a rank ended."""
 
-    The first failure ends all; then, or after timeout seconds, AssertionError with the ranks' tracebacks. What is
-    returned travels through a pipe: plain values and tensors on the CPU.
+    status: int | None  # of the process, negative for a signal; None if it was still running and was killed
+    value: Any  # what the function returned
+    error: str  # the traceback of what it raised; empty if it raised nothing
+
+
+def run_ranks(function: Callable[[int], Value], world_size: int, *, timeout: float = 60.0) -> list[Value]:
+    """Call function(rank) in that many processes that form a gloo group; give what they return, in order.
+
+    When one raises or dies, all are killed and an AssertionError shows its traceback. timeout: seconds for all.
     """
+    ends = watch_ranks(function, world_size, timeout=timeout, kill_at_first_failure=True)
+    failures = [f"rank {rank}: {_said(end)}" for rank, end in enumerate(ends) if end.status != 0 or end.error]
+    assert not failures, "\n".join(failures)
+    return [end.value for end in ends]
+
+
+def watch_ranks(
+    function: Callable[[int], Any], world_size: int, *, timeout: float = 60.0, kill_at_first_failure: bool = False
+) -> list[Ended]:
+    """As `run_ranks`, but for tests in which ranks are meant to fail: tell how each ended."""
     context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
-        ranks = [
-            context.Process(target=_run_rank, args=(function, rank, world_size, Path(folder) / "store", send))
-            for rank, (_, send) in enumerate(pipes)
-        ]
-        for process in ranks:
+    ends: list[Ended | None] = [None] * world_size
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        # From Python 3.12 on a fork warns of threads; those of torch are idle, as there is one per operation.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        connections: list[Connection[Any, Any]] = []
+        processes: list[ForkProcess] = []
+        sys.stdout.flush()
+        for rank in range(world_size):
+            connection, own_end = context.Pipe()
+            arguments = (function, rank, world_size, Path(folder) / "store", own_end, timeout)
+            process = context.Process(target=_be_rank, args=arguments, daemon=True)
             process.start()
-        for _, send in pipes:
-            send.close()
-        results: dict[int, Any] = {}
-        faults: dict[int, str] = {}
+            own_end.close()
+            connections.append(connection)
+            processes.append(process)
         deadline = time.monotonic() + timeout
-        while len(results) < world_size and not faults:
-            for rank, (receive, _) in enumerate(pipes):
-                if rank not in results and receive.poll(0.005):
-                    _take(receive, rank, results, faults)
-            if time.monotonic() > deadline:
-                faults[-1] = f"ranks {sorted(set(range(world_size)) - set(results))} gave no result in {timeout} s"
-        for process in ranks:
-            if faults:
-                process.kill()
+        while None in ends and (left := deadline - time.monotonic()) > 0:
+            # What a rank has to say may be longer than a pipe holds, so it is read before the rank has ended.
+            for ready in wait([connections[rank] for rank in range(world_size) if ends[rank] is None], left):
+                rank = next(number for number, connection in enumerate(connections) if connection is ready)
+                ends[rank] = _end_of(processes[rank], connections[rank])
+            if kill_at_first_failure and any(end is not None and (end.status or end.error) for end in ends):
+                break
+        for process in processes:
+            process.kill()
             process.join()
-    assert not faults, "\n".join(f"rank {rank}: {text}" for rank, text in sorted(faults.items()))
-    return [results[rank] for rank in range(world_size)]
+        for connection in connections:
+            connection.close()
+    return [end or Ended(None, None, "") for end in ends]
 
 
-def _take(receive: Connection, rank: int, results: dict[int, Any], faults: dict[int, str]) -> None:
+def _said(end: Ended) -> str:
+    if end.error:
+        return f"raised\n{end.error}"
+    return "was killed, for another failed or time was up" if end.status is None else f"died with status {end.status}"
+
+
+def _end_of(process: ForkProcess, connection: "Connection[Any, Any]") -> Ended:
     try:
-        fine, value = pickle.loads(receive.recv_bytes())
+        value, error = connection.recv()
     except EOFError:
-        faults[rank] = "ended without a word"
-        return
-    if fine:
-        results[rank] = value
-    else:
-        faults[rank] = value
+        process.join()
+        return Ended(process.exitcode, None, "")
+    return Ended(1 if error else 0, value, error)
 
 
-def _run_rank(function: Callable[[int, int], Any], rank: int, world_size: int, store: Path, send: Connection) -> None:
+def _be_rank(
+    function: Callable[[int], Any],
+    rank: int,
+    world_size: int,
+    store: Path,
+    connection: "Connection[Any, Any]",
+    timeout: float,
+) -> None:
     torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
-        dist.init_process_group("gloo", store=FileStore(str(store), world_size), rank=rank, world_size=world_size)
-        # Pickled here: a pipe would send a tensor as a file descriptor, which ends with this process.
-        send.send_bytes(pickle.dumps((True, function(rank, world_size))))
-        # No rank leaves while another may still talk to it.
-        dist.barrier()
-    except BaseException:
-        send.send_bytes(pickle.dumps((False, traceback.format_exc())))
-    os._exit(0)
+        dist.init_process_group(
+            "gloo",
+            store=FileStore(str(store), world_size),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+        )
+        connection.send((function(rank), ""))
+        # Others may still be in their last collective, which would fail if this process went: the parent ends it.
+        time.sleep(timeout)
+    except BaseException:  # whatever it is, the parent shows it
+        connection.send((None, traceback.format_exc()))
+    sys.stdout.flush()
+    # Without the clean-up of the test process that this is a copy of.
+    os._exit(1)

@@ -14,6 +14,7 @@ from megalith.files import (
     Written,
     digest_of,
     digest_of_bytes,
+    make_directories,
     open_whole,
     sync_directory,
     write_parts,
@@ -147,3 +148,16 @@ def test_a_link_is_replaced_and_never_written_through(tmp_path: Path) -> None:
 def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mode='rb' must be"):
         open_whole(tmp_path / "a", "rb")  # type: ignore[call-overload]
+
+
+def test_directories_are_made_once_and_never_writable_for_everybody(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        make_directories(tmp_path / "a" / "b")
+        make_directories(tmp_path / "a" / "b")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o775
+    write_whole(tmp_path / "file", "")
+    with pytest.raises(OSError):
+        make_directories(tmp_path / "file" / "b")

@@ -58,7 +58,8 @@ class Disk:
         os.unlink(path)
 
     def make_directory(self, path: Path) -> None:
-        os.mkdir(path)
+        """Make a directory that not everybody can write to, whatever the umask."""
+        os.mkdir(path, 0o775)
 
     def remove_directory(self, path: Path) -> None:
         """Remove an empty directory."""
@@ -202,6 +203,20 @@ def sync_directory(path: Location, *, disk: Disk = DISK) -> None:
         disk.sync(descriptor)
     finally:
         disk.close(descriptor)
+
+
+def make_directories(path: Location, *, disk: Disk = DISK) -> None:
+    """Make a directory and those above it that are missing, so that they are on the medium; it may exist."""
+    missing = []
+    directory = Path(path)
+    while not directory.is_dir():
+        missing.append(directory)
+        directory = directory.parent
+    for directory in reversed(missing):
+        # Another rank may make it at the same time.
+        with suppress(FileExistsError):
+            disk.make_directory(directory)
+        sync_directory(directory.parent, disk=disk)
 
 
 def digest_of(path: Location, *, disk: Disk = DISK) -> Written:

@@ -1,0 +1,125 @@
+"""The directory of a run's checkpoints: names, what is in it, and how something is taken out of it.
+
+Only what Megalith made is ever removed: directories with its names, files with its names in them, never what a link
+points at.
+"""
+
+import os
+import re
+import secrets
+import stat
+from pathlib import Path
+from typing import NamedTuple
+
+from megalith.checkpoint.shards import DamagedError
+from megalith.files import Disk, Location, sync_directory
+
+FOLDER = "checkpoints"
+STEP_NAME = re.compile(r"step-([0-9]{7,12})")
+LEFTOVER_NAME = re.compile(r"\.(?:tmp|del)-step-[0-9]{7,12}\.[0-9a-f]{8}")
+# What a save puts into a directory: files, and the temporary names under which they are written.
+OWN_FILE = re.compile(r"(\.)?(?:index\.json|rank-[0-9]{5,9}\.safetensors)(?(1)\.[0-9a-f]{8}\.tmp)")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written or, of all that there are, none that can be read; the same on every rank.
+
+    path: the checkpoint, or the folder of checkpoints. need: bytes of the checkpoint; free: those left on its file
+    system after the failure. None where they do not matter or are not known.
+    """
+
+    def __init__(self, message: str, path: Path, *, need: int | None = None, free: int | None = None) -> None:
+        super().__init__(message)
+        self.path, self.need, self.free = path, need, free
+
+
+class StepDirectory(NamedTuple):
+    """A directory that has a checkpoint's name; whether it holds one is another question."""
+
+    step: int
+    path: Path
+
+
+def folder_of(run_dir: Location) -> Path:
+    """Where a run's checkpoints lie."""
+    return Path(run_dir) / FOLDER
+
+
+def step_name(step: int) -> str:
+    """The name of a step's directory. Raises ValueError if the step has more than 12 digits or is negative."""
+    name = f"step-{step:07d}"
+    if STEP_NAME.fullmatch(name) is None:
+        raise ValueError(f"step={step} must be at least 0 and have at most 12 digits")
+    return name
+
+
+def list_checkpoints(run_dir: Location) -> list[StepDirectory]:
+    """The directories with a checkpoint's name, oldest step first; links are not followed. Empty if there is none."""
+    try:
+        with os.scandir(folder_of(run_dir)) as entries:
+            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+    matches = [match for name in names if (match := STEP_NAME.fullmatch(name))]
+    # step-00000001 would be a second name of step 1, which no save gives.
+    found = [StepDirectory(int(match[1]), folder_of(run_dir) / match[0]) for match in matches]
+    return sorted(entry for entry in found if entry.path.name == step_name(entry.step))
+
+
+def new_name(kind: str, step: int) -> str:
+    """A name that no other directory has, for one that is being made (kind "tmp") or removed ("del")."""
+    return f".{kind}-{step_name(step)}.{secrets.token_hex(4)}"
+
+
+def check_directory(path: Path) -> None:
+    """Raise DamagedError if a checkpoint's directory is a link, no directory, or writable for everybody."""
+    mode = path.lstat().st_mode
+    if not stat.S_ISDIR(mode):
+        raise DamagedError(f"{path} is not a directory")
+    for directory in (path, path.parent):
+        mode = directory.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise DamagedError(f"{directory} can be written by everybody, so its files cannot be trusted: chmod o-w it")
+
+
+def discard(directory: StepDirectory, *, disk: Disk) -> None:
+    """Remove a checkpoint: it stops being one in a single step, then its files go.
+
+    Files that a save does not write stay, under another name. What a kill leaves behind is for `discard_leftovers`.
+    Raises OSError, or DamagedError if it is no directory.
+    """
+    if not stat.S_ISDIR(directory.path.lstat().st_mode):
+        raise DamagedError(f"{directory.path} is in the way of a checkpoint and no directory: move it away")
+    removed = directory.path.with_name(new_name("del", directory.step))
+    disk.rename(directory.path, removed)
+    sync_directory(removed.parent, disk=disk)
+    _empty(removed, disk)
+
+
+def discard_leftovers(run_dir: Location, *, disk: Disk) -> None:
+    """Remove what killed saves and removals left behind. Nobody else may be saving in this run directory.
+
+    A directory in which others put files keeps those. Raises OSError.
+    """
+    folder = folder_of(run_dir)
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    for name in filter(LEFTOVER_NAME.fullmatch, names):
+        path = folder / name
+        if name.startswith(".tmp-"):
+            # Out of its name first: should its writer be alive after all, it must not commit what is being emptied.
+            removed = folder / f".del-{name.removeprefix('.tmp-')}"
+            disk.rename(path, removed)
+            path = removed
+        _empty(path, disk)
+
+
+def _empty(directory: Path, disk: Disk) -> None:
+    """Remove our files from a directory, and the directory if nothing else is in it."""
+    with os.scandir(directory) as entries:
+        names = {entry.name for entry in entries if not entry.is_dir(follow_symlinks=False)}
+    ours = set(filter(OWN_FILE.fullmatch, names))
+    for name in sorted(ours):
+        disk.remove(directory / name)
+    if not any(directory.iterdir()):
+        disk.remove_directory(directory)

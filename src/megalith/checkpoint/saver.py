@@ -1,0 +1,174 @@
+"""Saving while the training goes on: the step waits for a copy in host memory at most, a thread writes it.
+
+The copy is made by the thread too, so a step need not even wait for that if it says when it is about to change the
+weights (`before_update`). There is one copy, overwritten by each checkpoint: memory is bounded by what a rank writes.
+"""
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalith.checkpoint.directory import CheckpointError
+from megalith.checkpoint.exchange import Ranks
+from megalith.checkpoint.index import plain_json
+from megalith.checkpoint.pieces import Piece, Table, announce
+from megalith.checkpoint.retention import delete_old
+from megalith.checkpoint.store import Contents, names_to_write, plan, write
+from megalith.files import DISK, Disk, Location
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was written in the background."""
+
+    step: int
+    path: Path
+    seconds: float  # from the start of the save to its end
+    num_bytes: int  # of the whole checkpoint's tensors
+    deleted: tuple[int, ...]  # steps of the old checkpoints that went
+    warning: str  # why old ones did not go; empty if all is well
+
+
+class HostCopy:
+    """What a rank writes, in host memory: pinned if it comes from a CUDA device."""
+
+    def __init__(self, table: Table, tensors: Mapping[str, Piece], rank: int) -> None:
+        self.table = table
+        self.tensors: dict[str, Tensor] = {}
+        self._announced = announce(tensors)
+        self._names = names_to_write(table, rank)
+        self._stream: torch.cuda.Stream | None = None
+
+    def sources(self, tensors: Mapping[str, Piece]) -> dict[str, Tensor]:
+        """Those that are to be copied. Raises ValueError if the pieces are not those that the plan was made for."""
+        if announce(tensors) != self._announced:
+            raise ValueError("the pieces differ from those of the first save: make a new saver for another layout")
+        return {name: tensors[name].local.detach() for name in self._names}
+
+    def copy(self, sources: Mapping[str, Tensor], ready: torch.cuda.Event | None) -> None:
+        """Copy the tensors; in the thread. Returns when they may change again. ready: they are not computed before."""
+        for name, tensor in sources.items():
+            if name not in self.tensors:
+                self.tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        if ready is not None:
+            self._copy_from_cuda(sources, ready)
+            return
+        for name, tensor in sources.items():
+            self.tensors[name].copy_(tensor)
+
+    def _copy_from_cuda(self, sources: Mapping[str, Tensor], ready: torch.cuda.Event) -> None:
+        device = next(tensor.device for tensor in sources.values() if tensor.is_cuda)
+        # On a stream of its own, for the default one would let the copies wait for the training's kernels.
+        with torch.cuda.device(device):
+            self._stream = self._stream or torch.cuda.Stream()
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(ready)
+                for name, tensor in sources.items():
+                    self.tensors[name].copy_(tensor, non_blocking=True)
+            self._stream.synchronize()
+
+
+def computed(tensors: Mapping[str, Tensor]) -> torch.cuda.Event | None:
+    """The event at which what was asked for so far is computed; None if no tensor is on a CUDA device."""
+    device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+    return None if device is None else torch.cuda.current_stream(device).record_event()
+
+
+class AsyncSaver:
+    """Writes checkpoints of a run one after the other in a thread; used by all ranks alike.
+
+    It makes a process group of its own: what it says to other ranks must not mix with the training's collectives.
+    keep_last, keep_every: as in `delete_old`; keep_last=None keeps all.
+    """
+
+    def __init__(
+        self, run_dir: Location, *, keep_last: int | None = None, keep_every: int | None = None, disk: Disk = DISK
+    ) -> None:
+        self._run_dir, self._keep_last, self._keep_every, self._disk = run_dir, keep_last, keep_every, disk
+        self._ranks = Ranks(dist.new_group(backend="gloo") if dist.is_initialized() else None)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._host: HostCopy | None = None
+        self._copied: Future[None] | None = None
+        self._written: Future[Saved] | None = None
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Piece],
+        state: Mapping[str, Any],
+        *,
+        notes: Mapping[str, Any] | None = None,
+        overlap: bool = False,
+    ) -> float:
+        """Begin a checkpoint, after the one before is written; give the seconds that this took.
+
+        tensors, state, notes: as in `store.save`, the pieces the same at every save. When this returns, the tensors are
+        copied. With overlap they are not yet: then `before_update` must be called before any of them changes.
+
+        Raises CheckpointError if the checkpoint before could not be written (this one is not begun: call again). Raises
+        ValueError if the pieces or the state cannot be stored.
+        """
+        started = time.monotonic()
+        self.wait()
+        if self._host is None:
+            self._host = HostCopy(plan(self._ranks, tensors), tensors, self._ranks.rank)
+        host = self._host
+        contents = Contents(step, host.table, plain_json("state", state), plain_json("notes", notes or {}))
+        sources = host.sources(tensors)
+        self._copied = self._thread.submit(host.copy, sources, computed(sources))
+        self._written = self._thread.submit(self._write, contents, host, started)
+        if not overlap:
+            self.before_update()
+        return time.monotonic() - started
+
+    def before_update(self) -> float:
+        """Return when no tensor is being copied any more, so that they may change; give the seconds that this took."""
+        if self._copied is None:
+            return 0.0
+        started = time.monotonic()
+        copied, self._copied = self._copied, None
+        copied.result()
+        return time.monotonic() - started
+
+    def poll(self) -> Saved | None:
+        """The checkpoint that has been written since the last question, if any; does not wait.
+
+        Raises CheckpointError if it could not be written. Ranks may learn of either in different steps, so they must
+        agree before one of them stops.
+        """
+        return self.wait() if self._written is not None and self._written.done() else None
+
+    def wait(self) -> Saved | None:
+        """As `poll`, after the checkpoint that is being written, if any, is done."""
+        if self._written is None:
+            return None
+        written, self._written, self._copied = self._written, None, None
+        return written.result()
+
+    def close(self) -> None:
+        """Wait for what is being written, without asking how it went, and end the thread."""
+        self._thread.shutdown(wait=True)
+
+    def _write(self, contents: Contents, host: "HostCopy", started: float) -> Saved:
+        path = write(self._ranks, self._run_dir, contents, lambda: host.tensors, disk=self._disk)
+        deleted, warning = [], ""
+        if self._keep_last is not None:
+            try:
+                deleted = delete_old(
+                    self._ranks,
+                    self._run_dir,
+                    keep_last=self._keep_last,
+                    keep_every=self._keep_every,
+                    disk=self._disk,
+                )
+            except CheckpointError as failed:
+                warning = str(failed)
+        seconds = time.monotonic() - started
+        return Saved(contents.step, path, seconds, contents.num_bytes, tuple(deleted), warning)

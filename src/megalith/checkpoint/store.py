@@ -1,0 +1,323 @@
+"""Checkpoints that know no layout: saved by any number of ranks, loaded by any other, refused if a bit has changed.
+
+    RUN/checkpoints/step-0000100/index.json              what it is, where every tensor lies, digests
+                                 rank-00000.safetensors  what rank 0 wrote, ...
+
+A checkpoint is written under another name, synced, and then renamed: only then does it exist. No file says which one is
+the latest; it is the newest that verifies.
+"""
+
+import errno
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megalith.checkpoint.directory import (
+    CheckpointError,
+    StepDirectory,
+    discard,
+    discard_leftovers,
+    folder_of,
+    list_checkpoints,
+    new_name,
+    step_name,
+)
+from megalith.checkpoint.exchange import Ranks, RanksError
+from megalith.checkpoint.index import INDEX_NAME, Index, plain_json, render
+from megalith.checkpoint.pieces import DTYPES, TORCH_DTYPES, Piece, Place, Stored, Table, announce, file_of, share_out
+from megalith.checkpoint.shards import DamagedError, open_shard, write_shard
+from megalith.checkpoint.verify import verified_together, verify
+from megalith.files import DISK, Disk, Location, Written, make_directories, sync_directory, write_whole
+
+
+def save(
+    run_dir: Location,
+    step: int,
+    tensors: Mapping[str, Piece],
+    state: Mapping[str, Any],
+    *,
+    notes: Mapping[str, Any] | None = None,
+    group: dist.ProcessGroup | None = None,
+    disk: Disk = DISK,
+) -> Path:
+    """Write a checkpoint of the tensors and the state, and give its path; it exists when this returns.
+
+    Called by all ranks of the group alike (see `Ranks` for the group). tensors: what this rank holds; together the
+    pieces must cover every tensor, copies are written once. state and notes: JSON of rank 0, as in `Index`.
+
+    Raises CheckpointError on all ranks if any fails to write: then nothing of it is left, the earlier checkpoints are
+    untouched, and training can go on. Raises ValueError if the pieces or the state cannot be stored.
+    """
+    ranks = Ranks(group)
+    table = plan(ranks, tensors)
+    own = {name: tensors[name].local for name in names_to_write(table, ranks.rank)}
+    try:
+        kept = ranks.together(lambda: [plain_json("state", state), plain_json("notes", notes or {})])[0]
+    except RanksError as failed:
+        raise ValueError(str(failed)) from failed
+    return write(ranks, run_dir, Contents(step, table, *kept), lambda: own, disk=disk)
+
+
+def plan(ranks: Ranks, tensors: Mapping[str, Piece]) -> dict[str, Stored]:
+    """Which rank writes which piece, found by all ranks together; it stays the same as long as the layout does.
+
+    Raises ValueError on all ranks if the pieces do not make up whole tensors.
+    """
+    try:
+        return share_out(ranks.together(lambda: announce(tensors)))
+    except RanksError as failed:
+        raise ValueError(str(failed)) from failed
+
+
+def names_to_write(table: Table, rank: int) -> list[str]:
+    """The tensors of which a rank writes its piece."""
+    file = file_of(rank)
+    return [name for name, stored in table.items() if any(piece.file == file for piece in stored.pieces)]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is to be written. state and notes matter on rank 0 only."""
+
+    step: int
+    table: Table
+    state: Mapping[str, Any]
+    notes: Mapping[str, Any]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(
+            piece.place.volume * TORCH_DTYPES[stored.dtype].itemsize
+            for stored in self.table.values()
+            for piece in stored.pieces
+        )
+
+
+def write(
+    ranks: Ranks, run_dir: Location, contents: Contents, own: Callable[[], Mapping[str, Tensor]], *, disk: Disk
+) -> Path:
+    """The commit: as `save`, with the plan made and own giving the tensors that this rank writes.
+
+    own may raise OSError or ValueError, which ends the save on all ranks.
+    """
+    folder = folder_of(run_dir)
+    temporary = ""
+
+    def write_own() -> Any:
+        tensors = own()
+        if not tensors:
+            return None
+        written = write_shard(folder / temporary / file_of(ranks.rank), tensors, disk=disk)
+        return [file_of(ranks.rank), written.size, written.digest]
+
+    def first(work: Callable[[], Any]) -> Any:
+        return ranks.together(lambda: work() if ranks.rank == 0 else None)[0]
+
+    try:
+        temporary = first(lambda: _prepare(run_dir, contents, disk))
+        listed = ranks.together(write_own)
+        files = {name: Written(size, digest) for name, size, digest in filter(None, listed)}
+        first(lambda: _commit(folder, temporary, contents, files, disk))
+    except RanksError as failed:
+        raise _give_up(ranks, folder, temporary, contents, str(failed), disk) from failed
+    return folder / step_name(contents.step)
+
+
+def _prepare(run_dir: Location, contents: Contents, disk: Disk) -> str:
+    """Clean up after killed saves, look for room, and make the directory to write into; give its name."""
+    folder = folder_of(run_dir)
+    make_directories(folder, disk=disk)
+    discard_leftovers(run_dir, disk=disk)
+    free = disk.free_bytes(folder)
+    if free < contents.num_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+    name = new_name("tmp", contents.step)
+    disk.make_directory(folder / name)
+    return name
+
+
+def _commit(folder: Path, temporary: str, contents: Contents, files: Mapping[str, Written], disk: Disk) -> None:
+    """Write the index and give the directory its name, unless there is an equal checkpoint already."""
+    index = Index(contents.step, contents.state, contents.notes, files, contents.table)
+    write_whole(folder / temporary / INDEX_NAME, render(index), disk=disk)
+    target = StepDirectory(contents.step, folder / step_name(contents.step))
+    if os.path.lexists(target.path):
+        try:
+            existing = verify(target.path, disk=disk)
+        except (DamagedError, OSError):
+            discard(target, disk=disk)
+        else:
+            if not existing.same_contents(index):
+                raise ValueError(
+                    f"{target.path} exists and holds another checkpoint of step {contents.step}: move it away, or save "
+                    "into another run directory"
+                )
+            discard(StepDirectory(contents.step, folder / temporary), disk=disk)
+            return
+    disk.rename(folder / temporary, target.path)
+    sync_directory(folder, disk=disk)
+
+
+def _give_up(
+    ranks: Ranks, folder: Path, temporary: str, contents: Contents, reason: str, disk: Disk
+) -> CheckpointError:
+    """Remove what was written, and say on every rank what happened."""
+    free = None
+    if ranks.rank == 0:
+        if temporary:
+            # The disk fails already: what cannot be removed now is left for the next save.
+            with suppress(OSError, DamagedError):
+                discard(StepDirectory(contents.step, folder / temporary), disk=disk)
+        with suppress(OSError):
+            free = disk.free_bytes(folder)
+    # Also keeps the other ranks from starting the next save before this one is cleared away.
+    free = ranks.from_first(free)
+    path, need = folder / step_name(contents.step), contents.num_bytes
+    message = f"{path} was not written: {reason}. It needs {need} bytes; "
+    message += "how many are free is not known" if free is None else f"{free} are free there"
+    return CheckpointError(f"{message}. Earlier checkpoints are untouched", path, need=need, free=free)
+
+
+class Refused(NamedTuple):
+    """A checkpoint that was not used, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The checkpoint that was loaded, and the newer ones that could not be, newest first."""
+
+    path: Path
+    index: Index
+    refused: tuple[Refused, ...]
+
+    def messages(self) -> list[str]:
+        """What was lost, as sentences to print; none if the newest checkpoint was loaded."""
+        if not self.refused:
+            return []
+        lost = int(self.refused[0].path.name.removeprefix("step-")) - self.index.step
+        return [
+            *(f"{path} is damaged and was not used: {reason}" for path, reason in self.refused),
+            f"going on from step {self.index.step} instead: {lost} steps are lost and done again",
+        ]
+
+
+# What a loader wants: the pieces that it fills, or a function that makes them once it has seen the index.
+Wanted = Mapping[str, Piece] | Callable[[Index], Mapping[str, Piece]]
+
+
+def nothing(name: str) -> bool:
+    """Every tensor of the checkpoint must be wanted."""
+    return False
+
+
+def load_latest(
+    run_dir: Location,
+    wanted: Wanted,
+    *,
+    step: int | None = None,
+    may_stay_unread: Callable[[str], bool] = nothing,
+    group: dist.ProcessGroup | None = None,
+    disk: Disk = DISK,
+) -> Loaded | None:
+    """Fill the wanted pieces, in place, from the newest checkpoint that verifies; None if there is none at all.
+
+    Called by all ranks of the group alike; they need not be those that saved. Each reads what overlaps with its pieces,
+    so none needs memory for more than those and a few megabytes. step: only that checkpoint. may_stay_unread: the names
+    of tensors that may be in the checkpoint without any rank wanting them.
+
+    A damaged checkpoint is passed over for the one before it: see `Loaded.messages`. Raises CheckpointError if all are
+    damaged or the step is not there, ValueError if the tensors of the run and of the checkpoint are not the same.
+    """
+    ranks = Ranks(group)
+    folder = folder_of(run_dir)
+    try:
+        listed = ranks.together(lambda: [found.step for found in list_checkpoints(run_dir)] if ranks.rank == 0 else [])
+    except RanksError as failed:
+        raise CheckpointError(f"{folder} cannot be read: {failed}", folder) from failed
+    steps = listed[0]
+    if step is not None:
+        if step not in steps:
+            raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {steps}", folder)
+        steps = [step]
+    refused: list[Refused] = []
+    for candidate in reversed(steps):
+        path = folder / step_name(candidate)
+        try:
+            index = verified_together(ranks, path, disk=disk)
+            pieces = wanted(index) if callable(wanted) else wanted
+            _check_fit(ranks, path, index, pieces, may_stay_unread)
+            _fill(ranks, path, index, pieces, disk)
+        except (RanksError, DamagedError) as failed:
+            refused.append(Refused(path, str(failed)))
+        else:
+            return Loaded(path, index, tuple(refused))
+    if refused:
+        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in refused)
+        raise CheckpointError(f"no checkpoint in {folder} can be used: {reasons}", folder)
+    return None
+
+
+def _check_fit(
+    ranks: Ranks, path: Path, index: Index, pieces: Mapping[str, Piece], may_stay_unread: Callable[[str], bool]
+) -> None:
+    """Raise ValueError on all ranks unless the checkpoint holds what is wanted, as it is wanted, and nothing else."""
+
+    def names() -> list[str]:
+        faults = []
+        for name, piece in pieces.items():
+            stored = index.tensors.get(name)
+            kind = (DTYPES[piece.local.dtype], piece.shape)
+            if stored is None:
+                faults.append(f"it has no {name}")
+            elif (stored.dtype, stored.shape) != kind:
+                faults.append(f"{name} is {stored.dtype} {stored.shape} in it, but {kind[0]} {kind[1]} in this run")
+        if faults:
+            raise ValueError(_some(faults))
+        return list(pieces)
+
+    try:
+        read = set().union(*ranks.together(names))
+    except RanksError as failed:
+        raise ValueError(f"{path} does not fit this run: {failed}") from failed
+    unread = [name for name in index.tensors if name not in read and not may_stay_unread(name)]
+    if unread:
+        raise ValueError(f"{path} does not fit this run: the run has no {_some(unread)}")
+
+
+def _some(faults: list[str]) -> str:
+    """The first few faults, and how many there are."""
+    return "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+
+
+def _fill(ranks: Ranks, path: Path, index: Index, pieces: Mapping[str, Piece], disk: Disk) -> None:
+    """Copy from the files into the pieces, file by file; RanksError on all ranks if a file fails on any."""
+
+    def fill() -> None:
+        for file in sorted(index.files):
+            needed = [
+                (name, stored.place, overlap)
+                for name, piece in pieces.items()
+                for stored in index.tensors[name].pieces
+                if stored.file == file and (overlap := stored.place.overlap(piece.place)) is not None
+            ]
+            if not needed:
+                continue
+            with open_shard(path / file, disk=disk) as shard:
+                for name, place, overlap in needed:
+                    target = pieces[name].local.detach()[overlap.slices(pieces[name].offset)]
+                    if shard.kind(name) != (index.tensors[name].dtype, place.extent):
+                        raise DamagedError(f"{path / file} holds another {name} than the index says")
+                    origin = tuple(start - zero for start, zero in zip(overlap.offset, place.offset, strict=True))
+                    shard.fill(name, Place(origin, overlap.extent), target)
+
+    ranks.together(fill)
