@@ -124,9 +124,6 @@ def _layout(run: Run, world_size: int) -> Iterator[Fault]:
             f"times --pipeline-model-parallel-size = {pipeline} does not divide the {world_size} ranks",
             f"Products that fit: {fits}; or start another number of ranks (torchrun --nproc-per-node)",
         )
-    for name, value in (("tensor_model_parallel_size", tensor), ("pipeline_model_parallel_size", pipeline)):
-        if value > 1:
-            yield fault(name, value, "is not available in this version", "Use data parallelism: leave it at 1")
     chunk = run.parallel.num_layers_per_virtual_pipeline_stage
     if chunk is not None and pipeline < 2:
         yield fault(

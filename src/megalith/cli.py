@@ -111,7 +111,8 @@ def generate(words: Sequence[str], started: float) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args(words)
 
-    from megalith.evaluate.talk import Sampling, talk
+    from megalith.evaluate.talk import Sampling
+    from megalith.talk import talk
 
     sampling = Sampling(
         max_new_tokens=options.max_new_tokens,

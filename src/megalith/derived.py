@@ -109,4 +109,10 @@ OURS = (
     "log_format",
     "exit_before_training",
     "eval_first",
+    "sequence_parallel",
+    "context_parallel_size",
+    "context_exchange",
+    "pipeline_schedule",
+    "data_parallel_sharding",
+    "deterministic",
 )

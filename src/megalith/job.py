@@ -1,5 +1,6 @@
 """What a run works with, built in the order in which it is announced; nothing here takes a step."""
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -8,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from megalith.config import Run
 from megalith.data.loader import BatchSource, Loader
@@ -20,9 +20,10 @@ from megalith.derived import (
     global_batch_size,
     recompute_granularity,
     reference_arguments,
+    sequence_length,
     tokenizer_type,
 )
-from megalith.layers.initial import draw_weights
+from megalith.models.shape import shape_of
 from megalith.monitor import lines
 from megalith.monitor.events import (
     DatasetsBuilt,
@@ -50,8 +51,8 @@ from megalith.optim.batch_size import ConstantBatch, RampedBatch, make_batch_siz
 from megalith.optim.groups import build_optimizer
 from megalith.optim.loss_scale import LossScale, make_loss_scale
 from megalith.optim.schedule import Schedule, make_schedule
+from megalith.parallel.apply import TIED, Laid, Sizes, lay_out
 from megalith.parallel.mesh import Groups, Layout, make_groups
-from megalith.parallel.recompute import recompute_blocks
 from megalith.task import TASK_ROWS, Task
 
 
@@ -82,7 +83,7 @@ class Job:
     ledger: Ledger
     tokenizer: Tokenizer
     vocab_size: int  # padded
-    model: nn.Module
+    laid: Laid
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     batch_sizes: ConstantBatch | RampedBatch
@@ -139,14 +140,22 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
     task = TASK_ROWS[run.task]
     log.line(lines.building_model(task.title), detail=True)
     with timers("model-and-optimizer-setup"):
-        model = task.build_model(run, vocab_size, getattr(torch, compute_dtype(run)))
-        recompute_blocks(model, recompute_granularity(run), every=run.parallel.checkpoint_num_layers)
-        if not run.train.exit_before_training:
-            model.to_empty(device=device)
-            draw_weights(model, run.train.seed)
-        optimizer = build_optimizer(model, run.optimizer)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    log.report(ModelBuilt(task.title, count, (RankParameters(0, 0, count),)))
+        dtype: torch.dtype = getattr(torch, compute_dtype(run))
+        laid = lay_out(
+            task.build_part(run, vocab_size, dtype),
+            task.run_part,
+            model_sizes(run, vocab_size, dtype, num_losses=len(task.losses)),
+            run.parallel,
+            layout,
+            groups,
+            device=device,
+            seed=None if run.train.exit_before_training else run.train.seed,
+            recompute=recompute_granularity(run),
+            compute_dtype=dtype,
+            is_tied=not run.model.untie_embeddings_and_output_weights,
+        )
+        optimizer = build_optimizer(laid.trained, run.optimizer, same_on_every_cut=run.parallel.deterministic)
+    log.report(model_built(task, laid, layout, groups))
     schedule = make_schedule(
         run.optimizer,
         global_batch_size=global_batch_size(run, layout.data),
@@ -170,7 +179,7 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
         ledger=ledger,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
-        model=model,
+        laid=laid,
         optimizer=optimizer,
         schedule=schedule,
         batch_sizes=batch_sizes,
@@ -183,6 +192,38 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
 def peak_flops(device: torch.device, dtype: str) -> float | None:
     """Floating-point operations per second of one device by its maker's data sheet; None where there is none."""
     return datasheet_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+
+
+def model_sizes(run: Run, vocab_size: int, dtype: torch.dtype, *, num_losses: int) -> Sizes:
+    """What the layout needs to know; costs are floating-point operations, in those of a layer."""
+    shape, tokens = shape_of(run.model), sequence_length(run)
+    heads = shape.num_heads * shape.head_width
+    layer = 8 * shape.width * heads + 4 * shape.width * shape.inner + 4 * tokens * heads
+    return Sizes(
+        num_layers=shape.num_layers,
+        width=shape.width,
+        first_cost=0.0,  # looking up is no work next to a layer's
+        last_cost=2 * shape.width * vocab_size / layer,
+        stream_dtype=torch.float32 if run.model.fp32_residual_connection else dtype,
+        num_losses=num_losses,
+        tokens=tokens,
+    )
+
+
+def model_built(task: Task, laid: Laid, layout: Layout, groups: Groups) -> ModelBuilt:
+    """How many parameters there are, and on each rank of the model, in Megatron-LM's order."""
+    counts = [0] * (layout.pipeline * layout.tensor)
+    counts[layout.place("pipeline") * layout.tensor + layout.place("tensor")] = laid.num_parameters
+    counts = groups.agree(counts)
+    ranks = [
+        RankParameters(tensor, stage, counts[stage * layout.tensor + tensor])
+        for stage in range(layout.pipeline)
+        for tensor in range(layout.tensor)
+    ]
+    # The last stage's copy of a tied table is not another parameter.
+    copies = set() if layout.is_first_stage or not laid.has_tied_copy else {TIED}
+    own = sum(math.prod(held.whole) for name, held in laid.trained.held.items() if name not in copies)
+    return ModelBuilt(task.title, groups.total_over_stages(own), tuple(ranks))
 
 
 def announce_start(run: Run, layout: Layout, batch_sizes: ConstantBatch | RampedBatch, log: RunLog) -> None:

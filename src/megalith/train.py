@@ -24,9 +24,9 @@ from megalith.monitor.signals import StopSignals
 from megalith.optim.clip import clip_gradients, count_zeros, global_norm, unscale_gradients
 from megalith.optim.groups import set_learning_rate
 from megalith.optim.schedule import learning_rate
-from megalith.parallel.mesh import choose_device, join, leave, make_layout
-from megalith.parallel.shard import reduce_gradients
-from megalith.parallel.step import Batch, forward_backward
+from megalith.parallel.context import cut_tokens
+from megalith.parallel.mesh import choose_device, joined, make_layout
+from megalith.parallel.step import Batch, mean_losses
 from megalith.report import report_interval, step_flops
 from megalith.resume import Keeper, resume
 from megalith.sources import write_run_file
@@ -45,11 +45,11 @@ def train(run: Run, *, started: float) -> int:
         os.environ,
         tensor=run.parallel.tensor_model_parallel_size,
         pipeline=run.parallel.pipeline_model_parallel_size,
+        context=run.parallel.context_parallel_size,
     )
     with ExitStack() as stack:
         device = choose_device(run.parallel.device, layout.local_rank)
-        join(layout, device)
-        stack.callback(leave)
+        stack.enter_context(joined(layout, device))
         log = stack.enter_context(open_log(run, layout))
         signals = stack.enter_context(StopSignals())
         run = prepare_corpus(run, layout, log)
@@ -68,7 +68,7 @@ def train(run: Run, *, started: float) -> int:
         reason = run_steps(job, keeper, signals)
         if reason is None:
             finish(job, keeper)
-        keeper.wait()
+        keeper.settle()
         log.report(
             RunEnded(
                 step=job.progress.step,
@@ -139,19 +139,11 @@ def take_step(job: Job) -> StepDone:
     if run.model.hidden_dropout > 0 or run.model.attention_dropout > 0:
         microbatches = [with_rows(batch, run.train.seed) for batch in microbatches]
 
-    job.optimizer.zero_grad(set_to_none=True)
+    job.laid.clear_gradients()
     scale = 1.0 if progress.loss_scale is None else progress.loss_scale.scale
-    losses = forward_backward(
-        microbatches,
-        lambda batch: job.task.losses(job.model, batch),
-        masks=job.task.masks,
-        scale=scale,
-        group=job.groups.replicas,
-        timers=timers,
-    )
-    if job.groups.replicas is not None:
-        with timers("backward-params-all-reduce"):
-            reduce_gradients(job.model.parameters(), job.groups.replicas)
+    losses = run_microbatches(job, microbatches, scale=scale, backward=True)
+    with timers("backward-params-all-reduce"):
+        job.laid.finish_gradients()
     with timers("optimizer"):
         update = update_weights(job, scale)
 
@@ -172,7 +164,7 @@ def take_step(job: Job) -> StepDone:
         skipped=update.skipped,
         grad_norm=update.grad_norm,
         num_zeros=update.num_zeros,
-        params_norm=(global_norm(job.model.parameters(), device=job.device) if run.monitor.log_params_norm else None),
+        params_norm=weights_norm(job) if run.monitor.log_params_norm else None,
         model_flops=step_flops(job, batch_size),
         memory=memory_use(job.device) if every(progress.step, run.monitor.log_interval) else None,
     )
@@ -183,24 +175,52 @@ def with_rows(batch: Batch, seed: int) -> Batch:
     return {**batch, "rows": dropout_rows(seed, batch["samples"], batch["tokens"].shape[1])}
 
 
+def run_microbatches(job: Job, microbatches: list[Batch], *, scale: float, backward: bool) -> dict[str, Tensor]:
+    """The mean losses of a step's microbatches over all ranks; with backward, their gradients add up on each."""
+    return mean_losses(
+        job.laid.engine,
+        [cut_tokens(on_device(batch, job.device), job.groups.context) for batch in microbatches],
+        names=job.task.losses,
+        masks=job.task.masks,
+        scale=scale,
+        group=job.groups.replicas,
+        timers=job.timers if backward else job.untimed,
+        backward=backward,
+    )
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device; copies from page-locked memory run beside the computation."""
+    return {name: entry.to(device, non_blocking=True) for name, entry in batch.items()}
+
+
 def update_weights(job: Job, scale: float) -> Update:
     """Unscale, look for overflow, clip and update, or skip the step; in place."""
     progress, config, timers = job.progress, job.run.optimizer, job.timers
-    gradients = [parameter.grad for parameter in job.model.parameters() if parameter.grad is not None]
+    gradients = job.laid.gradients()
     with timers("optimizer-unscale-and-check-inf"):
-        overflow = bool(unscale_gradients(gradients, scale))
+        overflow = bool(unscale_gradients(gradients, scale, reduce=job.laid.largest))
     if progress.loss_scale is not None:
         progress.loss_scale = progress.loss_scale.updated(overflow)
     if overflow:
         return Update(skipped=True)
+    counted = job.laid.gradients(counted=True)
     norm = None
     if config.clip_grad > 0:
         with timers("optimizer-clip-main-grad"):
-            norm = clip_gradients(gradients, config.clip_grad)
-    zeros = count_zeros(gradients, device=job.device) if job.run.monitor.log_num_zeros_in_grad else None
+            norm = clip_gradients(gradients, config.clip_grad, counted=counted, reduce=job.laid.total)
+    zeros = None
+    if job.run.monitor.log_num_zeros_in_grad:
+        zeros = count_zeros(counted, device=job.device, reduce=job.laid.total)
     set_learning_rate(job.optimizer, learning_rate(progress.schedule_samples, job.schedule))
     job.optimizer.step()
+    job.laid.reduction.after_update()
     return Update(skipped=False, grad_norm=norm, num_zeros=zeros)
+
+
+def weights_norm(job: Job) -> Tensor:
+    """The L2 norm of all weights."""
+    return global_norm(job.laid.weights(counted=True), device=job.device, reduce=job.laid.total)
 
 
 def evaluate(job: Job, part: str, *, final: bool = False) -> dict[str, float] | None:
@@ -212,22 +232,13 @@ def evaluate(job: Job, part: str, *, final: bool = False) -> dict[str, float] | 
     iterations = job.run.evaluate.eval_iters
     num_microbatches = job.batch_sizes.num_microbatches(progress.consumed_train_samples)
     with job.ledger.spend("evaluation"), torch.no_grad():
-        job.model.eval()
         consumed = progress.consumed_valid_samples if part == "valid" else 0
         for _ in range(iterations):
-            losses = forward_backward(
-                job.loaders[part].step_batch(consumed, num_microbatches),
-                lambda batch: job.task.losses(job.model, batch),
-                masks=job.task.masks,
-                scale=1.0,
-                group=job.groups.replicas,
-                timers=job.untimed,
-                backward=False,
-            )
+            microbatches = job.loaders[part].step_batch(consumed, num_microbatches)
+            losses = run_microbatches(job, microbatches, scale=1.0, backward=False)
             consumed += job.batch_sizes.batch_size(progress.consumed_train_samples)
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0.0) + float(loss)
-        job.model.train()
     if part == "valid":
         progress.consumed_valid_samples = consumed
     means = {name: total / iterations for name, total in sums.items()}

@@ -4,7 +4,8 @@ Rank order is Megatron-LM's, with context parallelism in its place: tensor faste
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 
@@ -80,6 +81,14 @@ class Groups:
     world: ProcessGroup | None = None
     embedding: ProcessGroup | None = None  # first and last stage, where the tied table stands twice
 
+    def total_over_stages(self, number: int) -> int:
+        """The sum of what each pipeline stage has."""
+        if self.pipeline is None:
+            return number
+        total = torch.tensor(number, dtype=torch.int64)
+        dist.all_reduce(total, group=self.pipeline)
+        return int(total)
+
     def agree(self, numbers: list[int]) -> list[int]:
         """The largest of each number over all ranks: what one rank knows, all know."""
         if self.world is None:
@@ -120,19 +129,27 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     return device
 
 
-def join(layout: Layout, device: torch.device) -> None:
-    """Join the process group: NCCL with GPUs, gloo without. A single process joins none."""
+@contextmanager
+def joined(layout: Layout, device: torch.device) -> Iterator[None]:
+    """While entered, this process is in the process group: NCCL with GPUs, gloo without.
+
+    A single process joins none, and a group that stands already is left as it is.
+    """
     if layout.world_size == 1 or dist.is_initialized():
+        yield
         return
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("MASTER_PORT", "6000")
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
-        backend,
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         rank=layout.rank,
         world_size=layout.world_size,
         device_id=device if device.type == "cuda" else None,
     )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def make_groups(layout: Layout, device: torch.device) -> Groups:
@@ -182,9 +199,3 @@ def _embedding_group(layout: Layout) -> ProcessGroup | None:
 
 def _at(layout: Layout, rank: int) -> Layout:
     return Layout(layout.world_size, rank, 0, layout.tensor, layout.pipeline, layout.context)
-
-
-def leave() -> None:
-    """Leave the process group, if one was joined."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megalith.layers.attention import CrossAttention, SelfAttention
 from megalith.models.decoder import run_whole
+from megalith.parallel.collectives import Group, gather_copies, scatter_copies, size_of
+from megalith.parallel.tensor import TOKENS
 
 
 def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -33,14 +35,26 @@ def run_in_chunks(
     return x
 
 
-def recompute_blocks(model: nn.Module, granularity: str | None, *, every: int = 1) -> None:
+def keep_cut_input(blocks: Sequence[nn.Module], x: Tensor, *args: Any, group: Group, **kwargs: Any) -> Tensor:
+    """Run blocks, keeping only this tensor rank's share of their input; the backward pass gathers it again."""
+
+    def gathered(x_part: Tensor, *args: Any) -> Tensor:
+        return run_whole(blocks, gather_copies(x_part, TOKENS, group), *args, **kwargs)
+
+    result: Tensor = recomputed(gathered)(scatter_copies(x, TOKENS, group), *args)
+    return result
+
+
+def recompute_blocks(model: nn.Module, granularity: str | None, *, every: int = 1, group: Group = None) -> None:
     """Let the model's blocks (full) or the cores of their attentions (selective) be computed again; in place.
 
-    every: with full, consecutive blocks that share one kept input. The model has the seam run_blocks, its attentions
-    the seam attend. Without gradients nothing is kept anyway.
+    every: with full, consecutive blocks that share one kept input. group: with full, tensor ranks that share out the
+    kept inputs, of which each would hold a copy (Megatron-LM's distributed checkpointed activations). The model has the
+    seam run_blocks, its attentions the seam attend. Without gradients nothing is kept anyway.
     """
     if granularity == "full":
-        model.run_blocks = partial(run_in_chunks, every=every, keep_input=recomputed(run_whole))  # type: ignore[assignment]
+        keep = recomputed(run_whole) if size_of(group) == 1 else partial(keep_cut_input, group=group)
+        model.run_blocks = partial(run_in_chunks, every=every, keep_input=keep)  # type: ignore[assignment]
     elif granularity == "selective":
         for module in model.modules():
             if isinstance(module, SelfAttention | CrossAttention):

@@ -55,3 +55,31 @@ class ParallelConfig:
     nproc: int | None = setting(
         None, "start this many processes on this machine through torchrun", section="distributed", unit="processes"
     )
+    sequence_parallel: bool = setting(
+        False, "cut the stream between blocks along the tokens over tensor ranks", section="distributed", switch="on"
+    )
+    context_parallel_size: int = setting(1, "ranks that share a sequence", section="distributed", unit="ranks")
+    context_exchange: str = setting(
+        "gather",
+        "how attention sees a cut sequence: gather all keys, or trade tokens for heads",
+        section="distributed",
+        choices=("gather", "all-to-all"),
+    )
+    pipeline_schedule: str | None = setting(
+        None,
+        "order of forward and backward passes; 1f1b, or interleaved with several parts a rank, if not given",
+        section="distributed",
+        choices=("gpipe", "1f1b", "interleaved", "zero-bubble"),
+    )
+    data_parallel_sharding: str = setting(
+        "none",
+        "what replicas share out instead of each holding all (ZeRO stages 0 to 3)",
+        section="distributed",
+        choices=("none", "optimizer", "gradients", "parameters"),
+    )
+    deterministic: bool = setting(
+        False,
+        "add gradients in an order that does not depend on the number of replicas",
+        section="distributed",
+        switch="on",
+    )

@@ -1,43 +1,49 @@
-"""Data parallelism: gradients of all replicas are summed in buckets after the last microbatch."""
+"""Sharded gradients and parameters (ZeRO stages 2 and 3) by FSDP2 (torch.distributed.fsdp.fully_shard).
 
-from collections.abc import Iterable, Iterator
+Every block is a unit that is gathered for its forward pass; gradients are reduced to shards as they come. Sums, not
+means, leave the reduction: the loss is divided by the global count already.
+"""
+
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from megalith.parallel.collectives import Group, all_reduce, size_of
-
-# Large enough that a reduction is bound by bandwidth, small enough that the copy of a bucket costs little memory.
-BUCKET_BYTES = 64 * 2**20
-
-
-def buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one type gathered, in their order, until a bucket is full."""
-    bucket: list[Tensor] = []
-    held = 0
-    for gradient in gradients:
-        if bucket and (held >= BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, held = [], 0
-        bucket.append(gradient)
-        held += gradient.numel() * gradient.element_size()
-    if bucket:
-        yield bucket
+from megalith.layers.block import Block
+from megalith.parallel.mesh import Groups, Layout
+from megalith.parallel.settings import ParallelConfig
 
 
-@torch.no_grad()
-def reduce_gradients(parameters: Iterable[Tensor], group: Group) -> None:
-    """Sum the gradients over the group, in place. Every parameter has one: a missing gradient counts as zero."""
-    if size_of(group) == 1:
-        return
-    gradients = []
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        gradients.append(parameter.grad)
-    for bucket in buckets(gradients):
-        flat = all_reduce(torch.cat([gradient.reshape(-1) for gradient in bucket]), group)
-        offset = 0
-        for gradient in bucket:
-            gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
-            offset += gradient.numel()
+def shard_parameters(
+    part: nn.Module, layout: Layout, groups: Groups, config: ParallelConfig, compute_dtype: torch.dtype
+) -> None:
+    """Shard the parameters of a part over the replicas, in place.
+
+    Inside blocks every use of a weight casts it to the type of the computation, so it travels in that type with the
+    same result; the tables outside stay fp32.
+    """
+    assert groups.mesh is not None
+    mesh = groups.mesh["data", "context"]._flatten("replicas") if layout.context > 1 else groups.mesh["data"]
+    regather = config.data_parallel_sharding == "parameters"
+    narrow = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in part.modules():
+        if isinstance(module, Block):
+            _sum(fully_shard(module, mesh=mesh, mp_policy=narrow, reshard_after_forward=regather))
+    _sum(fully_shard(part, mesh=mesh, mp_policy=whole, reshard_after_forward=regather))
+
+
+def _sum(module: Any) -> None:
+    module.set_gradient_divide_factor(1.0)
+    # gloo has no reduction that scales as it sums.
+    module.set_force_sum_reduction_for_comms(True)
+
+
+def offset_of_shard(parameter: Tensor) -> tuple[int, ...]:
+    """Where this rank's shard begins in a sharded parameter."""
+    assert isinstance(parameter, DTensor)
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return cast(tuple[int, ...], tuple(offset))

@@ -1,0 +1,288 @@
+"""A model laid over the ranks: everything that is done to it, in one visible order."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megalith.layers.initial import Shard, draw_weights
+from megalith.parallel.collectives import Group, all_reduce
+from megalith.parallel.context import cut_context
+from megalith.parallel.mesh import Groups, Layout
+from megalith.parallel.recompute import recompute_blocks
+from megalith.parallel.reduce import (
+    FixedOrder,
+    OptimizerSharded,
+    Reduction,
+    Replicated,
+    Sharded,
+    gradient_of,
+    sum_gradients,
+)
+from megalith.parallel.settings import ParallelConfig
+from megalith.parallel.stages import assign_layers
+from megalith.parallel.step import Engine, OrderedWholeModel, RunPart, WholeModel
+from megalith.parallel.tensor import Cut, split_tensors
+
+# Builds, on the meta device, the part of a model with these layers: (layers, is first, is last).
+BuildPart = Callable[[range, bool, bool], nn.Module]
+# The table that stands on the first and on the last stage, if it is tied.
+TIED = "word_embedding.weight"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the layout needs to know of a model."""
+
+    num_layers: int
+    width: int
+    first_cost: float  # of the embedding, in layers
+    last_cost: float  # of the output layer and the loss, in layers
+    stream_dtype: torch.dtype
+    num_losses: int
+    tokens: int  # of a sequence
+
+
+@dataclass(frozen=True)
+class Held:
+    """What this rank holds of a parameter for the optimizer and for checkpoints."""
+
+    parameter: nn.Parameter
+    whole: tuple[int, ...]
+    offset: tuple[int, ...]
+    counted: bool  # this rank adds it to a norm over all ranks; of several copies one does
+
+
+class Trained(nn.Module):
+    """The parameters that the optimizer updates, under the names that they have in the whole model."""
+
+    def __init__(self, held: Mapping[str, Held]) -> None:
+        super().__init__()
+        self.held = dict(held)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, held.parameter) for name, held in self.held.items())
+
+
+@dataclass
+class Laid:
+    """A model on its ranks."""
+
+    parts: dict[int, nn.Module]  # held here, by number
+    engine: Engine
+    trained: Trained
+    reduction: Reduction
+    cuts: dict[str, Cut]
+    groups: Groups
+    has_tied_copy: bool  # the tied table stands on the first and on the last stage
+    num_parameters: int  # held here
+
+    def finish_gradients(self) -> None:
+        """After the last backward pass: every gradient that the optimizer looks at is whole; in place."""
+        parameters = {name: p for part in self.parts.values() for name, p in part.named_parameters()}
+        # Parts of one sum are added before replicas are, for a shard of them is as good.
+        by_tokens = [local_part(gradient_of(p)) for name, p in parameters.items() if self.cuts[name].summed_over_tokens]
+        sum_gradients(by_tokens, self.groups.tensor)
+        if self.groups.embedding is not None and TIED in parameters:
+            sum_gradients([local_part(gradient_of(parameters[TIED]))], self.groups.embedding)
+        self.reduction.finish()
+
+    def clear_gradients(self) -> None:
+        """Forget all gradients, in place."""
+        for part in self.parts.values():
+            part.zero_grad(set_to_none=True)
+        for held in self.trained.held.values():
+            held.parameter.grad = None
+
+    def gradients(self, *, counted: bool = False) -> list[Tensor]:
+        """What lies here of the gradients that the optimizer looks at; counted: only what this rank adds to a norm."""
+        held = [h for h in self.trained.held.values() if h.counted or not counted]
+        return [local_part(gradient_of(h.parameter)) for h in held]
+
+    def weights(self, *, counted: bool = False) -> list[Tensor]:
+        """What lies here of the weights."""
+        return [local_part(h.parameter) for h in self.trained.held.values() if h.counted or not counted]
+
+    def total(self, found: Tensor) -> Tensor:
+        """The sum over all ranks."""
+        return all_reduce(found, self.groups.world)
+
+    def largest(self, found: Tensor) -> Tensor:
+        """The maximum over all ranks."""
+        return all_reduce(found, self.groups.world, dist.ReduceOp.MAX)
+
+
+def lay_out(
+    build_part: BuildPart,
+    run_part: RunPart,
+    sizes: Sizes,
+    config: ParallelConfig,
+    layout: Layout,
+    groups: Groups,
+    *,
+    device: torch.device,
+    seed: int | None,
+    recompute: str | None,
+    compute_dtype: torch.dtype,
+    is_tied: bool,
+) -> Laid:
+    """Build this rank's parts of the model and connect them with those of the others.
+
+    seed: of the weights; None leaves them on the meta device. recompute: full, selective or None.
+    """
+    parts = _build_parts(build_part, sizes, config, layout)
+    cuts: dict[str, Cut] = {}
+    for part in parts.values():
+        cuts |= split_tensors(part, groups.tensor, sequence=config.sequence_parallel)
+        cut_context(part, groups.context, exchange=config.context_exchange)
+        recompute_blocks(part, recompute, every=config.checkpoint_num_layers, group=_saved_over(config, groups))
+    count = sum(parameter.numel() for part in parts.values() for parameter in part.parameters())
+    sharded = config.data_parallel_sharding in ("gradients", "parameters") and groups.replicas is not None
+    if sharded:
+        # FSDP2 takes seconds to import.
+        from megalith.parallel.shard import shard_parameters
+
+        for part in parts.values():
+            shard_parameters(part, layout, groups, config, compute_dtype)
+    if seed is not None:
+        for part in parts.values():
+            part.to_empty(device=device)
+            by_id = {id(p): name for name, p in part.named_parameters()}
+            draw_weights(part, seed, shard_of=lambda p, by_id=by_id: _shard(p, cuts[by_id[id(p)]]))  # type: ignore[misc]
+    parameters = {name: p for part in parts.values() for name, p in part.named_parameters()}
+    copies = is_tied and layout.pipeline > 1 and not layout.is_first_stage
+    held = {name: _held(name, p, cuts[name], layout, sharded, copies) for name, p in parameters.items()}
+    reduction = _reduction(held, parameters, config, groups, sharded, layout)
+    if isinstance(reduction, OptimizerSharded):
+        held = _held_by_rows(reduction, held)
+    engine = _engine(parts, run_part, sizes, config, layout, groups, reduction, device)
+    return Laid(parts, engine, Trained(held), reduction, cuts, groups, is_tied and layout.pipeline > 1, count)
+
+
+def _build_parts(build_part: BuildPart, sizes: Sizes, config: ParallelConfig, layout: Layout) -> dict[int, nn.Module]:
+    """This rank's parts on the meta device, by their number in the whole model."""
+    chunks = num_chunks(config, sizes.num_layers)
+    assigned = assign_layers(
+        sizes.num_layers, layout.pipeline, chunks, first_cost=sizes.first_cost, last_cost=sizes.last_cost
+    )
+    stage, last = layout.place("pipeline"), layout.pipeline * chunks - 1
+    numbers = [chunk * layout.pipeline + stage for chunk in range(chunks)]
+    return {
+        number: build_part(layers, number == 0, number == last)
+        for number, layers in zip(numbers, assigned[stage], strict=True)
+    }
+
+
+def num_chunks(config: ParallelConfig, num_layers: int) -> int:
+    """Parts of the model per rank."""
+    per_chunk = config.num_layers_per_virtual_pipeline_stage
+    if per_chunk is None:
+        return 1
+    return num_layers // config.pipeline_model_parallel_size // per_chunk
+
+
+def _saved_over(config: ParallelConfig, groups: Groups) -> Group:
+    return groups.tensor if config.distribute_checkpointed_activations else None
+
+
+def _shard(parameter: nn.Parameter, cut: Cut) -> Shard:
+    """What `draw_weights` needs: this rank's part, cut over tensor ranks and perhaps again over replicas."""
+    offset = [a + b for a, b in zip(cut.offset, shard_offset(parameter), strict=True)]
+    return Shard(local_part(parameter), cut.whole, offset)
+
+
+def shard_offset(parameter: Tensor) -> tuple[int, ...]:
+    """Where this rank's shard begins in the parameter as it was before it was sharded over replicas."""
+    if not hasattr(parameter, "placements"):
+        return (0,) * parameter.dim()
+    from megalith.parallel.shard import offset_of_shard
+
+    return offset_of_shard(parameter)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What lies on this rank of a tensor that may be sharded, sharing its memory."""
+    to_local = getattr(tensor, "to_local", None)
+    local: Tensor = tensor if to_local is None else to_local()
+    return local
+
+
+def _held(name: str, parameter: nn.Parameter, cut: Cut, layout: Layout, sharded: bool, copies: bool) -> Held:
+    offset = tuple(a + b for a, b in zip(cut.offset, shard_offset(parameter), strict=True))
+    is_first_replica = layout.place("data") == 0 and layout.place("context") == 0
+    counted = (layout.place("tensor") == 0 or not cut.is_copy) and (sharded or is_first_replica)
+    return Held(parameter, cut.whole, offset, counted and not (copies and name == TIED))
+
+
+def _held_by_rows(reduction: OptimizerSharded, held: Mapping[str, Held]) -> dict[str, Held]:
+    """The rows that this rank owns, where the optimizer's state is sharded."""
+    owned = {}
+    for name, (shard, first) in reduction.shards.items():
+        whole = held[name]
+        offset = (whole.offset[0] + first, *whole.offset[1:])
+        owned[name] = Held(shard, whole.whole, offset, counted=whole.counted)
+    return owned
+
+
+def _reduction(
+    held: Mapping[str, Held],
+    parameters: Mapping[str, nn.Parameter],
+    config: ParallelConfig,
+    groups: Groups,
+    sharded: bool,
+    layout: Layout,
+) -> Reduction:
+    if sharded:
+        return Sharded()
+    if config.data_parallel_sharding == "optimizer" and groups.replicas is not None:
+        return OptimizerSharded(parameters, groups.replicas)
+    if config.deterministic:
+        return FixedOrder(list(parameters.values()), groups.replicas)
+    # A gradient that still has to be summed over another group cannot travel early.
+    overlap = layout.pipeline == 1 and not (config.sequence_parallel and layout.tensor > 1)
+    return Replicated(list(parameters.values()), groups.replicas, overlap=overlap)
+
+
+def _engine(
+    parts: Mapping[int, nn.Module],
+    run_part: RunPart,
+    sizes: Sizes,
+    config: ParallelConfig,
+    layout: Layout,
+    groups: Groups,
+    reduction: Reduction,
+    device: torch.device,
+) -> Engine:
+    if layout.pipeline == 1:
+        model = parts[0]
+        if config.deterministic:
+            return OrderedWholeModel(model, run_part, groups.replicas)
+        return WholeModel(model, run_part, reduction, groups.replicas)
+    from megalith.parallel.pipeline import Pipeline
+
+    assert groups.pipeline is not None
+    tokens = sizes.tokens // layout.context
+    if config.sequence_parallel:
+        tokens //= layout.tensor
+    return Pipeline(
+        parts,
+        run_part,
+        num_parts=layout.pipeline * num_chunks(config, sizes.num_layers),
+        schedule=schedule_of(config),
+        group=groups.pipeline,
+        device=device,
+        stream_shape=(tokens, sizes.width),
+        stream_dtype=sizes.stream_dtype,
+        num_losses=sizes.num_losses,
+        sums_over=(groups.replicas, groups.pipeline),
+    )
+
+
+def schedule_of(config: ParallelConfig) -> str:
+    """The schedule asked for, or the usual one for one part or several on a rank."""
+    if config.pipeline_schedule is not None:
+        return config.pipeline_schedule
+    return "1f1b" if config.num_layers_per_virtual_pipeline_stage is None else "interleaved"

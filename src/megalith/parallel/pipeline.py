@@ -1,0 +1,127 @@
+"""Pipeline parallelism: stages on different ranks, run by the schedules of torch.distributed.pipelining.
+
+Each rank holds one part of the model, or several with an interleaved schedule. Streams travel forward and their
+gradients back; what belongs to a batch besides (positions, masks, labels) every rank has read by itself.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.pipelining.schedules import (
+    Schedule1F1B,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    _PipelineSchedule,
+)
+
+from megalith.parallel.collectives import Group, all_reduce
+from megalith.parallel.step import Batch, RunPart, Timers
+
+# By name: the class, and whether it takes several parts of a rank.
+SCHEDULES: dict[str, tuple[type[Any], bool]] = {
+    "gpipe": (ScheduleGPipe, False),
+    "1f1b": (Schedule1F1B, False),
+    "interleaved": (ScheduleInterleaved1F1B, True),
+    "zero-bubble": (ScheduleInterleavedZeroBubble, True),
+}
+
+
+class _Part(nn.Module):
+    """A part of the model as a stage sees it: one tensor in, the entries of the batch beside it, one tensor out."""
+
+    def __init__(self, part: nn.Module, run_part: RunPart) -> None:
+        super().__init__()
+        self.part = part
+        self._run_part = run_part
+
+    def forward(self, entering: Tensor, **batch: Tensor) -> Tensor:
+        return self._run_part(self.part, entering, batch)
+
+
+class Pipeline:
+    """The engine of a model that is cut into stages.
+
+    parts: those held here, by number; num_parts: of the whole model. stream_shape: of what travels for a microbatch of
+    one sample, without the batch dimension. sums_over: the groups over which losses add up, replicas and stages.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[int, nn.Module],
+        run_part: RunPart,
+        *,
+        num_parts: int,
+        schedule: str,
+        group: ProcessGroup,
+        device: torch.device,
+        stream_shape: tuple[int, ...],
+        stream_dtype: torch.dtype,
+        num_losses: int,
+        sums_over: Sequence[Group],
+    ) -> None:
+        self._parts = {number: _Part(part, run_part) for number, part in sorted(parts.items())}
+        self._num_parts = num_parts
+        self._schedule = schedule
+        self._group = group
+        self._device = device
+        self._stream_shape = stream_shape
+        self._stream_dtype = stream_dtype
+        self._num_losses = num_losses
+        self._sums_over = sums_over
+        self._made: dict[tuple[int, int, bool], _PipelineSchedule] = {}
+        self._losses: list[Tensor] = []
+
+    def run(self, microbatches: Sequence[Batch], *, backward: bool, timers: Timers) -> Tensor:
+        size = microbatches[0]["tokens"].shape[0]
+        schedule = self._schedule_for(len(microbatches), size, backward)
+        batch: dict[str, Any] = {n: torch.cat([micro[n] for micro in microbatches]) for n in microbatches[0]}
+        entering = [batch["tokens"]] if 0 in self._parts else []
+        # Every stage is given the target, since torch splits it along with the rest; only the last looks at it.
+        target = batch["tokens"] if self._num_parts - 1 in self._parts else None
+        self._losses = []
+        if backward:
+            with timers("forward-backward"):
+                schedule.step(*entering, target=target, return_outputs=False, **batch)
+        else:
+            schedule.eval(*entering, target=target, **batch)
+        losses = [torch.stack(self._losses).sum(0)] if self._losses else []
+        sums = losses[0] if losses else torch.zeros(self._num_losses, device=self._device)
+        for group in self._sums_over:
+            sums = all_reduce(sums, group)
+        return sums
+
+    def _note_losses(self, losses: Tensor, target: Tensor) -> Tensor:
+        self._losses.append(losses.detach())
+        return losses.sum()
+
+    def _schedule_for(self, num_microbatches: int, size: int, backward: bool) -> _PipelineSchedule:
+        """The schedule for that many microbatches of that size; stages keep buffers of both, so each has its own."""
+        asked = (num_microbatches, size, backward)
+        if asked not in self._made:
+            stages = [self._stage(number, part, size, backward) for number, part in self._parts.items()]
+            kind, takes_several = SCHEDULES[self._schedule]
+            self._made[asked] = kind(
+                stages if takes_several else stages[0],
+                n_microbatches=num_microbatches,
+                loss_fn=self._note_losses,
+                scale_grads=False,
+            )
+        return self._made[asked]
+
+    def _stage(self, number: int, part: nn.Module, size: int, backward: bool) -> PipelineStage:
+        stream = torch.empty(size, *self._stream_shape, dtype=self._stream_dtype, device="meta", requires_grad=backward)
+        tokens = torch.empty(size, *self._stream_shape[:1], dtype=torch.int64, device="meta")
+        losses = torch.empty(self._num_losses, device="meta", requires_grad=backward)
+        return PipelineStage(
+            part,
+            number,
+            self._num_parts,
+            self._device,
+            input_args=tokens if number == 0 else stream,
+            output_args=losses if number == self._num_parts - 1 else stream,
+            group=self._group,
+        )

@@ -1,0 +1,213 @@
+"""What ranks do with their gradients before the update, and with their weights after it, for replicas that hold both.
+
+`Replicated` is plain data parallelism: gradients are summed in buckets, each as soon as the backward pass filled it.
+`OptimizerSharded` (ZeRO stage 1, Rajbhandari et al. 2020, arXiv:1910.02054): each rank gets the sum of its rows only,
+updates them, and the rows are gathered. `FixedOrder` adds in an order that does not depend on the number of replicas.
+Where gradients or weights themselves are sharded, FSDP2 does all this.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megalith.parallel.collectives import (
+    Group,
+    all_gather,
+    all_reduce,
+    halves_sum,
+    rank_in,
+    reduce_scatter,
+    size_of,
+)
+
+# Large enough that a reduction is bound by bandwidth, small enough that its copy costs little memory.
+BUCKET_BYTES = 32 * 2**20
+
+
+class Reduction(Protocol):
+    """The sum of gradients over replicas."""
+
+    def before_last_backward(self) -> None:
+        """The next backward pass is the step's last: what it completes may travel."""
+
+    def finish(self) -> None:
+        """All gradients that the optimizer will look at are those of the whole step."""
+
+    def after_update(self) -> None:
+        """The optimizer has changed what it was given; all ranks hold all weights again."""
+
+
+def make_buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters gathered, last first, until a bucket is full: the backward pass fills them in about this order."""
+    buckets: list[list[nn.Parameter]] = []
+    held = BUCKET_BYTES
+    for parameter in reversed(parameters):
+        size = parameter.numel() * parameter.element_size()
+        if held + size > BUCKET_BYTES:
+            buckets.append([])
+            held = 0
+        buckets[-1].append(parameter)
+        held += size
+    return buckets
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """The gradient; a missing one counts as zero, since another rank may have one."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+class Replicated:
+    """Every rank has all gradients, and sums them while the backward pass goes on."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], group: Group, *, overlap: bool) -> None:
+        self._group = group
+        self._buckets = make_buckets(parameters) if size_of(group) > 1 else []
+        self._bucket_of = {id(p): number for number, bucket in enumerate(self._buckets) for p in bucket}
+        self._missing: list[int] = []
+        self._travelling: dict[int, tuple[Any, Tensor]] = {}
+        if overlap:
+            for bucket in self._buckets:
+                for parameter in bucket:
+                    parameter.register_post_accumulate_grad_hook(self._filled)
+
+    def before_last_backward(self) -> None:
+        self._missing = [len(bucket) for bucket in self._buckets]
+
+    def _filled(self, parameter: Tensor) -> None:
+        if not self._missing:
+            return
+        number = self._bucket_of[id(parameter)]
+        self._missing[number] -= 1
+        if self._missing[number] == 0:
+            self._send(number)
+
+    def _send(self, number: int) -> None:
+        flat = torch.cat([gradient_of(parameter).reshape(-1) for parameter in self._buckets[number]])
+        self._travelling[number] = (dist.all_reduce(flat, group=self._group, async_op=True), flat)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        # In the same order on all ranks: a bucket that some rank could not fill is sent by all of them here.
+        for number in range(len(self._buckets)):
+            if number not in self._travelling:
+                self._send(number)
+        for number, (work, flat) in sorted(self._travelling.items()):
+            work.wait()
+            parts = flat.split([parameter.numel() for parameter in self._buckets[number]])
+            for parameter, part in zip(self._buckets[number], parts, strict=True):
+                gradient_of(parameter).copy_(part.view_as(parameter))
+        self._travelling, self._missing = {}, []
+
+    def after_update(self) -> None:
+        """Every rank has updated every weight alike."""
+
+
+class FixedOrder:
+    """Sums over replicas by halves, whatever their number; see `collectives.halves_sum`."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], group: Group) -> None:
+        self._buckets = make_buckets(parameters) if size_of(group) > 1 else []
+        self._group = group
+
+    def before_last_backward(self) -> None:
+        """Nothing may travel early: the order is fixed."""
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        for bucket in self._buckets:
+            flat = torch.cat([gradient_of(parameter).reshape(-1) for parameter in bucket])
+            total = halves_sum(list(all_gather(flat[None], 0, self._group)))
+            parts = total.split([parameter.numel() for parameter in bucket])
+            for parameter, part in zip(bucket, parts, strict=True):
+                gradient_of(parameter).copy_(part.view_as(parameter))
+
+    def after_update(self) -> None:
+        """Every rank has updated every weight alike."""
+
+
+class OptimizerSharded:
+    """Each rank owns some rows of every parameter: their gradients are summed to it, and it updates them.
+
+    shards: by name, the rows owned here, sharing memory with the parameter; and the number of the first.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], group: Group) -> None:
+        self._group = group
+        self._buckets = make_buckets(list(parameters.values()))
+        self.shards: dict[str, tuple[nn.Parameter, int]] = {}
+        self._shard_of: dict[int, nn.Parameter] = {}
+        for name, parameter in parameters.items():
+            first, count = self._rows(parameter)
+            shard = nn.Parameter(parameter.data.narrow(0, first, count))
+            self.shards[name] = (shard, first)
+            self._shard_of[id(parameter)] = shard
+
+    def _rows(self, parameter: Tensor) -> tuple[int, int]:
+        share = self._share(parameter)
+        first = min(rank_in(self._group) * share, parameter.shape[0])
+        return first, min(share, parameter.shape[0] - first)
+
+    def _share(self, parameter: Tensor) -> int:
+        return -(-parameter.shape[0] // size_of(self._group))
+
+    def before_last_backward(self) -> None:
+        """Reduced after the backward pass."""
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        for bucket in self._buckets:
+            summed = reduce_scatter(torch.cat([self._padded(gradient_of(p)) for p in bucket], 1), 0, self._group)[0]
+            for parameter, part in zip(bucket, summed.split(self._widths(bucket)), strict=True):
+                shard = self._shard_of[id(parameter)]
+                shard.grad = part[: shard.numel()].view_as(shard)
+                parameter.grad = None
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        for bucket in self._buckets:
+            mine = torch.cat([self._row_of(parameter) for parameter in bucket])
+            whole = all_gather(mine[None], 0, self._group)
+            for parameter, part in zip(bucket, whole.split(self._widths(bucket), 1), strict=True):
+                parameter.data.copy_(part.reshape(-1)[: parameter.numel()].view_as(parameter))
+
+    def _padded(self, tensor: Tensor) -> Tensor:
+        """[ranks, elements of a share]: the tensor's rows, filled up so that every rank has as many."""
+        share, ranks = self._share(tensor), size_of(self._group)
+        flat = tensor.reshape(tensor.shape[0], -1)
+        filled = nn.functional.pad(flat, (0, 0, 0, share * ranks - tensor.shape[0]))
+        return filled.reshape(ranks, -1)
+
+    def _row_of(self, parameter: nn.Parameter) -> Tensor:
+        shard = self._shard_of[id(parameter)].detach().reshape(-1)
+        return nn.functional.pad(shard, (0, self._widths([parameter])[0] - shard.numel()))
+
+    def _widths(self, bucket: Sequence[Tensor]) -> list[int]:
+        return [self._share(parameter) * (parameter.numel() // parameter.shape[0]) for parameter in bucket]
+
+
+class Sharded:
+    """FSDP2 sums and gathers."""
+
+    def before_last_backward(self) -> None:
+        """FSDP2 reduces after every backward pass, since it keeps only shards."""
+
+    def finish(self) -> None:
+        """The gradients are the shards of the sums."""
+
+    def after_update(self) -> None:
+        """FSDP2 gathers weights where they are used."""
+
+
+@torch.no_grad()
+def sum_gradients(gradients: Sequence[Tensor], group: Group) -> None:
+    """Sum a few small gradients over a group with one collective, in place."""
+    if size_of(group) == 1 or not gradients:
+        return
+    flat = all_reduce(torch.cat([gradient.reshape(-1) for gradient in gradients]), group)
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))

@@ -1,0 +1,255 @@
+"""A run's checkpoints: what goes into one, when one is written, and how a run goes on from it."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from megalith import __version__
+from megalith.checkpoint.directory import CheckpointError, list_checkpoints
+from megalith.checkpoint.index import Index
+from megalith.checkpoint.pieces import Piece
+from megalith.checkpoint.saver import AsyncSaver, Saved
+from megalith.checkpoint.store import Loaded, load_latest
+from megalith.job import Job
+from megalith.models.shape import shape_of
+from megalith.monitor.events import (
+    CheckpointLoaded,
+    CheckpointMissing,
+    CheckpointSaved,
+    CheckpointStarted,
+    LoadStarted,
+    Warned,
+)
+from megalith.optim.groups import num_updates, optimizer_tensors, set_num_updates
+from megalith.optim.schedule import resumed_schedule, schedule_to_json
+from megalith.parallel.apply import local_part
+from megalith.sources import as_toml
+
+# Tensors of a checkpoint are named after what they are, then by the parameter: weight.layers.0.... , exp_avg. ...
+WEIGHT = "weight."
+
+
+class Keeper:
+    """Writes the checkpoints of a run that has --save, in the background; use it in a `with` block.
+
+    A checkpoint that cannot be written is announced, and the run goes on: the next one is tried anew.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._saver: AsyncSaver | None = None
+        self._saved_step: int | None = None
+        self.failed = False  # the newest attempt
+
+    def __enter__(self) -> Self:
+        checkpoint = self._job.run.checkpoint
+        if checkpoint.save is not None and not self._job.run.train.exit_before_training:
+            self._saver = AsyncSaver(checkpoint.save, keep_last=checkpoint.keep_last, keep_every=checkpoint.keep_every)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for loader in self._job.loaders.values():
+            loader.close()
+        if self._saver is not None:
+            self._saver.close()
+
+    def save(self, *, while_training: bool = True) -> None:
+        """Begin a checkpoint of the step just taken, unless there is one; the step waits for a copy in memory only."""
+        job = self._job
+        if self._saver is None or self._saved_step == job.progress.step:
+            return
+        self.settle()
+        assert job.run.checkpoint.save is not None
+        job.log.report(CheckpointStarted(job.progress.step, job.run.checkpoint.save))
+        with job.ledger.spend("checkpoint"):
+            self._saver.save(job.progress.step, tensors_of(job), state_of(job))
+        self._saved_step = job.progress.step
+        if not while_training:
+            self.settle(while_training=False)
+
+    def settle(self, *, while_training: bool = True) -> None:
+        """Wait for the checkpoint that is being written, if any, and say how it went."""
+        if self._saver is None:
+            return
+        try:
+            with self._job.ledger.spend("checkpoint"):
+                saved = self._saver.wait()
+        except CheckpointError as error:
+            self.failed, self._saved_step = True, None
+            self._job.log.report(Warned(f"{error}. The run goes on; the next checkpoint is tried anew."))
+            return
+        self._announce(saved, while_training=while_training)
+
+    def _announce(self, saved: Saved | None, *, while_training: bool) -> None:
+        if saved is None:
+            return
+        self.failed = False
+        directory = str(self._job.run.checkpoint.save)
+        self._job.log.report(CheckpointSaved(saved.step, directory, saved.seconds, while_training))
+        if saved.warning:
+            self._job.log.report(Warned(saved.warning))
+
+
+def tensors_of(job: Job) -> dict[str, Piece]:
+    """What this rank holds of the weights and, unless --no-save-optim, of the optimizer's tensors."""
+    pieces = weight_pieces(job)
+    return pieces if job.run.checkpoint.no_save_optim else {**pieces, **optimizer_pieces(job)}
+
+
+def weight_pieces(job: Job) -> dict[str, Piece]:
+    held = job.laid.trained.held
+    return {WEIGHT + name: Piece(local_part(h.parameter.data), h.whole, h.offset) for name, h in held.items()}
+
+
+def optimizer_pieces(job: Job) -> dict[str, Piece]:
+    pieces = {}
+    for name, tensor in optimizer_tensors(job.laid.trained, job.optimizer).items():
+        held = job.laid.trained.held[name.split(".", 1)[1]]
+        pieces[name] = Piece(local_part(tensor), held.whole, held.offset)
+    return pieces
+
+
+def state_of(job: Job) -> dict[str, Any]:
+    """Everything else that a run goes on from, as JSON."""
+    progress = job.progress
+    return {
+        "step": progress.step,
+        "consumed_train_samples": progress.consumed_train_samples,
+        "consumed_valid_samples": progress.consumed_valid_samples,
+        "schedule_samples": progress.schedule_samples,
+        "skipped_steps": progress.skipped_steps,
+        "num_updates": num_updates(job.laid.trained, job.optimizer),
+        "loss_scale": None if progress.loss_scale is None else progress.loss_scale.to_json(),
+        "schedule": schedule_to_json(job.schedule),
+        "interval": job.interval.state(time.perf_counter()),
+        "ledger": job.ledger.state(),
+        "model": identity_of(job),
+        "run": as_toml(job.run),
+        "megalith": __version__,
+    }
+
+
+def identity_of(job: Job) -> dict[str, Any]:
+    """What must be the same for a checkpoint's weights to mean the same."""
+    shape = shape_of(job.run.model)
+    return {
+        "task": job.run.task,
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.width,
+        "num_attention_heads": shape.num_heads,
+        "kv_channels": shape.head_width,
+        "max_position_embeddings": shape.num_positions,
+        "padded_vocab_size": job.vocab_size,
+        "tokenizer": job.tokenizer.digest,
+    }
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a run starts from."""
+
+    directory: Path
+    is_own: bool  # the run's own directory: it goes on, whatever --finetune and the like say
+
+
+def source_of(job: Job) -> Source | None:
+    """The run directory to load from; None to start anew.
+
+    Raises ValueError where that would leave checkpoints behind, or there is nothing to load.
+    """
+    checkpoint = job.run.checkpoint
+    own = list_checkpoints(checkpoint.save) if checkpoint.save is not None else []
+    if own and (checkpoint.auto_resume or checkpoint.load == checkpoint.save):
+        return Source(Path(str(checkpoint.save)), is_own=True)
+    if own:
+        raise ValueError(
+            f"--save = {checkpoint.save}: holds checkpoints up to step {own[-1].step}, and --no-auto-resume forbids to "
+            "go on from them. Choose another directory."
+        )
+    if checkpoint.load is None:
+        return None
+    if list_checkpoints(checkpoint.load):
+        return Source(Path(checkpoint.load), is_own=False)
+    if checkpoint.load != checkpoint.save:
+        raise ValueError(f"--load = {checkpoint.load}: holds no checkpoint. Correct the path, or leave it out.")
+    # The habit of Megatron-LM's scripts: one directory to save to and load from, empty at the first start.
+    job.log.report(CheckpointMissing(str(checkpoint.load)))
+    return None
+
+
+def resume(job: Job) -> None:
+    """Go on from the newest checkpoint that verifies, or start from the weights of another run; in place.
+
+    Raises ValueError for a checkpoint of another model, CheckpointError if all are damaged.
+    """
+    source = source_of(job)
+    if source is None or job.run.train.exit_before_training:
+        return
+    started = time.monotonic()
+    job.log.report(LoadStarted(str(source.directory), list_checkpoints(source.directory)[-1].step))
+    fresh = job.run.checkpoint.finetune and not source.is_own
+    with_optimizer = not fresh and (source.is_own or not job.run.checkpoint.no_load_optim)
+    loaded = load_latest(
+        source.directory,
+        lambda index: wanted(job, index, with_optimizer=with_optimizer),
+        may_stay_unread=lambda name: not with_optimizer and not name.startswith(WEIGHT),
+    )
+    assert loaded is not None, "its checkpoints were listed"
+    # Replicas that share out the optimizer have loaded their own rows only.
+    job.laid.reduction.after_update()
+    for message in loaded.messages():
+        job.log.report(Warned(message))
+    if not fresh:
+        restore(job, loaded, with_optimizer=with_optimizer)
+    job.log.report(
+        CheckpointLoaded(
+            str(source.directory), job.progress.step, time.monotonic() - started, loaded.index.state["megalith"]
+        )
+    )
+
+
+def wanted(job: Job, index: Index, *, with_optimizer: bool) -> dict[str, Piece]:
+    """The pieces to fill, once it is seen that the checkpoint is of this model."""
+    faults = [
+        f"{name} is {index.state['model'].get(name)} in the checkpoint and {value} in this run"
+        for name, value in identity_of(job).items()
+        if index.state["model"].get(name) != value
+    ]
+    if faults:
+        raise ValueError(f"the checkpoint of step {index.step} is of another model: {'; '.join(faults)}")
+    if not with_optimizer:
+        return weight_pieces(job)
+    pieces = optimizer_pieces(job)
+    if not pieces.keys() <= index.tensors.keys():
+        raise ValueError(f"the checkpoint of step {index.step} holds no optimizer state for this run: --no-load-optim")
+    return {**weight_pieces(job), **pieces}
+
+
+def restore(job: Job, loaded: Loaded, *, with_optimizer: bool) -> None:
+    """Take over everything but the tensors, in place."""
+    state: Mapping[str, Any] = loaded.index.state
+    progress = job.progress
+    progress.step = int(state["step"])
+    progress.consumed_train_samples = int(state["consumed_train_samples"])
+    progress.consumed_valid_samples = int(state["consumed_valid_samples"])
+    progress.schedule_samples = int(state["schedule_samples"])
+    progress.skipped_steps = int(state["skipped_steps"])
+    if with_optimizer:
+        set_num_updates(job.laid.trained, job.optimizer, int(state["num_updates"]))
+        if progress.loss_scale is not None and state["loss_scale"] is not None:
+            progress.loss_scale = progress.loss_scale.resumed(state["loss_scale"])
+        job.schedule, spoken = resumed_schedule(
+            job.schedule,
+            state["schedule"],
+            override_lr_scheduler=job.run.optimizer.override_lr_scheduler,
+            use_checkpoint_lr_scheduler=job.run.optimizer.use_checkpoint_lr_scheduler,
+        )
+        for line in spoken:
+            job.log.line(line, detail=True)
+    job.interval.restore(state["interval"], time.perf_counter())
+    job.ledger.restore(state["ledger"])
