@@ -314,7 +314,7 @@ def test_another_fault_of_the_lock_is_not_hidden(tmp_path: Path, monkeypatch: py
 def test_a_lock_whose_file_was_removed_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between opening the file and locking it, its last owner may have removed it."""
     real = fcntl.flock
-    removed = []
+    removed: list[bool] = []
 
     def remove_first(descriptor: int, operation: int) -> None:
         if not removed:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.data.failing_disk import FailingDisk
 
 from megalith.data.indexed import IndexedDataset, IndexedWriter, best_dtype, open_indexed
 from megalith.files import Disk
+from tests.data.failing_disk import FailingDisk
 
 DOCUMENTS = [[[1, 2, 3], [4]], [], [[5], [], [6, 7]]]
 INTEGERS = ["uint8", "int8", "int16", "int32", "int64", "uint16"]

@@ -171,14 +171,22 @@ def causal_batch(
         "positions": np.tile(np.arange(tokens_BT.shape[1]), (len(tokens_BT), 1)),
         "samples": np.asarray(samples_B, np.int64),
     }
-    is_eod_BT = tokens_BT == eod
+    if eod is None or not (reset_position_ids or reset_attention_mask or eod_mask_loss):
+        return batch
+    eods = np.flatnonzero(tokens_BT == eod)  # places in the batch, row after row
     if eod_mask_loss:
-        batch["loss_mask"][is_eod_BT] = 0.0
+        batch["loss_mask"].reshape(-1)[eods] = 0.0
+    # A document begins with each row, and behind each eod: that one belongs to the document that it ends.
+    row_starts = np.arange(0, tokens_BT.size, tokens_BT.shape[1])
+    starts = np.union1d(row_starts, eods + 1)
+    starts = starts[starts < tokens_BT.size]
+    sizes = np.diff(starts, append=tokens_BT.size)
     if reset_position_ids:
-        starts_BT = np.zeros_like(tokens_BT)
-        # An eod belongs to the document that it ends: the next one starts behind it.
-        starts_BT[:, 1:] = np.where(is_eod_BT[:, :-1], batch["positions"][:, 1:], 0)
-        batch["positions"] -= np.maximum.accumulate(starts_BT, axis=1)
+        positions = np.arange(tokens_BT.size) - np.repeat(starts, sizes)
+        batch["positions"] = positions.reshape(tokens_BT.shape)
     if reset_attention_mask:
-        batch["documents"] = np.cumsum(is_eod_BT, axis=1, dtype=np.int32) - is_eod_BT
+        first_of_row = np.searchsorted(starts, row_starts)
+        rows = starts // tokens_BT.shape[1]
+        numbers = (np.arange(len(starts)) - first_of_row[rows]).astype(np.int32)
+        batch["documents"] = np.repeat(numbers, sizes).reshape(tokens_BT.shape)
     return batch

@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from megalith.data.index_maps import (
     EpochPlan,
     IndexMaps,
-    count_tokens,
     locate_samples,
     plan_epochs,
     shuffle_documents,
@@ -77,7 +76,7 @@ class _UnfitError(Exception):
 class _Request:
     """What is asked for, and the files that hold it."""
 
-    documents: NDArray[np.int32]
+    documents: range
     lengths: NDArray[np.int32]
     sequence_length: int
     seed: int
@@ -109,8 +108,10 @@ def load_or_build_index_maps(
     building waits for it, at most wait_seconds, then raises TimeoutError naming it. Raises ValueError if the documents
     have no token or the directory cannot be written, OSError naming need and free space if the disk is full.
     """
-    ids = np.arange(documents.start, documents.stop, dtype=np.int32)
-    plan = plan_epochs(count_tokens(ids, lengths), num_samples=num_samples, sequence_length=sequence_length)
+    if not 0 <= documents.start <= documents.stop <= len(lengths):
+        raise ValueError(f"documents {documents.start} to {documents.stop} are not all among the {len(lengths)} items")
+    tokens_per_epoch = int(lengths[documents.start : documents.stop].sum(dtype=np.int64))
+    plan = plan_epochs(tokens_per_epoch, num_samples=num_samples, sequence_length=sequence_length)
     made_from = {
         "format": FORMAT,
         "documents": [documents.start, documents.stop],
@@ -120,7 +121,7 @@ def load_or_build_index_maps(
         "seed": seed,
     }
     paths, record, lock = _files(prefix, part, made_from, cache_path)
-    request = _Request(ids, lengths, sequence_length, seed, plan, made_from, paths, record, lock, disk)
+    request = _Request(documents, lengths, sequence_length, seed, plan, made_from, paths, record, lock, disk)
     started = time.monotonic()
     while True:
         asked = time.monotonic()
@@ -238,7 +239,8 @@ def _build(request: _Request) -> dict[str, float]:
         random = np.random.RandomState(request.seed)
         seconds, files = {}, {}
         started = time.monotonic()
-        doc_idx = shuffle_documents(request.documents, plan, random)
+        documents = np.arange(request.documents.start, request.documents.stop, dtype=np.int32)
+        doc_idx = shuffle_documents(documents, plan, random)
         for name in ARRAYS:
             array: NDArray[Any] = doc_idx
             if name == "sample_idx":

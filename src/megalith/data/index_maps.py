@@ -134,25 +134,33 @@ def locate_samples(
     stream = 0  # tokens before this block of documents
     row = 0  # samples that start before it
     for begin in range(0, len(doc_idx), BLOCK):
-        sizes = lengths[doc_idx[begin : begin + BLOCK]]
-        ends = np.cumsum(sizes, dtype=np.int64)
+        sizes = lengths[doc_idx[begin : begin + BLOCK]].astype(np.int64)
+        ends = np.cumsum(sizes)
         ends += stream
         rows_before_end = (ends + (sequence_length - 1)) // sequence_length
-        starts_inside = np.diff(rows_before_end, prepend=row)
-        places = np.repeat(np.arange(len(sizes), dtype=np.int32), starts_inside)
         first_tokens = ends - sizes
+        last_row = int(rows_before_end[-1])
         # By blocks again: one document may hold all the samples there are.
-        for low in range(0, len(places), BLOCK):
-            part = places[low : low + BLOCK]
-            rows = sample_idx[row + low : row + low + len(part)]
-            np.add(part, begin, out=rows[:, 0])
-            tokens = np.arange(row + low, row + low + len(part), dtype=np.int64) * sequence_length
-            rows[:, 1] = tokens - first_tokens[part]
-        row += len(places)
+        for low in range(row, last_row, BLOCK):
+            high = min(low + BLOCK, last_row)
+            places = _documents_of_rows(rows_before_end, low, high)
+            rows = sample_idx[low:high]
+            rows[:, 0] = places + begin
+            rows[:, 1] = np.arange(low, high) * sequence_length - first_tokens[places]
+        row = last_row
         stream = int(ends[-1])
     assert row == len(sample_idx), "the plan counts the samples of these very documents"
     sample_idx[0] = 0
     return sample_idx
+
+
+def _documents_of_rows(rows_before_end: NDArray[np.int64], low: int, high: int) -> NDArray[np.int64]:
+    """For each row from low to high - 1, the documents that end before it: the place of the one it starts in."""
+    before, until = np.searchsorted(rows_before_end, (low, high - 1), side="right")
+    # Counting the ends at each row and summing up is far quicker than a search for every row.
+    ends_at_row = np.bincount(rows_before_end[before:until] - low, minlength=high - low)
+    ends_at_row[0] = before
+    return np.cumsum(ends_at_row, out=ends_at_row)
 
 
 def shuffle_samples(plan: EpochPlan, random: np.random.RandomState) -> NDArray[Any]:
