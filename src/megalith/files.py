@@ -124,10 +124,17 @@ class _DigestedFile(io.RawIOBase):
             self._named(self._disk.close)
 
     def _named(self, operation: Any, *arguments: Any) -> Any:
-        try:
+        with naming(self._path):
             return operation(self._descriptor, *arguments)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+
+@contextmanager
+def naming(path: Location) -> Iterator[None]:
+    """Let an OSError about a descriptor say which file it is about."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_whole(path: Location, data: Bytes | str, *, disk: Disk = DISK) -> Written:
@@ -226,9 +233,10 @@ def digest_of(path: Location, *, disk: Disk = DISK) -> Written:
     size = 0
     descriptor = disk.open(Path(path))
     try:
-        while num_read := disk.read(descriptor, buffer, size):
-            sha256.update(buffer[:num_read])
-            size += num_read
+        with naming(path):
+            while num_read := disk.read(descriptor, buffer, size):
+                sha256.update(buffer[:num_read])
+                size += num_read
     finally:
         disk.close(descriptor)
     return Written(size, sha256.hexdigest())

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megalith.checkpoint.pieces import DTYPES, TENSOR_NAME, TORCH_DTYPES, Place
-from megalith.files import Disk, Written, write_parts
+from megalith.files import Disk, Written, naming, write_parts
 
 LENGTH_BYTES = 8
 HEADER_LIMIT = 64 << 20  # bytes
@@ -179,7 +179,8 @@ def read_file(path: Path, limit: int, *, disk: Disk) -> bytes:
 
 def _read_exactly(path: Path, descriptor: int, buffer: memoryview, start: int, disk: Disk) -> None:
     while buffer:
-        count = disk.read(descriptor, buffer, start)
+        with naming(path):
+            count = disk.read(descriptor, buffer, start)
         if count == 0:
             raise DamagedError(f"{path} ends at byte {start}, {len(buffer)} bytes too early")
         buffer, start = buffer[count:], start + count

@@ -52,7 +52,7 @@ def save(
     pieces must cover every tensor, copies are written once. state and notes: JSON of rank 0, as in `Index`.
 
     Raises CheckpointError on all ranks if any fails to write: then nothing of it is left, the earlier checkpoints are
-    untouched, and training can go on. Raises ValueError if the pieces or the state cannot be stored.
+    untouched, and training can go on. Raises ValueError if the pieces, the state or the step cannot be stored.
     """
     ranks = Ranks(group)
     table = plan(ranks, tensors)
@@ -108,6 +108,7 @@ def write(
     own may raise OSError or ValueError, which ends the save on all ranks.
     """
     folder = folder_of(run_dir)
+    path = folder / step_name(contents.step)
     temporary = ""
 
     def write_own() -> Any:
@@ -127,7 +128,7 @@ def write(
         first(lambda: _commit(folder, temporary, contents, files, disk))
     except RanksError as failed:
         raise _give_up(ranks, folder, temporary, contents, str(failed), disk) from failed
-    return folder / step_name(contents.step)
+    return path
 
 
 def _prepare(run_dir: Location, contents: Contents, disk: Disk) -> str:
