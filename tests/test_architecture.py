@@ -15,7 +15,7 @@ LEVELS = [
     {"parallel", "checkpoint"},
     {"evaluate", "plan"},
     {"config", "derived", "sources", "check", "notices", "datasets", "corpora", "task"},
-    {"job", "resume", "report", "train"},
+    {"job", "resume", "report", "closing", "train", "trained"},
     {"cli"},
 ]
 # Modules of one level that are one part: they may import each other, without cycles.

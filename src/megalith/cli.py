@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 FAULT = 2  # exit status of a command that could not start
 
@@ -94,7 +95,7 @@ def preprocess(words: Sequence[str], started: float) -> int:
 
 def generate(words: Sequence[str], started: float) -> int:
     """Continue prompts with a trained model."""
-    parser = argparse.ArgumentParser(prog="megalith generate", description=generate.__doc__)
+    parser = _Parser(prog="megalith generate", description=generate.__doc__)
     parser.add_argument("run", help="run directory (what --save named)")
     parser.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be repeated"
@@ -111,22 +112,62 @@ def generate(words: Sequence[str], started: float) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args(words)
 
-    from megalith.evaluate.talk import Sampling
-    from megalith.talk import talk
+    from megalith.evaluate.generate import Sampling
+    from megalith.trained import talk
 
     sampling = Sampling(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
+        temperature=0.0 if options.greedy else options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        greedy=options.greedy,
         seed=options.seed,
     )
-    return talk(options.run, options.prompt, sampling, step=options.step, device=options.device)
+    return talk(
+        options.run,
+        options.prompt,
+        sampling,
+        max_new_tokens=options.max_new_tokens,
+        step=options.step,
+        device=options.device,
+    )
+
+
+def evaluate(words: Sequence[str], started: float) -> int:
+    """Loss and perplexity of a trained model on a split of its data, or on text files."""
+    parser = _Parser(prog="megalith evaluate", description=evaluate.__doc__)
+    parser.add_argument("run", help="run directory (what --save named)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--split", choices=("train", "valid", "test"), help="a split of the run's data [valid]")
+    what.add_argument(
+        "--file", nargs="+", default=[], metavar="FILE", help="text, JSON lines, or prefixes of token files"
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use [the newest]")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(words)
+
+    import json
+
+    from megalith.trained import measure
+
+    report = measure(options.run, split=options.split, files=options.file, step=options.step, device=options.device)
+    if options.json:
+        print(json.dumps(report))
+        return 0
+    for name, value in report.items():
+        print(f"{name:>14}: {value:,.4f}" if isinstance(value, float) else f"{name:>14}: {value}")
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose faults are said like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str], float], int]] = {
     "pretrain": pretrain,
     "preprocess": preprocess,
     "generate": generate,
+    "evaluate": evaluate,
 }

@@ -24,12 +24,10 @@ def prepare_corpus(run: Run, layout: Layout, log: RunLog) -> Run:
     """
     if run.data.corpus is None:
         return run
-    assert run.checkpoint.save is not None, "check.py saw to it"
-    folder = Path(run.checkpoint.save) / "corpus"
-    prefix = folder / f"{run.data.corpus}-{run.data.corpus_vocab_size}_text_document"
+    prefix = corpus_prefix(run)
     if layout.rank == 0 and not idx_path(prefix).exists():
         log.line("making a corpus of this Python installation's documentation and sources ...")
-        folder.mkdir(parents=True, exist_ok=True)
+        prefix.parent.mkdir(parents=True, exist_ok=True)
         make_corpus(prefix, run.data.corpus_vocab_size)
     if layout.world_size > 1:
         dist.barrier()
@@ -42,6 +40,12 @@ def prepare_corpus(run: Run, layout: Layout, log: RunLog) -> Run:
         merge_file=os.fspath(tokenizer_folder(prefix) / "merges.txt"),
     )
     return dataclasses.replace(run, data=data)
+
+
+def corpus_prefix(run: Run) -> Path:
+    """Where the token files of a run's corpus lie."""
+    assert run.checkpoint.save is not None, "check.py saw to it"
+    return Path(run.checkpoint.save) / "corpus" / f"{run.data.corpus}-{run.data.corpus_vocab_size}_text_document"
 
 
 def tokenizer_folder(prefix: Path) -> Path:

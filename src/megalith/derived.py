@@ -109,6 +109,8 @@ OURS = (
     "log_format",
     "exit_before_training",
     "eval_first",
+    "unigram_baseline",
+    "sample_prompt",
     "sequence_parallel",
     "context_parallel_size",
     "context_exchange",

@@ -91,6 +91,8 @@ class Job:
     progress: Progress
     interval: Interval
     memory_reported: bool = False
+    # Step and mean losses of each evaluation on the validation data in this start.
+    validations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     # Nothing is measured of an evaluation: the timers line speaks of steps.
     untimed: Timers = field(default_factory=Timers)
     loaders: dict[str, Loader] = field(default_factory=dict)  # by part of the data

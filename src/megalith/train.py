@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megalith.closing import tell_what_next
 from megalith.config import Run
 from megalith.corpora import prepare_corpus
 from megalith.derived import sequence_length
@@ -77,6 +78,7 @@ def train(run: Run, *, started: float) -> int:
                 spent=job.ledger.seconds(),
             )
         )
+        tell_what_next(job, reason)
     if reason is None or reason.startswith("exit-"):
         return 0
     return STOPPED_BY_SIGNAL if run.checkpoint.save is not None else STOPPED_UNSAVED
@@ -223,10 +225,10 @@ def weights_norm(job: Job) -> Tensor:
     return global_norm(job.laid.weights(counted=True), device=job.device, reduce=job.laid.total)
 
 
-def evaluate(job: Job, part: str, *, final: bool = False) -> dict[str, float] | None:
-    """Report the mean losses over the next eval_iters batches of a part; None if the run has no such data."""
+def evaluate(job: Job, part: str, *, final: bool = False) -> None:
+    """Report the mean losses over the next eval_iters batches of a part, if the run has such data."""
     if part not in job.loaders or not job.run.evaluate.eval_iters:
-        return None
+        return
     progress, sums = job.progress, dict[str, float]()
     began = time.perf_counter()
     iterations = job.run.evaluate.eval_iters
@@ -242,10 +244,11 @@ def evaluate(job: Job, part: str, *, final: bool = False) -> dict[str, float] | 
     if part == "valid":
         progress.consumed_valid_samples = consumed
     means = {name: total / iterations for name, total in sums.items()}
+    if part == "valid":
+        job.validations.append((progress.step, means))
     split = "validation" if part == "valid" else part
     seconds = time.perf_counter() - began
     job.log.report(Evaluated(progress.step, progress.consumed_train_samples, split, final, means, seconds))
-    return means
 
 
 def finish(job: Job, keeper: Keeper) -> None:

@@ -23,3 +23,10 @@ class EvaluateConfig:
         False, "divide scores by sqrt(hidden_size)", section="biencoder", switch="on", task="ict"
     )
     eval_first: bool = setting(False, "evaluate before the first step too", section="validation", switch="on")
+    unigram_baseline: bool = setting(
+        False,
+        "say at the end what predicting by token frequencies alone would have cost",
+        section="validation",
+        switch="on",
+    )
+    sample_prompt: str | None = setting(None, "continue this text at the end, and show it", section="validation")

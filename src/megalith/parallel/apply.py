@@ -154,7 +154,9 @@ def lay_out(
             draw_weights(part, seed, shard_of=lambda p, by_id=by_id: _shard(p, cuts[by_id[id(p)]]))  # type: ignore[misc]
     parameters = {name: p for part in parts.values() for name, p in part.named_parameters()}
     copies = is_tied and layout.pipeline > 1 and not layout.is_first_stage
-    held = {name: _held(name, p, cuts[name], layout, sharded, copies) for name, p in parameters.items()}
+    # Where rows are shared out, every replica adds its own to a norm.
+    shared_out = config.data_parallel_sharding != "none"
+    held = {name: _held(name, p, cuts[name], layout, shared_out, copies) for name, p in parameters.items()}
     reduction = _reduction(held, parameters, config, groups, sharded, layout)
     if isinstance(reduction, OptimizerSharded):
         held = _held_by_rows(reduction, held)
@@ -210,10 +212,10 @@ def local_part(tensor: Tensor) -> Tensor:
     return local
 
 
-def _held(name: str, parameter: nn.Parameter, cut: Cut, layout: Layout, sharded: bool, copies: bool) -> Held:
+def _held(name: str, parameter: nn.Parameter, cut: Cut, layout: Layout, shared_out: bool, copies: bool) -> Held:
     offset = tuple(a + b for a, b in zip(cut.offset, shard_offset(parameter), strict=True))
     is_first_replica = layout.place("data") == 0 and layout.place("context") == 0
-    counted = (layout.place("tensor") == 0 or not cut.is_copy) and (sharded or is_first_replica)
+    counted = (layout.place("tensor") == 0 or not cut.is_copy) and (shared_out or is_first_replica)
     return Held(parameter, cut.whole, offset, counted and not (copies and name == TIED))
 
 

@@ -1,0 +1,83 @@
+"""What a run leaves a person with: what was learnt, a sample of it, and how to go on."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from megalith.data.causal import CausalBatches, CausalDataset
+from megalith.evaluate.generate import Sampling
+from megalith.evaluate.loss import unigram_entropy
+from megalith.evaluate.talk import continuations, shown
+from megalith.job import Job
+from megalith.models.decoder import Decoder
+
+SAMPLE_TOKENS = 120
+MOST_COUNTED = 20_000_000  # tokens looked at for the frequencies
+
+
+def tell_what_next(job: Job, reason: str | None) -> None:
+    """Say what was learnt, show a sample, and name the commands that go on from here. Every rank calls it."""
+    if reason is None:
+        _tell_losses(job)
+        _tell_sample(job)
+    save = job.run.checkpoint.save
+    if save is None:
+        return
+    lines = [f"the run lies in {save}"]
+    if reason is not None:
+        lines.append("  go on:    the same command again")
+    else:
+        lines.append(f"  longer:   the same command with --train-iters {2 * job.last_step} --override-lr-scheduler")
+    if job.run.task == "gpt":
+        lines.append(f'  talk:     megalith generate {save} --prompt "..."')
+        lines.append(f"  measure:  megalith evaluate {save}")
+    for line in lines:
+        job.log.line(line, detail=not job.run.evaluate.unigram_baseline)
+
+
+def _tell_losses(job: Job) -> None:
+    """The validation loss before and after, and what the best predictor without context pays."""
+    if not job.run.evaluate.unigram_baseline or not job.validations:
+        return
+    (first_step, first), (last_step, last) = job.validations[0], job.validations[-1]
+    name = job.task.losses[0]
+    entropy = _entropy_of(job.loaders["valid"].source)
+    if last_step > first_step:
+        job.log.line(f"validation loss: {first[name]:.3f} at step {first_step}, {last[name]:.3f} at step {last_step}")
+    else:
+        job.log.line(f"validation loss: {last[name]:.3f} at step {last_step}")
+    if entropy is not None:
+        job.log.line(
+            f"unigram entropy: {entropy:.3f}, the loss of knowing how often each token occurs and nothing else; "
+            f"the model is {entropy - last[name]:.3f} below it"
+        )
+
+
+def _entropy_of(source: object) -> float | None:
+    """Nats per token of the validation documents' frequencies; None for data that is no single corpus."""
+    if not isinstance(source, CausalBatches) or not isinstance(source.rows, CausalDataset):
+        return None
+    dataset = source.rows
+    documents = np.unique(np.asarray(dataset.maps.doc_idx))
+    parts = [dataset.indexed.read(int(document)) for document in documents]
+    tokens = np.concatenate(parts)[:MOST_COUNTED]
+    return unigram_entropy(tokens)
+
+
+def _tell_sample(job: Job) -> None:
+    """What the model makes of --sample-prompt; only where one rank holds the whole model."""
+    prompt = job.run.evaluate.sample_prompt
+    parts: Mapping[int, object] = job.laid.parts
+    model = parts.get(0)
+    whole = job.layout.tensor == job.layout.pipeline == job.layout.context == 1
+    if prompt is None or not isinstance(model, Decoder):
+        return
+    if not whole or job.run.parallel.data_parallel_sharding in ("gradients", "parameters"):
+        job.log.line("no sample is shown: no rank holds the whole model; megalith generate will show one")
+        return
+    text = continuations(
+        model, job.tokenizer, [prompt], max_new_tokens=SAMPLE_TOKENS, sampling=Sampling(temperature=0.7, top_p=0.95)
+    )[0]
+    job.log.line("a sample (the prompt is the first line's beginning):")
+    for line in shown(prompt + text).splitlines():
+        job.log.line(f"  | {line}")

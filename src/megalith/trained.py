@@ -1,0 +1,154 @@
+"""A trained model from its run directory, and what can be asked of it: text, and the loss of other text."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megalith.checkpoint.index import Index
+from megalith.checkpoint.pieces import Piece
+from megalith.checkpoint.store import load_latest
+from megalith.config import ConfigError, Run, compose
+from megalith.corpora import corpus_prefix
+from megalith.data.documents import DocumentRules, Fault, parse_block, read_blocks
+from megalith.data.indexed import open_indexed
+from megalith.data.input_files import find_sources
+from megalith.data.split import split_documents
+from megalith.data.tokenizer import Tokenizer, load_saved_tokenizer
+from megalith.derived import compute_dtype, sequence_length
+from megalith.evaluate.generate import Sampling
+from megalith.evaluate.loss import StreamLoss, stream_loss
+from megalith.evaluate.talk import continuations, eod_of, shown, stream_text
+from megalith.models.decoder import Decoder
+from megalith.parallel.mesh import choose_device
+from megalith.resume import WEIGHT
+from megalith.sources import read_run_file
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model as a run left it."""
+
+    run: Run
+    step: int
+    tokenizer: Tokenizer
+    model: Decoder
+
+
+def open_trained(directory: str, *, step: int | None, device: str) -> TrainedModel:
+    """The newest model of a run directory that verifies, or that of a step.
+
+    Raises ValueError if there is none, or it is not a GPT.
+    """
+    folder = Path(directory)
+    if not (folder / "run.toml").is_file():
+        raise ValueError(f"{directory}: is not a run directory (it has no run.toml). Name what --save named.")
+    values, faults = read_run_file(folder / "run.toml")
+    if faults:
+        raise ConfigError(faults)
+    run = compose(values.pop("task", "gpt"), values)
+    if run.task != "gpt":
+        raise ValueError(f"{directory}: holds a {run.task} model; only a gpt continues text.")
+    tokenizer = load_saved_tokenizer(folder / "tokenizer")
+    made: list[Decoder] = []
+
+    def wanted(index: Index) -> dict[str, Piece]:
+        model = empty_model(run, int(index.state["model"]["padded_vocab_size"]), device)
+        made[:] = [model]
+        return {WEIGHT + n: Piece(p.data, tuple(p.shape), (0,) * p.dim()) for n, p in model.named_parameters()}
+
+    loaded = load_latest(folder, wanted, step=step, may_stay_unread=lambda name: not name.startswith(WEIGHT))
+    if loaded is None:
+        raise ValueError(f"{directory}: holds no checkpoint yet. Wait for one, or train longer.")
+    for message in loaded.messages():
+        print(f"warning: {message}", file=sys.stderr)
+    return TrainedModel(run, loaded.index.step, tokenizer, made[0])
+
+
+def empty_model(run: Run, vocab_size: int, device: str) -> Decoder:
+    """The model of a run with memory for its weights."""
+    dtype = getattr(torch, compute_dtype(run))
+    chosen = choose_device(device, 0)
+    if chosen.type == "cpu":
+        # 16-bit products are emulated on most processors.
+        dtype = torch.float32
+    untied = run.model.untie_embeddings_and_output_weights
+    model = Decoder(run.model, vocab_size, dtype=dtype, untie_embeddings_and_output_weights=untied, device="meta")
+    return model.to_empty(device=chosen).eval()
+
+
+def talk(
+    directory: str, prompts: Sequence[str], sampling: Sampling, *, max_new_tokens: int, step: int | None, device: str
+) -> int:
+    """Print what follows each prompt: one as it is made, several when all are done."""
+    trained = open_trained(directory, step=step, device=device)
+    if len(prompts) <= 1:
+        stream_text(
+            trained.model, trained.tokenizer, "".join(prompts), max_new_tokens=max_new_tokens, sampling=sampling
+        )
+        return 0
+    texts = continuations(trained.model, trained.tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
+        print(f"--- {number} ---\n{shown(prompt + text)}")
+    return 0
+
+
+def measure(
+    directory: str, *, split: str | None, files: Sequence[str], step: int | None, device: str
+) -> dict[str, Any]:
+    """Loss and perplexity of a split of the run's data, or of text files, as one object."""
+    trained = open_trained(directory, step=step, device=device)
+    tokens, num_bytes = (text_tokens(trained, files)) if files else (split_tokens(trained, split or "valid"), 0)
+    loss: StreamLoss = stream_loss(trained.model, tokens, window=sequence_length(trained.run))
+    report = {
+        "run": directory,
+        "step": trained.step,
+        "data": list(files) or split or "valid",
+        "tokens": loss.count,
+        "loss": loss.mean,
+        "perplexity": loss.perplexity,
+    }
+    if num_bytes:
+        report["bits_per_byte"] = loss.total / num_bytes / float(np.log(2))
+    return report
+
+
+def split_tokens(trained: TrainedModel, split: str) -> NDArray[np.int64]:
+    """All tokens of a split's documents, in the data's order."""
+    run = trained.run
+    if run.data.data_path is not None and len(run.data.data_path) > 1:
+        raise ValueError("--split: the run blends several data sets. Name the files of one: --file PREFIX.")
+    prefix = corpus_prefix(run) if run.data.corpus is not None else (run.data.data_path or ("",))[0]
+    indexed = open_indexed(prefix, run.data.data_impl)
+    documents = split_documents(run.data.split, indexed.num_items)[split]
+    if not documents:
+        raise ValueError(f"--split = {split}: has no documents in this run (--split {run.data.split}).")
+    parts = [indexed.read(item) for item in documents]
+    return np.concatenate(parts).astype(np.int64)
+
+
+def text_tokens(trained: TrainedModel, files: Sequence[str]) -> tuple[NDArray[np.int64], int]:
+    """The tokens of token files (named by their prefix) or text files, and the bytes of the text (0 if not known)."""
+    if all(Path(f"{name}.idx").exists() for name in files):
+        return np.concatenate([open_indexed(name).tokens for name in files]).astype(np.int64), 0
+    rules = DocumentRules(keys=("text",))
+    pieces: list[NDArray[np.int32]] = []
+    num_bytes = 0
+    # A name that does not say otherwise is text.
+    marked = all(set(Path(name).suffixes) & {".json", ".jsonl", ".parquet"} for name in files)
+    for block in read_blocks(find_sources(files, "auto" if marked else "text"), rules):
+        for document in parse_block(block, rules):
+            if isinstance(document, Fault):
+                raise ValueError(str(document))
+            num_bytes += sum(len(text.encode()) for text in document)
+            pieces += trained.tokenizer.encode_batch(document)
+            if (eod := eod_of(trained.tokenizer)) is not None:
+                pieces.append(np.array([eod], np.int32))
+    if not pieces:
+        raise ValueError(f"{', '.join(files)}: hold no text to evaluate.")
+    return np.concatenate(pieces).astype(np.int64), num_bytes
