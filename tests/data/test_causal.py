@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from megalith.data.causal import CausalBatches, CausalDataset, causal_batch
+from megalith.data.index_file import encode_index
 from megalith.data.index_maps import IndexMaps, build_index_maps
 from megalith.data.indexed import IndexedDataset, IndexedWriter
 
@@ -95,6 +96,26 @@ def test_a_token_that_is_not_in_the_vocabulary_is_named_by_document_and_position
     with pytest.raises(ValueError, match=message):
         dataset.batch(np.arange(len(dataset)))
     assert CausalDataset(indexed, maps, vocab_size=None).batch(np.arange(len(dataset))).max() == max(token, 24)
+
+
+def test_documents_of_billions_of_tokens_are_read_to_their_ends(tmp_path: Path) -> None:
+    """Three documents of 2^31 - 1 tokens, of which only the last ones take room on the disk."""
+    length = 2**31 - 1
+    with open(tmp_path / "corpus.bin", "wb") as file:
+        file.seek(2 * (3 * length - 4))
+        file.write(np.array([5, 6, 7, 8], np.uint16).tobytes())
+    lengths = np.full(3, length, np.int32)
+    (tmp_path / "corpus.idx").write_bytes(b"".join(encode_index(np.dtype("<u2"), lengths, np.arange(4))))
+    indexed = IndexedDataset(tmp_path / "corpus")
+    assert indexed.read(2, length - 4).tolist() == [5, 6, 7, 8]
+    documents = np.arange(3, dtype=np.int32)
+    maps = build_index_maps(documents, lengths, num_samples=6_000_000, sequence_length=1000, seed=1)
+    dataset = CausalDataset(indexed, maps, vocab_size=9)
+    # Whatever the documents' order, the last one's end lies in the sample that holds the token there.
+    place = int((maps.doc_idx == 2).argmax())
+    holder = ((place + 1) * length - 2) // 1000
+    index = int((maps.shuffle_idx == holder).argmax())
+    assert {5, 6, 7, 8} & set(dataset.sample(index).tolist())
 
 
 def test_maps_of_other_data_are_refused(tmp_path: Path) -> None:

@@ -94,6 +94,15 @@ def test_numbers_that_do_not_add_up_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_item_too_long_for_the_format_is_refused(tmp_path: Path) -> None:
+    tokens = np.broadcast_to(np.uint16(1), 2**31)  # takes no memory
+    with (
+        pytest.raises(ValueError, match=r"an item of 2147483648 tokens.*split the document"),
+        IndexedWriter(tmp_path / "corpus", "uint16") as writer,
+    ):
+        writer.add_documents([2**31], [1], tokens)
+
+
 def test_merged_files_keep_their_documents(tmp_path: Path) -> None:
     write(tmp_path / "first", DOCUMENTS)
     write(tmp_path / "second", [[[8]], [[9, 10], []]])

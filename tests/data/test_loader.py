@@ -128,6 +128,13 @@ def test_steps_that_were_not_guessed_are_read_all_the_same() -> None:
             )
 
 
+def test_wrong_guesses_are_not_kept() -> None:
+    with Loader(Counted(), SingleOrder(1000), micro_batch_size=1, replica=0, data_parallel=1, prefetch=3) as loader:
+        for consumed in (0, 300, 100, 700, 200):
+            loader.step_batch(consumed, 5)
+            assert sorted(loader._ready) == [(consumed + 5 * ahead, 5) for ahead in (1, 2, 3)]
+
+
 def test_without_prefetch_no_thread_is_made() -> None:
     source = Counted()
     with Loader(source, SingleOrder(9), micro_batch_size=1, replica=0, data_parallel=1, prefetch=0) as loader:

@@ -50,6 +50,13 @@ def test_our_cyclic_order_is_megatrons_on_one_replica_where_batches_come_out_eve
     assert np.array_equal(CyclicOrder(24).global_indices(8, 72), reference.global_indices(8, 72))
 
 
+def test_only_the_last_epochs_are_remembered() -> None:
+    order = CyclicOrder(10)
+    for step in range(20):
+        order.global_indices(5 * step, 10)
+    assert sorted(order._permutations) == [9, 10]
+
+
 def test_epochs_differ() -> None:
     first, second = CyclicOrder(100).global_indices(0, 200).reshape(2, 100)
     assert not np.array_equal(first, second)
