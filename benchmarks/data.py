@@ -257,7 +257,10 @@ def measure_blend(directory: Path, *, quick: bool) -> Iterator[Row]:
 
 
 def measure_writer(directory: Path, *, quick: bool) -> Iterator[Row]:
-    """Writing a token file of many short documents; Megatron-LM takes 8.9 CPU-s and 1.7 GB for the index of these."""
+    """Writing a token file of many short documents.
+
+    Megatron-LM's figures are for the index of as many documents, measured on another machine of this size.
+    """
     num_documents, length, chunk = (200_000 if quick else 10_000_000), 20, 10_000
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, chunk * length, dtype=np.uint16)
     lengths, ones = np.full(chunk, length), np.ones(chunk, np.int64)
@@ -270,8 +273,8 @@ def measure_writer(directory: Path, *, quick: bool) -> Iterator[Row]:
     _, cost = cost_of(write)
     scale = num_documents / 10_000_000
     conditions = f"{num_documents / 1e6:g} M documents of {length} tokens, {chunk} at a time, synced"
-    yield at_most("writer", cost.cpu, "CPU-s", conditions, 8.9 * scale, " (Megatron-LM)")
-    yield at_most("writer: peak memory", cost.memory, "MB", conditions, 1700 * scale, " (Megatron-LM)")
+    yield at_most("writer", cost.cpu, "CPU-s", conditions, 8.9 * scale, " (Megatron-LM, elsewhere)")
+    yield at_most("writer: peak memory", cost.memory, "MB", conditions, 1700 * scale, " (Megatron-LM, elsewhere)")
 
 
 def measure_tokenization(directory: Path, *, quick: bool) -> Iterator[Row]:
