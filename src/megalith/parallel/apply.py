@@ -86,7 +86,7 @@ class Laid:
         # Parts of one sum are added before replicas are, for a shard of them is as good.
         by_tokens = [local_part(gradient_of(p)) for name, p in parameters.items() if self.cuts[name].summed_over_tokens]
         sum_gradients(by_tokens, self.groups.tensor)
-        if self.groups.embedding is not None and TIED in parameters:
+        if self.has_tied_copy and self.groups.embedding is not None:
             sum_gradients([local_part(gradient_of(parameters[TIED]))], self.groups.embedding)
         self.reduction.finish()
 

@@ -1,7 +1,7 @@
 """Which layers stand on which pipeline stage.
 
 A rank holds one chunk of consecutive layers, or several with an interleaved schedule: part number c x stages + r is
-X
+chunk c of rank r. Layers that divide evenly are divided evenly, as in Megatron-LM; otherwise the slowest part is as
 fast as can be, with the embedding and the output layer counted.
 """
 
