@@ -72,13 +72,20 @@ class Keeper:
         if not while_training:
             self.settle(while_training=False)
 
+    def poll(self) -> None:
+        """Say how the checkpoint that was being written went, if it is done; does not wait."""
+        self._settle(wait=False, while_training=True)
+
     def settle(self, *, while_training: bool = True) -> None:
         """Wait for the checkpoint that is being written, if any, and say how it went."""
+        self._settle(wait=True, while_training=while_training)
+
+    def _settle(self, *, wait: bool, while_training: bool) -> None:
         if self._saver is None:
             return
         try:
             with self._job.ledger.spend("checkpoint"):
-                saved = self._saver.wait()
+                saved = self._saver.wait() if wait else self._saver.poll()
         except CheckpointError as error:
             self.failed, self._saved_step = True, None
             self._job.log.report(Warned(f"{error}. The run goes on; the next checkpoint is tried anew."))

@@ -103,6 +103,7 @@ def run_steps(job: Job, keeper: Keeper, signals: StopSignals) -> str | None:
         with job.ledger.spend("step"):
             done = take_step(job)
         log.report(done)
+        keeper.poll()
         job.interval.add(done)
         if every(progress.step, run.monitor.log_interval):
             report_interval(job, done)

@@ -1,0 +1,213 @@
+"""A training as a user has it: started, stopped, killed, continued; real processes, files and signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.layouts.runs import MODEL, run_on, steps_of, weights_of, write_data
+
+STEPS = ["--train-iters", "20"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """The run directory of 20 steps in one go."""
+    save = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert run_on(1, STEPS, save, data) == 0
+    return save
+
+
+def figures(save: Path) -> list[tuple[Any, ...]]:
+    """What a run printed of each step that does not depend on the clock; a step done again counts once."""
+    steps = {step["step"]: step for step in steps_of(save)}
+    names = ("step", "consumed_samples", "losses", "grad_norm", "params_norm", "learning_rate", "skipped")
+    return [tuple(json.dumps(steps[number][name]) for name in names) for number in sorted(steps)]
+
+
+def assert_same(save: Path, other: Path) -> None:
+    """Bit for bit: every figure of every step, and all tensors of the newest checkpoint."""
+    assert figures(save) == figures(other)
+    ours, theirs = weights_of(save), weights_of(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def command(data: Path, save: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "megalith", "pretrain", *MODEL, "--data-path", str(data), "--save", str(save), *words]
+
+
+def wait_for_step(process: "subprocess.Popen[bytes]", step: int) -> None:
+    """Read the child's JSON lines until it has done a step."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        record = json.loads(line)
+        if record["event"] == "step_done" and record["step"] >= step:
+            return
+    raise AssertionError(f"the run ended before step {step}")
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    assert run_on(1, [*STEPS, "--exit-interval", "13"], tmp_path / "run", data) == 0
+    assert len(steps_of(tmp_path / "run")) == 13
+    assert run_on(1, STEPS, tmp_path / "run", data) == 0
+    assert_same(tmp_path / "run", undisturbed)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    with subprocess.Popen(command(data, tmp_path / "run", *STEPS), stdout=subprocess.PIPE) as process:
+        wait_for_step(process, 14)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert run_on(1, STEPS, tmp_path / "run", data) == 0
+    assert_same(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_stops_with_status_75(
+    number: signal.Signals, data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    # Slow enough that the signal arrives before the end, whatever the machine does.
+    words = [*STEPS, "--exit-interval", "19"]
+    with subprocess.Popen(command(data, tmp_path / "run", *words), stdout=subprocess.PIPE) as process:
+        wait_for_step(process, 1)
+        process.send_signal(number)
+        assert process.stdout is not None
+        last = json.loads(process.stdout.readlines()[-1])
+        status = process.wait(timeout=60)
+    if last["event"] == "run_ended" and last["reason"] == "exit-interval":
+        pytest.skip("the run was faster than the signal")
+    assert status == 75
+    assert (tmp_path / "run" / "checkpoints").is_dir()
+    assert run_on(1, STEPS, tmp_path / "run", data) == 0
+    assert_same(tmp_path / "run", undisturbed)
+
+
+def test_a_finished_run_does_nothing_and_says_so(data: Path, undisturbed: Path) -> None:
+    before = sorted(path.name for path in (undisturbed / "checkpoints").iterdir())
+    done = subprocess.run(
+        command(data, undisturbed, *STEPS, "--log-format", "reference"), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0
+    assert "the run is finished: all 20 steps were taken" in done.stdout
+    assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == before
+
+
+def test_two_processes_under_torchrun_give_the_losses_of_one(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    words = command(data, tmp_path / "run", *STEPS)[3:]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launched = subprocess.run(
+        [sys.executable, "-m", "megalith", *words[0:1], "--nproc", "2", *words[1:]],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=environment,
+    )
+    assert launched.returncode == 0, launched.stderr[-2000:]
+    for step, want in zip(steps_of(tmp_path / "run"), steps_of(undisturbed), strict=True):
+        assert step["losses"]["lm loss"] == pytest.approx(want["losses"]["lm loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["full", "selective"])
+def test_recomputation_changes_no_bit(granularity: str, data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    words = [*STEPS, "--recompute-granularity", granularity]
+    assert run_on(1, words, tmp_path / "run", data) == 0
+    assert_same(tmp_path / "run", undisturbed)
+
+
+def test_fine_tuning_starts_from_the_weights_at_step_0(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    words = ["--train-iters", "3", "--load", str(undisturbed), "--finetune"]
+    assert run_on(1, words, tmp_path / "run", data) == 0
+    steps, before = steps_of(tmp_path / "run"), steps_of(undisturbed)
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    assert steps[0]["losses"]["lm loss"] < before[0]["losses"]["lm loss"] - 0.1
+    assert (tmp_path / "run" / "checkpoints" / "step-0000003").is_dir()
+
+
+def test_loading_without_the_optimizer_keeps_the_step(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    words = ["--train-iters", "22", "--load", str(undisturbed), "--no-load-optim"]
+    assert run_on(1, words, tmp_path / "run", data) == 0
+    assert [step["step"] for step in steps_of(tmp_path / "run")] == [21, 22]
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_all_differences(
+    data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    words = ["--train-iters", "22", "--load", str(undisturbed), "--num-layers", "2", "--hidden-size", "16"]
+    done = subprocess.run(command(data, tmp_path / "run", *words), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "num_layers is 4 in the checkpoint and 2 in this run" in done.stderr
+    assert "hidden_size is 32 in the checkpoint and 16 in this run" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    assert run_on(1, STEPS, tmp_path / "run", data) == 0
+    shard = tmp_path / "run" / "checkpoints" / "step-0000020" / "rank-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    done = subprocess.run(
+        command(data, tmp_path / "run", *STEPS, "--log-format", "reference"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{shard}" in done.stdout and "going on from step 10 instead" in done.stdout
+    assert_same(tmp_path / "run", undisturbed)
+
+
+def test_no_auto_resume_refuses_to_leave_checkpoints_behind(data: Path, undisturbed: Path) -> None:
+    done = subprocess.run(
+        command(data, undisturbed, *STEPS, "--no-auto-resume"), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "holds checkpoints up to step 20" in done.stderr
+
+
+def test_the_wall_time_of_a_run_is_accounted_for(undisturbed: Path) -> None:
+    records = [json.loads(line) for line in (undisturbed / "log.jsonl").read_text().splitlines()]
+    ended = next(record for record in records if record["event"] == "run_ended")
+    assert ended["reason"] == "done"
+    assert set(ended["spent"]) >= {"startup", "data", "step", "evaluation", "checkpoint"}
+    assert all(seconds >= 0 for seconds in ended["spent"].values())
+
+
+def test_training_by_samples_with_a_ramped_batch(data: Path, tmp_path: Path) -> None:
+    words = ["--train-samples", "64", "--rampup-batch-size", "2", "2", "12"]
+    assert run_on(1, words, tmp_path / "run", data) == 0
+    sizes = [step["global_batch_size"] for step in steps_of(tmp_path / "run")]
+    assert sizes[0] == 2 and sizes[-1] == 8 and sizes == sorted(sizes)
+    assert steps_of(tmp_path / "run")[-1]["consumed_samples"] == sum(sizes) <= 64
+
+
+@pytest.mark.parametrize("precision", ["--bf16", "--fp16"])
+def test_sixteen_bit_trainings_follow_fp32(precision: str, data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    words = [*STEPS, precision, "--initial-loss-scale", "1024"]
+    assert run_on(1, words, tmp_path / "run", data) == 0
+    for step, want in zip(steps_of(tmp_path / "run"), steps_of(undisturbed), strict=True):
+        assert not step["skipped"]
+        # bfloat16 keeps 8 bits of a number, float16 11.
+        assert step["losses"]["lm loss"] == pytest.approx(want["losses"]["lm loss"], rel=2e-2)
+
+
+def test_wall_time_limit_stops_after_saving(data: Path, tmp_path: Path) -> None:
+    started = time.time()
+    # The clock of the run begins at 0 in run_on: any limit is long past.
+    assert run_on(1, [*STEPS, "--exit-duration-in-mins", "1"], tmp_path / "run", data) == 0
+    assert len(steps_of(tmp_path / "run")) == 1
+    assert (tmp_path / "run" / "checkpoints" / "step-0000001").is_dir()
+    assert time.time() - started < 60
