@@ -11,7 +11,7 @@ from megalith import __version__
 from megalith.checkpoint.directory import CheckpointError, list_checkpoints
 from megalith.checkpoint.index import Index
 from megalith.checkpoint.pieces import Piece
-from megalith.checkpoint.saver import AsyncSaver, Saved
+from megalith.checkpoint.saver import AsyncSaver
 from megalith.checkpoint.store import Loaded, load_latest
 from megalith.job import Job
 from megalith.models.shape import shape_of
@@ -90,16 +90,12 @@ class Keeper:
             self.failed, self._saved_step = True, None
             self._job.log.report(Warned(f"{error}. The run goes on; the next checkpoint is tried anew."))
             return
-        self._announce(saved, while_training=while_training)
-
-    def _announce(self, saved: Saved | None, *, while_training: bool) -> None:
-        if saved is None:
-            return
-        self.failed = False
-        directory = str(self._job.run.checkpoint.save)
-        self._job.log.report(CheckpointSaved(saved.step, directory, saved.seconds, while_training))
-        if saved.warning:
-            self._job.log.report(Warned(saved.warning))
+        for done in saved:
+            self.failed = False
+            directory = str(self._job.run.checkpoint.save)
+            self._job.log.report(CheckpointSaved(done.step, directory, done.seconds, while_training))
+            if done.warning:
+                self._job.log.report(Warned(done.warning))
 
 
 def tensors_of(job: Job) -> dict[str, Piece]:
