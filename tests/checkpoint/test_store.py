@@ -1,8 +1,10 @@
 """Checkpoints on one rank: what is saved is loaded, what is damaged is refused by name, nothing else is touched."""
 
+import errno
 import os
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,13 +12,15 @@ import torch
 from torch import nn
 
 from megalith.checkpoint import verify as verify_module
-from megalith.checkpoint.directory import CheckpointError, list_checkpoints
+from megalith.checkpoint.directory import CheckpointError, list_checkpoints, try_run_directory
 from megalith.checkpoint.index import Index
 from megalith.checkpoint.pieces import Piece, whole
 from megalith.checkpoint.shards import DamagedError
 from megalith.checkpoint.store import load_latest, save
 from megalith.checkpoint.verify import read_index, verify
+from megalith.files import DISK
 from tests.checkpoint.runs import assert_equal, empty, load_newest, names_in, pieces_of, save_step, tensors_at
+from tests.disks import failing_disk
 
 
 def test_the_newest_checkpoint_is_loaded_bit_for_bit(tmp_path: Path) -> None:
@@ -274,6 +278,49 @@ def test_what_cannot_be_stored_is_refused_before_anything_is_written(tmp_path: P
     with pytest.raises(ValueError, match="step=-1 must be"):
         save(tmp_path, -1, pieces_of(tensors_at(1)), {})
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_directory_is_tried_before_it_is_needed(tmp_path: Path) -> None:
+    try_run_directory(tmp_path / "new" / "run", disk=DISK)
+    assert names_in(tmp_path / "new" / "run") == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file"):
+        try_run_directory(tmp_path / "file", disk=DISK)
+    number = 0
+    while True:
+        try:
+            try_run_directory(tmp_path / "run", disk=failing_disk(number, errno.EROFS))
+            break
+        except CheckpointError as error:
+            assert "Read-only file system" in str(error) and str(tmp_path / "run" / "checkpoints") in str(error)
+        number += 1
+    assert number > 10
+    save_step(tmp_path / "run", 1)
+    assert names_in(tmp_path / "run") == ["step-0000001"]
+    (tmp_path / "run" / "checkpoints").chmod(0o777)
+    with pytest.raises(CheckpointError, match=r"can be written by everybody.*chmod o-w"):
+        try_run_directory(tmp_path / "run", disk=DISK)
+
+
+def test_nothing_is_executed_or_unpickled_while_loading(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 1)
+    for name in (".metadata", "rank-00000.pt", "model_optim_rng.pt", "latest_checkpointed_iteration.txt"):
+        (path / name).write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "canary").encode() + b"'\ntR.")
+    read, write = os.pipe()
+    # In a process of its own, as an audit hook stays for ever.
+    if os.fork() == 0:
+        try:
+            sys.addaudithook(lambda event, arguments: os.write(write, event.encode() + b"\n") and None)
+            load_newest(tmp_path)
+            os.write(write, b"loaded\n")
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read) as events:
+        seen = events.read().split("\n")
+    assert "open" in seen and seen[-2] == "loaded"
+    assert not {"pickle.find_class", "exec", "compile", "os.system", "subprocess.Popen", "import"} & set(seen)
+    assert not (tmp_path / "canary").exists()
 
 
 def test_no_descriptor_is_left_open(tmp_path: Path) -> None:

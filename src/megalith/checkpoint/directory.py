@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megalith.checkpoint.shards import DamagedError
-from megalith.files import Disk, Location, sync_directory
+from megalith.files import Disk, Location, make_directories, sync_directory, write_whole
 
 FOLDER = "checkpoints"
 STEP_NAME = re.compile(r"step-([0-9]{7,12})")
@@ -43,6 +43,24 @@ class StepDirectory(NamedTuple):
 def folder_of(run_dir: Location) -> Path:
     """Where a run's checkpoints lie."""
     return Path(run_dir) / FOLDER
+
+
+def try_run_directory(run_dir: Location, *, disk: Disk) -> None:
+    """Find out, before the training, whether checkpoints can be written there; nothing but the folder is left.
+
+    Raises CheckpointError if not.
+    """
+    folder = folder_of(run_dir)
+    try:
+        make_directories(folder, disk=disk)
+        # Named as what a killed save leaves behind, so that the next one removes it if this is killed.
+        trial = folder / new_name("tmp", 0)
+        disk.make_directory(trial)
+        write_whole(trial / "index.json", "a trial", disk=disk)
+        check_directory(trial)
+        discard(StepDirectory(0, trial), disk=disk)
+    except (OSError, DamagedError) as failed:
+        raise CheckpointError(f"checkpoints cannot be written to {folder}: {failed}", folder) from failed
 
 
 def step_name(step: int) -> str:

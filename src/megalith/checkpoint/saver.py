@@ -96,7 +96,8 @@ class AsyncSaver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._host: HostCopy | None = None
         self._copied: Future[None] | None = None
-        self._written: Future[Saved] | None = None
+        self._writing: Future[Saved] | None = None
+        self._saved: list[Saved] = []
 
     def save(
         self,
@@ -116,14 +117,14 @@ class AsyncSaver:
         ValueError if the pieces or the state cannot be stored.
         """
         started = time.monotonic()
-        self.wait()
+        self._finish()
         if self._host is None:
             self._host = HostCopy(plan(self._ranks, tensors), tensors, self._ranks.rank)
         host = self._host
         contents = Contents(step, host.table, plain_json("state", state), plain_json("notes", notes or {}))
         sources = host.sources(tensors)
         self._copied = self._thread.submit(host.copy, sources, computed(sources))
-        self._written = self._thread.submit(self._write, contents, host, started)
+        self._writing = self._thread.submit(self._write, contents, host, self._copied, started)
         if not overlap:
             self.before_update()
         return time.monotonic() - started
@@ -137,37 +138,45 @@ class AsyncSaver:
         copied.result()
         return time.monotonic() - started
 
-    def poll(self) -> Saved | None:
-        """The checkpoint that has been written since the last question, if any; does not wait.
+    def poll(self) -> list[Saved]:
+        """The checkpoints that have been written since the last question; does not wait.
 
-        Raises CheckpointError if it could not be written. Ranks may learn of either in different steps, so they must
+        Raises CheckpointError if one could not be written. Ranks may learn of either in different steps, so they must
         agree before one of them stops.
         """
-        return self.wait() if self._written is not None and self._written.done() else None
+        if self._writing is not None and self._writing.done():
+            self._finish()
+        saved, self._saved = self._saved, []
+        return saved
 
-    def wait(self) -> Saved | None:
+    def wait(self) -> list[Saved]:
         """As `poll`, after the checkpoint that is being written, if any, is done."""
-        if self._written is None:
-            return None
-        written, self._written, self._copied = self._written, None, None
-        return written.result()
+        self._finish()
+        return self.poll()
+
+    def _finish(self) -> None:
+        """Wait for the checkpoint that is being written, if any; CheckpointError if it could not be."""
+        if self._writing is not None:
+            writing, self._writing, self._copied = self._writing, None, None
+            self._saved.append(writing.result())
 
     def close(self) -> None:
         """Wait for what is being written, without asking how it went, and end the thread."""
         self._thread.shutdown(wait=True)
 
-    def _write(self, contents: Contents, host: "HostCopy", started: float) -> Saved:
-        path = write(self._ranks, self._run_dir, contents, lambda: host.tensors, disk=self._disk)
-        deleted, warning = [], ""
-        if self._keep_last is not None:
+    def _write(self, contents: Contents, host: HostCopy, copied: Future[None], started: float) -> Saved:
+        def own() -> Mapping[str, Tensor]:
+            # If the copy failed, nothing may be written.
+            copied.result()
+            return host.tensors
+
+        path = write(self._ranks, self._run_dir, contents, own, disk=self._disk)
+        deleted: list[int] = []
+        warning = ""
+        if (keep_last := self._keep_last) is not None:
+            keep_every, disk = self._keep_every, self._disk
             try:
-                deleted = delete_old(
-                    self._ranks,
-                    self._run_dir,
-                    keep_last=self._keep_last,
-                    keep_every=self._keep_every,
-                    disk=self._disk,
-                )
+                deleted = delete_old(self._ranks, self._run_dir, keep_last=keep_last, keep_every=keep_every, disk=disk)
             except CheckpointError as failed:
                 warning = str(failed)
         seconds = time.monotonic() - started

@@ -83,12 +83,15 @@ def names_to_write(table: Table, rank: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Contents:
-    """What is to be written. state and notes matter on rank 0 only."""
+    """What is to be written. state and notes matter on rank 0 only. Raises ValueError if the step has no name."""
 
     step: int
     table: Table
     state: Mapping[str, Any]
     notes: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        step_name(self.step)
 
     @property
     def num_bytes(self) -> int:
