@@ -187,7 +187,7 @@ def test_the_wall_time_of_a_run_is_accounted_for(undisturbed: Path) -> None:
 
 
 def test_training_by_samples_with_a_ramped_batch(data: Path, tmp_path: Path) -> None:
-    words = ["--train-samples", "64", "--rampup-batch-size", "2", "2", "12"]
+    words = ["--train-samples", "64", "--lr-warmup-iters", "0", "--rampup-batch-size", "2", "2", "12"]
     assert run_on(1, words, tmp_path / "run", data) == 0
     sizes = [step["global_batch_size"] for step in steps_of(tmp_path / "run")]
     assert sizes[0] == 2 and sizes[-1] == 8 and sizes == sorted(sizes)
