@@ -14,7 +14,7 @@ LEVELS = [
     {"models"},
     {"parallel", "checkpoint"},
     {"evaluate", "plan"},
-    {"config", "derived", "sources", "check", "notices", "datasets", "corpora", "task"},
+    {"config", "derived", "sources", "check", "check_layout", "notices", "datasets", "corpora", "task"},
     {"job", "resume", "report", "closing", "train", "trained"},
     {"cli"},
 ]

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from megalith.check_layout import layout_faults, num_replicas
 from megalith.config import Fault, Run, flag_of
 from megalith.derived import compute_dtype, global_batch_size, tokenizer_type
 
@@ -18,7 +19,7 @@ def check(run: Run, world_size: int) -> list[Fault]:
         *_required(run),
         *_positive(run),
         *_shape(run),
-        *_layout(run, world_size),
+        *layout_faults(run, world_size),
         *_batches(run, world_size),
         *_length(run),
         *_schedule(run),
@@ -58,7 +59,7 @@ def _positive(run: Run) -> Iterator[Fault]:
         "optimizer": "micro_batch_size global_batch_size hysteresis loss_scale_window loss_scale initial_loss_scale "
         "min_loss_scale lr_decay_iters lr_decay_samples",
         "parallel": "tensor_model_parallel_size pipeline_model_parallel_size checkpoint_num_layers nproc "
-        "num_layers_per_virtual_pipeline_stage",
+        "num_layers_per_virtual_pipeline_stage context_parallel_size",
         "checkpoint": "save_interval keep_last keep_every adlr_autoresume_interval",
         "monitor": "log_interval tensorboard_log_interval tensorboard_queue_size",
         "evaluate": "eval_interval",
@@ -112,39 +113,11 @@ def _shape(run: Run) -> Iterator[Fault]:
             )
 
 
-def _layout(run: Run, world_size: int) -> Iterator[Fault]:
-    tensor, pipeline = run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size
-    if tensor < 1 or pipeline < 1:
-        return
-    if world_size % (tensor * pipeline):
-        fits = [t for t in range(1, world_size + 1) if world_size % t == 0]
-        yield fault(
-            "tensor_model_parallel_size",
-            tensor,
-            f"times --pipeline-model-parallel-size = {pipeline} does not divide the {world_size} ranks",
-            f"Products that fit: {fits}; or start another number of ranks (torchrun --nproc-per-node)",
-        )
-    chunk = run.parallel.num_layers_per_virtual_pipeline_stage
-    if chunk is not None and pipeline < 2:
-        yield fault(
-            "num_layers_per_virtual_pipeline_stage", chunk, "needs more than one pipeline stage", "Leave it out"
-        )
-    if run.parallel.distribute_checkpointed_activations and not run.parallel.checkpoint_activations:
-        yield fault(
-            "distribute_checkpointed_activations", None, "needs --checkpoint-activations", "Add that, or leave this out"
-        )
-    if run.parallel.checkpoint_activations and run.parallel.recompute_granularity == "selective":
-        yield fault(
-            "checkpoint_activations", None, "contradicts --recompute-granularity = selective", "Give only one of them"
-        )
-
-
 def _batches(run: Run, world_size: int) -> Iterator[Fault]:
     micro = run.optimizer.micro_batch_size
-    model_ranks = run.parallel.tensor_model_parallel_size * run.parallel.pipeline_model_parallel_size
-    if not micro or micro < 1 or model_ranks < 1 or world_size % model_ranks:
+    replicas = num_replicas(run, world_size)
+    if not micro or micro < 1 or replicas is None:
         return
-    replicas = world_size // model_ranks
     batch = global_batch_size(run, replicas)
     group = micro * replicas
     if batch > 0 and batch % group:

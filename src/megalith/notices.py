@@ -4,9 +4,10 @@ A notice never stops a run; what does is in `check.py`. docs/from-megatron.md te
 """
 
 import math
+import os
 from collections.abc import Iterator
 
-from megalith.config import Run, flag_of, known_settings
+from megalith.config import Run, known_settings
 from megalith.derived import TASK_DEFAULTS
 from megalith.fields import describe
 
@@ -14,7 +15,7 @@ from megalith.fields import describe
 REPLACED = {
     "bias_dropout_fusion": "dropout masks are computed by counter beside the residual addition, always",
     "masked_softmax_fusion": "attention runs through PyTorch's own fused kernels",
-    "onnx_safe": "models are exported from the checkpoint; only its erf GELU is kept",
+    "onnx_safe": "nothing is exported while training; only its form of the erf GELU is kept",
     "lazy_mpu_init": "the process group is joined once at start-up; another program cannot take that over",
     "use_cpu_initialization": "weights are drawn by counter from the seed, the same on every device and layout",
     "use_contiguous_buffers_in_ddp": "gradients are reduced in buckets whether or not it is given",
@@ -24,83 +25,93 @@ REPLACED = {
     "local_rank": "the launcher's environment (LOCAL_RANK) tells the local rank",
     "distributed_backend": "the backend follows the device: NCCL with GPUs, gloo without",
     "DDP_impl": "one reduction of gradients serves all layouts",
-    "mmap_warmup": "the page cache warms up as samples are read",
-    "data_impl": "the reader follows the file's own header",
+    "data_impl": "lazy and cached name the same older format, and every file is memory-mapped",
     "num_workers": "samples are cut by one background thread, which no step waits for",
     "block_data_path": "no program reads it, in Megatron-LM neither",
     "no_save_rng": "there is no generator state to save: everything random is derived from the seed and the step",
     "no_load_rng": "there is no generator state to load: everything random is derived from the seed and the step",
     "adlr_autoresume": "send SIGUSR1 to save and stop with exit status 75, which a scheduler's script can test",
     "adlr_autoresume_interval": "a signal is looked at after every step",
-    "distribute_checkpointed_activations": "inputs kept for recomputation are whole on each rank in this version",
 }
 
 # Values whose job is done just as asked: no line for them.
 QUIET_VALUES = {"distributed_backend": ("nccl", "gloo"), "data_impl": ("infer", "mmap"), "DDP_impl": ("local",)}
 
+USUAL_LOSS_SCALE = 2**16  # at which the gradients of usual models fit into 16 bits
+USUAL_PADDING = 128  # tokens that Megatron-LM's padding adds at most, unless told otherwise
+MOST_EPOCHS = 10  # after which a language model has learnt its data by heart
 
-def notices(run: Run, world_size: int) -> list[str]:
-    """Every line that the user should read before the run starts."""
-    return [*_replaced(run), *_of_other_tasks(run), *_overridden(run), *_warnings(run, world_size)]
 
-
-def _replaced(run: Run) -> Iterator[str]:
+def notes(run: Run) -> Iterator[str]:
+    """A line for each setting that something else answers, or that only another task uses."""
     known = known_settings()
     for name, instead in REPLACED.items():
         value = getattr(getattr(run, known[name].part), name)
         if value != known[name].field.default and value not in QUIET_VALUES.get(name, ()):
             yield f"note: {known[name].flag} is accepted; {instead}."
+    for name, setting in known.items():
+        task = describe(setting.field)["task"]
+        value = getattr(getattr(run, setting.part), name)
+        if task and task != run.task and name not in REPLACED and value != setting.field.default:
+            yield f"note: {setting.flag} belongs to the task {task}; it changes nothing for {run.task}."
 
 
-def _of_other_tasks(run: Run) -> Iterator[str]:
-    for name, known in known_settings().items():
-        task = describe(known.field)["task"]
-        value = getattr(getattr(run, known.part), name)
-        if task and task != run.task and value != known.field.default:
-            yield f"note: {known.flag} belongs to the task {task}; it changes nothing for {run.task}."
-
-
-def _overridden(run: Run) -> Iterator[str]:
+def overridden(run: Run) -> list[str]:
     """Megatron-LM's own words where a command line overrides what its program for the task fills in."""
+    lines = []
     for name, default in TASK_DEFAULTS[run.task].items():
         value = getattr(run.data, name)
         if value is not None:
-            given = f"with {name}:{value}"
-            yield f"WARNING: overriding default arguments for {name}:{default}                        {given}"
+            words = f"WARNING: overriding default arguments for {name}:{default}"
+            lines.append(f"{words}{' ' * 24}with {name}:{value}")
+    return lines
 
 
-def _warnings(run: Run, world_size: int) -> Iterator[str]:
-    train, optimizer = run.train, run.optimizer
-    if run.checkpoint.save is None:
-        yield "warning: nothing will be saved: --save was not given, so a stopped run cannot go on."
-    elif train.train_iters and run.checkpoint.save_interval and run.checkpoint.save_interval > train.train_iters:
+def warnings_of(run: Run, *, num_steps: int) -> Iterator[str]:
+    """What a good engineer would want to know before a run of that many steps."""
+    saves, optimizer = run.checkpoint.save is not None, run.optimizer
+    if not saves:
+        yield "nothing will be saved: --save was not given, so a stopped run cannot go on."
+    intervals = [
+        ("--log-interval", run.monitor.log_interval, True, "no step is reported"),
+        ("--save-interval", run.checkpoint.save_interval, saves, "only its end is saved"),
+        ("--eval-interval", run.evaluate.eval_interval, run.evaluate.eval_iters > 0, "only its end is evaluated"),
+    ]
+    for flag, interval, is_used, consequence in intervals:
+        if is_used and interval is not None and interval > num_steps:
+            yield f"{flag} = {interval} is longer than the run of {num_steps} steps: {consequence}."
+    if optimizer.fp16 and optimizer.loss_scale is None and optimizer.initial_loss_scale > USUAL_LOSS_SCALE:
+        halvings = math.ceil(math.log2(optimizer.initial_loss_scale / USUAL_LOSS_SCALE))
         yield (
-            f"warning: --save-interval = {run.checkpoint.save_interval} is longer than the run of {train.train_iters} "
-            "steps: only its end is saved."
+            f"an initial loss scale of {optimizer.initial_loss_scale:.0f} overflows in a usual model: about "
+            f"{halvings + optimizer.hysteresis - 1} steps will be skipped. --initial-loss-scale 65536 or --bf16 skips "
+            "none."
         )
-    if train.train_iters and run.evaluate.eval_iters and run.evaluate.eval_interval > train.train_iters:
-        yield (
-            f"warning: --eval-interval = {run.evaluate.eval_interval} is longer than the run of {train.train_iters} "
-            "steps: only its end is evaluated."
-        )
-    if optimizer.fp16 and optimizer.loss_scale is None and optimizer.initial_loss_scale > 2**16:
-        wasted = int(math.log2(optimizer.initial_loss_scale / 2**16)) + optimizer.hysteresis - 1
-        yield (
-            f"warning: an initial loss scale of {optimizer.initial_loss_scale:.0f} overflows in a usual model: about "
-            f"{wasted} steps will be skipped. --initial-loss-scale 65536 or --bf16 skips none."
-        )
+    if run.parallel.deterministic:
+        yield "note: --deterministic adds gradients in a fixed order and computes with one CPU thread a rank: slower."
     heads = run.model.num_attention_heads or 1
     if heads > 1 and heads % 2:
         fits = [n for n in range(2, heads + 1) if heads % n == 0]
         yield (
-            f"warning: {heads} attention heads can be cut over {fits} tensor-parallel ranks only, "
-            f"by no power of two ({flag_of('num_attention_heads')})."
+            f"--num-attention-heads = {heads} can be cut over {fits} tensor-parallel ranks only, by no power of two: "
+            "2, 4 or 8 GPUs of a machine cannot share a layer."
         )
 
 
-def data_notices(*, epochs: int, tokenizer_size: int, padded_size: int, part: str) -> Iterator[str]:
-    """What is known to deserve a warning only once the data is open."""
-    if epochs > 10:
-        yield f"warning: the {part} data is repeated {epochs:,} times: the model will learn it by heart."
-    if padded_size > 2 * tokenizer_size:
-        yield f"warning: the vocabulary of {padded_size:,} is more than twice the tokenizer's {tokenizer_size:,}."
+def padding_warning(run: Run, tokenizer_size: int, padded_size: int) -> str | None:
+    """What to say of a vocabulary that is much larger than its tokenizer, sizes in tokens."""
+    dummies = padded_size - tokenizer_size
+    if dummies <= max(USUAL_PADDING, tokenizer_size // 10):
+        return None
+    multiple = run.model.make_vocab_size_divisible_by
+    return (
+        f"{dummies:,} of the {padded_size:,} entries of the vocabulary are padding, the tokenizer has {tokenizer_size:,} "
+        f"tokens: --make-vocab-size-divisible-by = {multiple} could be smaller."
+    )
+
+
+def repeated_warning(prefix: str | os.PathLike[str], num_epochs: int) -> str | None:
+    """What to say of training data that is read that many times."""
+    if num_epochs <= MOST_EPOCHS:
+        return None
+    return f"{os.fspath(prefix)} is repeated {num_epochs:,} times: the model will learn it by heart. Add text, or train less."

@@ -1,5 +1,6 @@
 """A model laid over the ranks: everything that is done to it, in one visible order."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -133,6 +134,8 @@ def lay_out(
 
     seed: of the weights; None leaves them on the meta device. recompute: full, selective or None.
     """
+    if config.deterministic:
+        fix_arithmetic(device)
     parts = _build_parts(build_part, sizes, config, layout)
     cuts: dict[str, Cut] = {}
     for part in parts.values():
@@ -162,6 +165,20 @@ def lay_out(
         held = _held_by_rows(reduction, held)
     engine = _engine(parts, run_part, sizes, config, layout, groups, reduction, device)
     return Laid(parts, engine, Trained(held), reduction, cuts, groups, is_tied and layout.pipeline > 1, count)
+
+
+def fix_arithmetic(device: torch.device) -> None:
+    """Let this process compute the same bits for the same numbers, whatever the machine; it stays so.
+
+    On a CPU the number of threads decides in which order products are summed, so there is one; on a GPU PyTorch must
+    choose algorithms without atomic additions, which raises RuntimeError where it has none.
+    """
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+        return
+    # Read when the first product of the process is computed.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 def _build_parts(build_part: BuildPart, sizes: Sizes, config: ParallelConfig, layout: Layout) -> dict[int, nn.Module]:
