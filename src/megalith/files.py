@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import secrets
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -66,9 +67,9 @@ class Disk:
         os.rmdir(path)
 
     def free_bytes(self, path: Path) -> int:
-        """Bytes that may still be written to the file system of path."""
+        """Bytes that may still be written to the file system of path; sys.maxsize if it does not say."""
         status = os.statvfs(path)
-        return status.f_bavail * status.f_frsize
+        return status.f_bavail * status.f_frsize if status.f_blocks else sys.maxsize
 
 
 DISK = Disk()
