@@ -12,7 +12,17 @@ from megalith.data.indexed import IndexedDataset, open_indexed
 from megalith.data.split import PARTS, split_documents
 from megalith.data.tokenizer import Tokenizer
 from megalith.derived import sequence_length
-from megalith.monitor.events import BlendBuilt, CorpusOpened, CorpusPart, CorpusSplit, Event, MapsBuilt, MapsLoaded
+from megalith.monitor.events import (
+    BlendBuilt,
+    CorpusOpened,
+    CorpusPart,
+    CorpusSplit,
+    Event,
+    MapsBuilt,
+    MapsLoaded,
+    Warned,
+)
+from megalith.notices import repeated_warning
 
 # The parts' names as a log spells them.
 SPOKEN = {"train": "train", "valid": "validation", "test": "test"}
@@ -90,6 +100,8 @@ def _rows(corpus: Corpus, name: str, num_samples: int, run: Run, vocab_size: int
     )
     for event in _maps_events(name, made):
         report(event)
+    if name == "train" and (text := repeated_warning(corpus.indexed.prefix, made.plan.epochs)):
+        report(Warned(text))
     return CausalDataset(corpus.indexed, maps, vocab_size=vocab_size)
 
 

@@ -68,7 +68,7 @@ def reference_arguments(run: Run, layout: Layout) -> dict[str, Any]:
         del values[name]
     model, optimizer, parallel = run.model, run.optimizer, run.parallel
     derived: dict[str, Any] = {
-        "rank": layout.rank,
+        "rank": 0,  # who prints them there
         "world_size": layout.world_size,
         "data_parallel_size": layout.data,
         "params_dtype": f"torch.{compute_dtype(run)}",

@@ -46,7 +46,7 @@ from megalith.monitor.ledger import Ledger
 from megalith.monitor.log import RunLog, choose_format
 from megalith.monitor.scalars import Scalars
 from megalith.monitor.timers import SETUP_TIMERS, Timers
-from megalith.notices import notices
+from megalith.notices import notes, overridden, padding_warning, warnings_of
 from megalith.optim.batch_size import ConstantBatch, RampedBatch, make_batch_sizes, steps_for_samples
 from megalith.optim.groups import build_optimizer
 from megalith.optim.loss_scale import LossScale, make_loss_scale
@@ -133,6 +133,8 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
     # Padded alike for every layout, so that a checkpoint and the loss do not depend on one.
     vocab_size = padded_vocab_size(tokenizer.vocab_size, run.model.make_vocab_size_divisible_by, 1)
     log.report(TokenizerBuilt(tokenizer.name, tokenizer.vocab_size, vocab_size))
+    if text := padding_warning(run, tokenizer.vocab_size, vocab_size):
+        log.report(Warned(text))
     if (folder := scalars_folder(run)) is not None:
         log.report(ScalarsOpened(folder))
     log.line(lines.initializing_distributed(), detail=True)
@@ -164,11 +166,11 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
         train_iters=run.train.train_iters,
         train_samples=run.train.train_samples,
     )
-    log.report(ScheduleBuilt(schedule.style))
-    peak = peak_flops(device, compute_dtype(run))
-    last_step = run.train.train_iters or steps_for_samples(run.train.train_samples or 0, batch_sizes)
+    last_step = steps_of(run, batch_sizes)
     if run.train.train_iters is None:
         log.line(f"setting training iterations to {last_step}", detail=True)
+    log.report(ScheduleBuilt(schedule.style))
+    peak = peak_flops(device, compute_dtype(run))
     return Job(
         run=run,
         task=task,
@@ -231,7 +233,7 @@ def model_built(task: Task, laid: Laid, layout: Layout, groups: Groups) -> Model
 def announce_start(run: Run, layout: Layout, batch_sizes: ConstantBatch | RampedBatch, log: RunLog) -> None:
     """Say how many ranks there are, every setting, and what deserves a note."""
     ramp = run.optimizer.rampup_batch_size
-    remarks = []
+    remarks = overridden(run)
     if run.optimizer.global_batch_size is None:
         remarks.append(f"setting global batch size to {batch_sizes.global_batch_size}")
     if run.optimizer.bf16:
@@ -250,25 +252,29 @@ def announce_start(run: Run, layout: Layout, batch_sizes: ConstantBatch | Ramped
             remarks=tuple(remarks),
         )
     )
-    for line in notices(run, layout.world_size):
-        if line.startswith("warning: "):
-            log.report(Warned(line.removeprefix("warning: ")))
-        else:
-            log.line(line)
+    for line in notes(run):
+        log.line(line)
+    for text in warnings_of(run, num_steps=steps_of(run, batch_sizes)):
+        log.report(Warned(text))
+
+
+def steps_of(run: Run, batch_sizes: ConstantBatch | RampedBatch) -> int:
+    """How many optimizer steps the run takes in all."""
+    return run.train.train_iters or steps_for_samples(run.train.train_samples or 0, batch_sizes)
 
 
 def announce_ranks(run: Run, layout: Layout, log: RunLog, *, started: float) -> None:
-    """Say that the ranks stand. The seeds are Megatron-LM's line; ours are derived from --seed alone, on any layout."""
-    seed = run.train.seed + 100 * layout.place("pipeline")
+    """Say that the ranks stand. The seeds are Megatron-LM's of rank 0; ours come from --seed alone, on any layout."""
+    seed = run.train.seed
     log.report(
         RanksStarted(
             tensor_parallel_size=layout.tensor,
             pipeline_parallel_size=layout.pipeline,
             seed=run.train.seed,
-            rank=layout.rank,
-            model_parallel_rank=layout.place("tensor"),
-            data_parallel_rank=layout.place("data"),
-            model_parallel_seed=seed + 2718 + layout.place("tensor"),
+            rank=0,
+            model_parallel_rank=0,
+            data_parallel_rank=0,
+            model_parallel_seed=seed + 2718,
             data_parallel_seed=seed,
         )
     )

@@ -105,8 +105,8 @@ def padding_warning(run: Run, tokenizer_size: int, padded_size: int) -> str | No
         return None
     multiple = run.model.make_vocab_size_divisible_by
     return (
-        f"{dummies:,} of the {padded_size:,} entries of the vocabulary are padding, the tokenizer has {tokenizer_size:,} "
-        f"tokens: --make-vocab-size-divisible-by = {multiple} could be smaller."
+        f"{dummies:,} of the vocabulary's {padded_size:,} entries are padding, the tokenizer has "
+        f"{tokenizer_size:,} tokens: --make-vocab-size-divisible-by = {multiple} could be smaller."
     )
 
 
@@ -114,4 +114,4 @@ def repeated_warning(prefix: str | os.PathLike[str], num_epochs: int) -> str | N
     """What to say of training data that is read that many times."""
     if num_epochs <= MOST_EPOCHS:
         return None
-    return f"{os.fspath(prefix)} is repeated {num_epochs:,} times: the model will learn it by heart. Add text, or train less."
+    return f"{os.fspath(prefix)} is repeated {num_epochs:,} times: the model will learn it by heart. More text helps."

@@ -7,6 +7,7 @@ from megalith.job import Job
 from megalith.models.shape import shape_of
 from megalith.monitor.events import MemoryReported, RankMemory, StepDone, TimersReported
 from megalith.monitor.flops import training_flops
+from megalith.monitor.memory import MemoryUse
 from megalith.monitor.timers import STEP_TIMERS
 
 
@@ -29,8 +30,25 @@ def report_interval(job: Job, last: StepDone) -> None:
     done = job.interval.close(last, time.perf_counter())
     job.log.report(done)
     # Megatron-LM prints the memory with the first line whose learning rate is above 0: then a step has been taken.
-    if not job.memory_reported and done.learning_rate > 0 and last.memory is not None:
+    if not job.memory_reported and done.learning_rate > 0:
         job.memory_reported = True
-        job.log.report(MemoryReported(last.step, (RankMemory(job.layout.rank, last.memory),)))
+        job.log.report(MemoryReported(last.step, memory_of_ranks(job, last.memory)))
     seconds = job.timers.elapsed(STEP_TIMERS)
     job.log.report(TimersReported(seconds, num_steps=job.run.monitor.log_interval, step=last.step))
+
+
+def memory_of_ranks(job: Job, memory: MemoryUse | None) -> tuple[RankMemory, ...]:
+    """What each rank of the first replica holds, as Megatron-LM prints it; every rank calls this.
+
+    memory: this rank's, None where the system does not say.
+    """
+    layout = job.layout
+    places = {axis: layout.place(axis) for axis in ("pipeline", "data", "context", "tensor")}
+    figures = [0] * (5 * layout.pipeline * layout.tensor)
+    if memory is not None and places["data"] == places["context"] == 0:
+        first = 5 * (places["pipeline"] * layout.tensor + places["tensor"])
+        held = (memory.allocated, memory.max_allocated, memory.reserved, memory.max_reserved)
+        figures[first : first + 5] = [layout.rank, *held]
+    figures = job.groups.agree(figures)
+    of_ranks = [figures[first : first + 5] for first in range(0, len(figures), 5)]
+    return tuple(RankMemory(rank, MemoryUse(*held)) for rank, *held in of_ranks if any(held))

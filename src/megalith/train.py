@@ -19,6 +19,7 @@ from megalith.corpora import prepare_corpus
 from megalith.derived import sequence_length
 from megalith.job import Job, build_job, open_data, open_log
 from megalith.layers.random import dropout_rows
+from megalith.monitor import lines
 from megalith.monitor.events import Evaluated, PlaceReached, RunEnded, StepDone, TrainingStarted
 from megalith.monitor.memory import memory_use
 from megalith.monitor.signals import StopSignals
@@ -56,7 +57,8 @@ def train(run: Run, *, started: float) -> int:
         run = prepare_corpus(run, layout, log)
         job = build_job(run, layout, device, log, started=started)
         keeper = stack.enter_context(Keeper(job))
-        resume(job)
+        with job.timers("model-and-optimizer-setup"):
+            resume(job)
         log.report(PlaceReached("after model, optimizer, and learning rate scheduler are built"))
         open_data(job)
         if run.train.exit_before_training:
@@ -137,7 +139,7 @@ def take_step(job: Job) -> StepDone:
     progress, run, timers = job.progress, job.run, job.timers
     num_microbatches = job.batch_sizes.num_microbatches(progress.consumed_train_samples)
     batch_size = job.batch_sizes.batch_size(progress.consumed_train_samples)
-    with timers("batch-generator"), job.ledger.spend("data"):
+    with timers("forward-compute"), timers("batch-generator"), job.ledger.spend("data"):
         microbatches = job.loaders["train"].step_batch(progress.consumed_train_samples, num_microbatches)
     if run.model.hidden_dropout > 0 or run.model.attention_dropout > 0:
         microbatches = [with_rows(batch, run.train.seed) for batch in microbatches]
@@ -236,12 +238,14 @@ def evaluate(job: Job, part: str, *, final: bool = False) -> None:
     num_microbatches = job.batch_sizes.num_microbatches(progress.consumed_train_samples)
     with job.ledger.spend("evaluation"), torch.no_grad():
         consumed = progress.consumed_valid_samples if part == "valid" else 0
-        for _ in range(iterations):
+        for number in range(1, iterations + 1):
             microbatches = job.loaders[part].step_batch(consumed, num_microbatches)
             losses = run_microbatches(job, microbatches, scale=1.0, backward=False)
             consumed += job.batch_sizes.batch_size(progress.consumed_train_samples)
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0.0) + float(loss)
+            if part == "test" and every(number, job.run.monitor.log_interval):
+                job.log.line(lines.evaluating(number, iterations), detail=True)
     if part == "valid":
         progress.consumed_valid_samples = consumed
     means = {name: total / iterations for name, total in sums.items()}
