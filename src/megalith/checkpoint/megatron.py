@@ -21,7 +21,7 @@ FILE_NAME = "model_optim_rng.pt"
 VERSION = 3.0  # of the files that are written
 RANK_NAME = re.compile(r"mp_rank_([0-9]{2,})(?:_([0-9]{3,}))?")
 Tree = Mapping[str, Any]
-Path_ = tuple[str, ...]
+Keys = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Grid:
 class Part(NamedTuple):
     """One parameter in a file."""
 
-    theirs: Path_  # keys from the model's dict on
+    theirs: Keys  # keys from the model's dict on
     ours: str
     shape: tuple[int, ...]  # of the whole
     place: Place  # of this file's part
@@ -89,10 +89,10 @@ LAYER: tuple[tuple[str, str, int | None], ...] = (
     ("mlp.dense_4h_to_h.weight", "feedforward.down.weight", 1),
     ("mlp.dense_4h_to_h.bias", "feedforward.down.bias", None),
 )
-WORDS: Path_ = ("language_model", "embedding", "word_embeddings", "weight")
-POSITIONS: Path_ = ("language_model", "embedding", "position_embeddings", "weight")
-ENCODER: Path_ = ("language_model", "encoder")
-HEAD_COPY: Path_ = ("word_embeddings_for_head", "weight")
+WORDS: Keys = ("language_model", "embedding", "word_embeddings", "weight")
+POSITIONS: Keys = ("language_model", "embedding", "position_embeddings", "weight")
+ENCODER: Keys = ("language_model", "encoder")
+HEAD_COPY: Keys = ("word_embeddings_for_head", "weight")
 # How the same things were called before; read only.
 FORMER = {"encoder": "transformer", "self_attention": "attention"}
 

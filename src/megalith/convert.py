@@ -1,0 +1,98 @@
+"""`megalith convert`: checkpoints of Megatron-LM into run directories, and the other way round.
+
+A converted run goes on where the other program stopped: weights, optimizer, schedule, loss scale, samples consumed. Its
+dropout differs from then on, for ours is derived from the step and the sample instead of a generator's state.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+
+def main(words: Sequence[str]) -> int:
+    """Convert a checkpoint of Megatron-LM into a run directory, or the newest of a run directory into its files."""
+    options = _parser().parse_args(words)
+    if options.source is not None:
+        return _from_other(options)
+    if len(options.target) != 3:
+        raise ValueError(
+            f"--to {' '.join(options.target)}: without --from it takes three words: megatron RUN_DIR OUT_DIR"
+        )
+    kind, run_dir, directory = options.target
+    _check_kind(kind)
+
+    from megalith.convert_to_megatron import to_megatron
+
+    for line in to_megatron(
+        run_dir,
+        directory,
+        step=options.iteration,
+        tensor=options.tensor_model_parallel_size,
+        stages=options.pipeline_model_parallel_size,
+        layers_per_chunk=options.num_layers_per_virtual_pipeline_stage,
+    ):
+        print(line, flush=True)
+    return 0
+
+
+def _from_other(options: argparse.Namespace) -> int:
+    kind, directory = options.source
+    _check_kind(kind)
+    if len(options.target) != 1:
+        raise ValueError(f"--to {' '.join(options.target)}: with --from it takes one word, the run directory to make")
+
+    from megalith.convert_from_megatron import from_megatron
+
+    given = {name: getattr(options, name) for name in ("vocab_file", "merge_file", "tokenizer_model", "tokenizer_type")}
+    for line in from_megatron(
+        directory,
+        options.target[0],
+        iteration=options.iteration,
+        weights_only=options.weights_only,
+        tokenizer_settings={name: value for name, value in given.items() if value is not None},
+    ):
+        print(line, flush=True)
+    return 0
+
+
+def _check_kind(kind: str) -> None:
+    if kind != "megatron":
+        raise ValueError(f"{kind}: is not a kind of checkpoint that can be converted; megatron is")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="megalith convert",
+        usage="megalith convert --from megatron DIR --to RUN_DIR [...]\n"
+        "       megalith convert --to megatron RUN_DIR OUT_DIR [...]",
+        description=main.__doc__,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--from", dest="source", nargs=2, metavar=("KIND", "DIR"), help="megatron and what --save named there"
+    )
+    parser.add_argument(
+        "--to", dest="target", nargs="+", required=True, metavar="WORD", help="RUN_DIR, or megatron RUN_DIR OUT_DIR"
+    )
+    parser.add_argument("--iteration", type=int, metavar="N", help="the checkpoint of that step [the latest]")
+    parser.add_argument("--weights-only", action="store_true", help="leave optimizer, schedule and progress behind")
+    for name, what in {
+        "vocab-file": "the vocabulary, where it lies now",
+        "merge-file": "the BPE merges, where they lie now",
+        "tokenizer-model": "the tokenizer's file, for kinds that have one",
+        "tokenizer-type": "another tokenizer than the checkpoint names",
+    }.items():
+        parser.add_argument(f"--{name}", metavar="TEXT", help=f"with --from: {what}")
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="with --to megatron [1]")
+    parser.add_argument(
+        "--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="with --to megatron [1]"
+    )
+    parser.add_argument(
+        "--num-layers-per-virtual-pipeline-stage", type=int, metavar="N", help="with --to megatron [all of a stage's]"
+    )
+    return parser

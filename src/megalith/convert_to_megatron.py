@@ -1,0 +1,152 @@
+"""The newest checkpoint of a run directory as files that Megatron-LM loads, cut for as many ranks as it will have."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalith.checkpoint.index import Index
+from megalith.checkpoint.megatron import FILE_NAME, TRACKER, Grid, iteration_name, rank_name
+from megalith.checkpoint.megatron_contents import Kept, file_contents
+from megalith.checkpoint.pieces import TORCH_DTYPES, Piece, whole
+from megalith.checkpoint.store import load_latest
+from megalith.config import ConfigError, Run, compose
+from megalith.data.tokenizer import load_saved_tokenizer, padded_vocab_size
+from megalith.derived import compute_dtype, reference_arguments
+from megalith.files import make_directories, open_whole, write_whole
+from megalith.models.shape import shape_of
+from megalith.parallel.mesh import Layout
+from megalith.sources import read_run_file
+
+
+def to_megatron(
+    run_dir: str, directory: str, *, step: int | None, tensor: int, stages: int, layers_per_chunk: int | None
+) -> Iterator[str]:
+    """Write a checkpoint as Megatron-LM's files for tensor x stages ranks, and say what was done.
+
+    step: which checkpoint; None for the newest that verifies. layers_per_chunk: for the interleaved pipeline; None for
+    one chunk a stage. The tracker file is written last. Memory: all that the checkpoint holds, and one file.
+
+    Raises ValueError if there is none, if Megatron-LM has no such model, or cannot cut it like that.
+    """
+    run = run_of(run_dir)
+    tensors: dict[str, Tensor] = {}
+
+    def everything(index: Index) -> dict[str, Piece]:
+        tensors.clear()
+        tensors.update({n: torch.empty(s.shape, dtype=TORCH_DTYPES[s.dtype]) for n, s in index.tensors.items()})
+        return {name: whole(tensor) for name, tensor in tensors.items()}
+
+    loaded = load_latest(run_dir, everything, step=step)
+    if loaded is None:
+        raise ValueError(f"{run_dir}: holds no checkpoint. Name what --save named.")
+    yield from (f"warning: {message}" for message in loaded.messages())
+    grid = grid_of(run, int(loaded.index.state["model"]["padded_vocab_size"]), tensor, stages, layers_per_chunk)
+    run = cut_like(run, grid, load_saved_tokenizer(Path(run_dir) / "tokenizer").vocab_size)
+    dtype: torch.dtype = getattr(torch, compute_dtype(run))
+    kept = Kept(tensors, loaded.index.state, run.optimizer, dtype, run.train.seed)
+    folder = Path(directory) / iteration_name(loaded.index.step)
+    if folder.exists():
+        raise ValueError(f"{folder}: exists already. Choose another directory, or move it away.")
+    for tensor_rank, stage in grid.files:
+        place = folder / rank_name(tensor_rank, stage, stages=grid.stages)
+        make_directories(place)
+        contents = file_contents(kept, arguments_for(run, kept, grid, tensor_rank, stage), grid, tensor_rank, stage)
+        with open_whole(place / FILE_NAME) as file:
+            torch.save(contents, file)
+        yield f"wrote {place / FILE_NAME}"
+    write_whole(Path(directory) / TRACKER, str(loaded.index.step))
+    if kept.moments is None:
+        yield "note: the checkpoint holds no optimizer state: load it with --finetune or --no-load-optim"
+    yield (
+        f"start Megatron-LM with --load {directory} --tensor-model-parallel-size {grid.tensor} "
+        f"--pipeline-model-parallel-size {grid.stages} "
+        f"--make-vocab-size-divisible-by {run.model.make_vocab_size_divisible_by}"
+    )
+
+
+def run_of(run_dir: str) -> Run:
+    """The run of a run directory; ValueError if there is none or Megatron-LM has no such model."""
+    path = Path(run_dir) / "run.toml"
+    if not path.is_file():
+        raise ValueError(f"{run_dir}: is not a run directory (it has no run.toml). Name what --save named.")
+    values, faults = read_run_file(path)
+    if faults:
+        raise ConfigError(faults)
+    run = compose(values.pop("task", "gpt"), values)
+    if run.task != "gpt":
+        raise ValueError(f"{run_dir}: holds a {run.task} model; only a gpt can be converted.")
+    if run.model.untie_embeddings_and_output_weights:
+        raise ValueError(f"{run_dir}: has --untie-embeddings-and-output-weights, which Megatron-LM does not have.")
+    return run
+
+
+def grid_of(run: Run, vocab_size: int, tensor: int, stages: int, layers_per_chunk: int | None) -> Grid:
+    """How the files share out the run's model; ValueError if they cannot."""
+    shape = shape_of(run.model)
+    per_stage = shape.num_layers // stages if stages > 0 else 0
+    if layers_per_chunk is not None and (layers_per_chunk < 1 or per_stage % layers_per_chunk):
+        raise ValueError(
+            f"--num-layers-per-virtual-pipeline-stage = {layers_per_chunk}: must divide a stage's {per_stage} layers"
+        )
+    return Grid(
+        num_layers=shape.num_layers,
+        width=shape.width,
+        inner=shape.inner,
+        num_heads=shape.num_heads,
+        head_width=shape.head_width,
+        num_positions=shape.num_positions,
+        vocab_size=vocab_size,
+        tensor=tensor,
+        stages=stages,
+        chunks=1 if layers_per_chunk is None else per_stage // layers_per_chunk,
+    )
+
+
+def cut_like(run: Run, grid: Grid, vocab_size: int) -> Run:
+    """The run on the grid's layout, with a padding multiple from which Megatron-LM makes the same padded vocabulary.
+
+    vocab_size: of the tokenizer. Megatron-LM raises it to a multiple of the setting times the tensor-parallel size.
+    """
+    step = run.model.make_vocab_size_divisible_by
+    fits = [n for n in (step // grid.tensor, step) if n and _pads(vocab_size, n, grid)]
+    return replace(
+        run,
+        model=replace(
+            run.model, make_vocab_size_divisible_by=fits[0] if fits else max(1, grid.vocab_size // grid.tensor)
+        ),
+        parallel=replace(
+            run.parallel,
+            tensor_model_parallel_size=grid.tensor,
+            pipeline_model_parallel_size=grid.stages,
+            num_layers_per_virtual_pipeline_stage=(
+                None if grid.chunks == 1 else grid.num_layers // grid.stages // grid.chunks
+            ),
+            context_parallel_size=1,
+        ),
+    )
+
+
+def _pads(vocab_size: int, multiple: int, grid: Grid) -> bool:
+    return padded_vocab_size(vocab_size, multiple, grid.tensor) == grid.vocab_size
+
+
+def arguments_for(run: Run, kept: Kept, grid: Grid, tensor_rank: int, stage: int) -> dict[str, Any]:
+    """Megatron-LM's arguments of the process that would have written a file."""
+    rank = stage * grid.tensor + tensor_rank
+    layout = Layout(grid.tensor * grid.stages, rank, rank, tensor=grid.tensor, pipeline=grid.stages)
+    evaluates = int(run.evaluate.eval_iters > 0)
+    return {
+        **reference_arguments(run, layout),
+        "params_dtype": kept.dtype,
+        "consumed_train_samples": kept.state["consumed_train_samples"],
+        "consumed_valid_samples": kept.state["consumed_valid_samples"],
+        "padded_vocab_size": grid.vocab_size,
+        "iteration": kept.state["step"],
+        "do_train": 1,
+        "do_valid": evaluates,
+        "do_test": evaluates,
+    }
