@@ -43,7 +43,7 @@ MOST_EPOCHS = 10  # after which a language model has learnt its data by heart
 
 
 def notes(run: Run) -> Iterator[str]:
-    """A line for each setting that something else answers, or that only another task uses."""
+    """A line for each setting that something else answers, that only another task uses, or that has a price."""
     known = known_settings()
     for name, instead in REPLACED.items():
         value = getattr(getattr(run, known[name].part), name)
@@ -54,6 +54,8 @@ def notes(run: Run) -> Iterator[str]:
         value = getattr(getattr(run, setting.part), name)
         if task and task != run.task and name not in REPLACED and value != setting.field.default:
             yield f"note: {setting.flag} belongs to the task {task}; it changes nothing for {run.task}."
+    if run.parallel.deterministic:
+        yield "note: --deterministic adds gradients in a fixed order and computes with one CPU thread a rank: slower."
 
 
 def overridden(run: Run) -> list[str]:
@@ -87,8 +89,6 @@ def warnings_of(run: Run, *, num_steps: int) -> Iterator[str]:
             f"{halvings + optimizer.hysteresis - 1} steps will be skipped. --initial-loss-scale 65536 or --bf16 skips "
             "none."
         )
-    if run.parallel.deterministic:
-        yield "note: --deterministic adds gradients in a fixed order and computes with one CPU thread a rank: slower."
     heads = run.model.num_attention_heads or 1
     if heads > 1 and heads % 2:
         fits = [n for n in range(2, heads + 1) if heads % n == 0]
