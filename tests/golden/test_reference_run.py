@@ -165,3 +165,131 @@ def test_the_reference_command_is_warned_of_what_its_log_shows(dry_start: tuple[
     # The first three follow the arguments they speak of, the last the maps.
     assert lines[lines.index("setting number of micro-batches to constant 8") + 1] == WARNING + nothing_saved
     assert lines[lines.index("    total number of epochs: 13508") + 1] == WARNING + repeated
+
+
+TINY = (
+    *"--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 2 --max-position-embeddings 2".split(),
+    # Wider starting weights, at which gradients overflow about as often as in the log's run.
+    *"--init-method-std 0.1".split(),
+    # All samples alike and no dropout: then the loss tells of the weights alone.
+    *"--hidden-dropout 0 --attention-dropout 0".split(),
+)
+ITERATION = re.compile(
+    r" iteration +(?P<step>\d+)/ +(?P<last>\d+) \| consumed samples: +(?P<consumed>\d+) \| elapsed time per iteration "
+    r"\(ms\): \d+\.\d \| learning rate: (?P<rate>\d\.\d{3}E[+-]\d\d) \| global batch size: +(?P<batch>\d+) \|"
+    r"( lm loss: (?P<loss>\d\.\d{6}E[+-]\d\d) \|)? loss scale: (?P<scale>\d+\.0) \|"
+    r"( grad norm: (?P<norm>\d+\.\d{3}) \|)? number of skipped iterations: +(?P<skipped>\d) \| "
+    r"number of nan iterations: +(?P<nan>\d) \|"
+)
+# Timers of steps that move no weights, and what an update adds. Copies between two sets of weights are not made here,
+# and a single stage has no second copy of the table to reduce.
+TIMERS = ["forward-compute", "backward-compute", "backward-params-all-reduce", "optimizer-unscale-and-check-inf"]
+TIMERS += ["optimizer-clip-main-grad", "optimizer", "batch-generator"]
+NOT_HERE = {"backward-embedding-all-reduce", "optimizer-copy-to-main-grad", "optimizer-copy-main-to-model-params"}
+
+
+@pytest.fixture(scope="module")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the log's corpus, of one token, and a small tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_corpus(folder, lambda document, place: 7)
+    write_tokenizer(folder, 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tiny_data: Path) -> list[str]:
+    """What 24 steps of a tiny shape print under the same command."""
+    return pretrain(reference_words(tiny_data, *TINY, "--exit-interval", "24"))[0]
+
+
+def after(lines: Sequence[str], line: str) -> list[str]:
+    return list(lines[list(lines).index(line) + 1 :])
+
+
+def iterations(lines: Sequence[str]) -> list[dict[str, str]]:
+    """The fields of the iteration lines."""
+    fields = [ITERATION.fullmatch(line) for line in lines if line.startswith(" iteration")]
+    assert all(fields)
+    return [found.groupdict() for found in fields if found]
+
+
+def timer_names(line: str) -> list[str]:
+    title, *timers = line.split(" | ")
+    assert title == "time (ms)"
+    assert all(re.fullmatch(r"[a-z-]+: \d+\.\d\d", timer) for timer in timers)
+    return [timer.split(": ")[0] for timer in timers]
+
+
+def kinds(lines: Sequence[str]) -> list[str]:
+    """What each line of training is, one letter for a line: (s)kipped, (u)pdated, (m)emory, (t)imers, (d)ate."""
+    words = {" iteration": "u", "time (ms) | ": "t", "[Rank 0] (after ": "m", "[": "d"}
+    letters = []
+    for line in lines:
+        letter = next(letter for start, letter in words.items() if line.startswith(start))
+        letters.append("s" if letter == "u" and "skipped iterations:   1" in line else letter)
+    return letters
+
+
+def test_the_lines_of_training_come_in_the_logs_order(tiny_run: list[str], golden: Path) -> None:
+    for lines, ends in ((after(expected(golden), "training ..."), 0), (after(tiny_run, "training ..."), 1)):
+        assert re.fullmatch("d(st)+umt([su]t)*" + "d" * ends, "".join(kinds(lines)))
+    assert re.fullmatch(r"\[exiting program at iteration 24\] datetime: [-\d]+ [\d:]+ ", tiny_run[-1])
+
+
+def test_each_step_counts_as_in_the_log(tiny_run: list[str], golden: Path) -> None:
+    counted = ("step", "last", "consumed", "batch", "nan")
+    ours, logged = iterations(tiny_run), iterations(expected(golden))
+    assert len(ours) == len(logged) == 24
+    assert [[fields[name] for name in counted] for fields in ours] == [
+        [fields[name] for name in counted] for fields in logged
+    ]
+
+
+def test_the_loss_scale_halves_at_each_overflow_but_the_first(tiny_run: list[str], golden: Path) -> None:
+    for lines in (tiny_run, expected(golden)):
+        scale, tolerated = 2.0**32, 2
+        for fields in iterations(lines):
+            if fields["skipped"] == "1":
+                tolerated -= 1
+                scale = scale / 2 if tolerated <= 0 else scale
+            assert float(fields["scale"]) == scale
+            assert (fields["loss"] is None) == (fields["norm"] is None) == (fields["skipped"] == "1")
+
+
+def test_the_learning_rate_waits_for_the_first_update_and_is_the_next_steps(tiny_run: list[str], golden: Path) -> None:
+    ours, logged = iterations(tiny_run), iterations(expected(golden))
+    for fields in (ours, logged):
+        first = next(number for number, step in enumerate(fields) if step["skipped"] == "0")
+        assert {step["rate"] for step in fields[:first]} == {"0.000E+00"}
+    rates = [step["rate"] for step in logged if step["skipped"] == "0"]
+    assert rates[:4] == ["4.687E-05", "9.375E-05", "1.406E-04", "1.500E-04"]
+    assert [step["rate"] for step in ours if step["skipped"] == "0"][: len(rates)] == rates
+
+
+def test_the_first_two_updates_see_the_same_weights(tiny_run: list[str]) -> None:
+    # The first has rate 0. All samples are alike, so the same weights have the same loss, to the last digit.
+    first, second, third = [step["loss"] for step in iterations(tiny_run) if step["skipped"] == "0"][:3]
+    assert first == second
+    assert float(third) < float(second)
+
+
+def test_the_memory_line_follows_the_first_update(tiny_run: list[str], golden: Path) -> None:
+    pattern = re.compile(
+        r"\[Rank 0\] \(after (\d+) iterations\) memory \(MB\) \| allocated: \d+\.\d+ \| max allocated: \d+\.\d+ "
+        r"\| reserved: \d+\.\d+ \| max reserved: \d+\.\d+"
+    )
+    for lines in (tiny_run, expected(golden)):
+        first = next(step["step"] for step in iterations(lines) if step["skipped"] == "0")
+        (line,) = [line for line in lines if line.startswith("[Rank ")]
+        found = pattern.fullmatch(line)
+        assert found is not None and found[1] == first
+
+
+def test_the_timers_are_the_logs_where_their_work_exists(tiny_run: list[str], golden: Path) -> None:
+    ours, logged = (after(lines, "training ...") for lines in (tiny_run, expected(golden)))
+    updates = [timer_names(lines[kinds(lines).index("m") + 1]) for lines in (ours, logged)]
+    assert updates[0] == TIMERS == [name for name in updates[1] if name not in NOT_HERE]
+    skips = [timer_names(lines[2]) for lines in (ours, logged)]
+    assert skips[0] == [name for name in TIMERS if name != "optimizer-clip-main-grad"]
+    assert skips[0] == [name for name in skips[1] if name not in NOT_HERE]
