@@ -31,10 +31,6 @@ def main(words: Sequence[str] | None = None) -> int:
         return FAULT
     try:
         return command(words[1:], started)
-    except ValueError as error:
-        for line in str(error).splitlines():
-            print(f"megalith: {line}", file=sys.stderr)
-        return FAULT
     except KeyboardInterrupt:
         print("megalith: interrupted", file=sys.stderr)
         return 130
@@ -42,6 +38,10 @@ def main(words: Sequence[str] | None = None) -> int:
         # The reader of our output went away; a second write at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (ValueError, OSError) as error:
+        for line in str(error).splitlines():
+            print(f"megalith: {line}", file=sys.stderr)
+        return FAULT
 
 
 def usage() -> str:
@@ -158,6 +158,13 @@ def evaluate(words: Sequence[str], started: float) -> int:
     return 0
 
 
+def convert(words: Sequence[str], started: float) -> int:
+    """Turn a Megatron-LM checkpoint into a run directory, or a run directory into a Megatron-LM checkpoint."""
+    from megalith.convert import main as convert_main
+
+    return convert_main(words)
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose faults are said like all others."""
 
@@ -170,4 +177,5 @@ COMMANDS: dict[str, Callable[[Sequence[str], float], int]] = {
     "preprocess": preprocess,
     "generate": generate,
     "evaluate": evaluate,
+    "convert": convert,
 }

@@ -8,11 +8,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from megalith import __version__
-from megalith.checkpoint.directory import CheckpointError, list_checkpoints
+from megalith.checkpoint.directory import CheckpointError, list_checkpoints, try_run_directory
 from megalith.checkpoint.index import Index
 from megalith.checkpoint.pieces import Piece
 from megalith.checkpoint.saver import AsyncSaver
 from megalith.checkpoint.store import Loaded, load_latest
+from megalith.files import DISK
 from megalith.job import Job
 from megalith.models.shape import shape_of
 from megalith.monitor.events import (
@@ -47,6 +48,7 @@ class Keeper:
     def __enter__(self) -> Self:
         checkpoint = self._job.run.checkpoint
         if checkpoint.save is not None and not self._job.run.train.exit_before_training:
+            try_run_directory(checkpoint.save, disk=DISK)
             self._saver = AsyncSaver(checkpoint.save, keep_last=checkpoint.keep_last, keep_every=checkpoint.keep_every)
         return self
 
@@ -67,10 +69,16 @@ class Keeper:
         assert job.run.checkpoint.save is not None
         job.log.report(CheckpointStarted(job.progress.step, job.run.checkpoint.save))
         with job.ledger.spend("checkpoint"):
-            self._saver.save(job.progress.step, tensors_of(job), state_of(job))
+            self._saver.save(job.progress.step, tensors_of(job), state_of(job), notes=notes_of(job), overlap=True)
         self._saved_step = job.progress.step
         if not while_training:
             self.settle(while_training=False)
+
+    def before_update(self) -> None:
+        """Wait until the checkpoint that was begun is copied: only then may the weights change."""
+        if self._saver is not None:
+            with self._job.ledger.spend("checkpoint"):
+                self._saver.before_update()
 
     def poll(self) -> None:
         """Say how the checkpoint that was being written went, if it is done; does not wait."""
@@ -129,9 +137,15 @@ def state_of(job: Job) -> dict[str, Any]:
         "num_updates": num_updates(job.laid.trained, job.optimizer),
         "loss_scale": None if progress.loss_scale is None else progress.loss_scale.to_json(),
         "schedule": schedule_to_json(job.schedule),
+        "model": identity_of(job),
+    }
+
+
+def notes_of(job: Job) -> dict[str, Any]:
+    """What a checkpoint keeps besides: it may differ between two checkpoints that are the same."""
+    return {
         "interval": job.interval.state(time.perf_counter()),
         "ledger": job.ledger.state(),
-        "model": identity_of(job),
         "run": as_toml(job.run),
         "megalith": __version__,
     }
@@ -211,7 +225,7 @@ def resume(job: Job) -> None:
         restore(job, loaded, with_optimizer=with_optimizer)
     job.log.report(
         CheckpointLoaded(
-            str(source.directory), job.progress.step, time.monotonic() - started, loaded.index.state["megalith"]
+            str(source.directory), job.progress.step, time.monotonic() - started, loaded.index.notes["megalith"]
         )
     )
 
@@ -254,5 +268,5 @@ def restore(job: Job, loaded: Loaded, *, with_optimizer: bool) -> None:
         )
         for line in spoken:
             job.log.line(line, detail=True)
-    job.interval.restore(state["interval"], time.perf_counter())
-    job.ledger.restore(state["ledger"])
+    job.interval.restore(loaded.index.notes["interval"], time.perf_counter())
+    job.ledger.restore(loaded.index.notes["ledger"])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megalith.checkpoint.directory import CheckpointError
 from megalith.closing import tell_what_next
 from megalith.config import Run
 from megalith.corpora import prepare_corpus
@@ -103,7 +104,7 @@ def run_steps(job: Job, keeper: Keeper, signals: StopSignals) -> str | None:
         evaluate(job, "valid")
     while progress.step < job.last_step:
         with job.ledger.spend("step"):
-            done = take_step(job)
+            done = take_step(job, keeper)
         log.report(done)
         keeper.poll()
         job.interval.add(done)
@@ -133,7 +134,7 @@ class Update:
     num_zeros: Tensor | None = None
 
 
-def take_step(job: Job) -> StepDone:
+def take_step(job: Job, keeper: Keeper) -> StepDone:
     """One optimizer step: microbatches forward and backward, one reduction, one update or none."""
     began = time.perf_counter()
     progress, run, timers = job.progress, job.run, job.timers
@@ -150,7 +151,7 @@ def take_step(job: Job) -> StepDone:
     with timers("backward-params-all-reduce"):
         job.laid.finish_gradients()
     with timers("optimizer"):
-        update = update_weights(job, scale)
+        update = update_weights(job, keeper, scale)
 
     progress.step += 1
     progress.consumed_train_samples += batch_size
@@ -199,7 +200,7 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     return {name: entry.to(device, non_blocking=True) for name, entry in batch.items()}
 
 
-def update_weights(job: Job, scale: float) -> Update:
+def update_weights(job: Job, keeper: Keeper, scale: float) -> Update:
     """Unscale, look for overflow, clip and update, or skip the step; in place."""
     progress, config, timers = job.progress, job.run.optimizer, job.timers
     gradients = job.laid.gradients()
@@ -217,6 +218,7 @@ def update_weights(job: Job, scale: float) -> Update:
     zeros = None
     if job.run.monitor.log_num_zeros_in_grad:
         zeros = count_zeros(counted, device=job.device, reduce=job.laid.total)
+    keeper.before_update()
     set_learning_rate(job.optimizer, learning_rate(progress.schedule_samples, job.schedule))
     job.optimizer.step()
     job.laid.reduction.after_update()
