@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 Bytes8 = NDArray[np.uint8]
 Places = NDArray[np.int64]
 Ids = NDArray[np.int32]
+Words = NDArray[np.uint64]
 
 SEPARATOR = 0xFF  # follows each text in a buffer; no UTF-8 text holds this byte
 PADDING = 16  # bytes behind the last piece of a buffer, so that 16 bytes can be read anywhere
@@ -102,45 +103,36 @@ class PieceEncoder:
         if self._num_pieces > MOST_PIECES or self._num_ids > MOST_IDS:
             self._forget()
         numbers = self._find(buffer)
-        counts = self._count[numbers]
-        firsts = self._first[numbers]
+        counts, firsts = self._count.take(numbers), self._first.take(numbers)
         total = int(counts.sum())
         if total == len(numbers) and counts.min(initial=1) == 1:
-            return self._ids[firsts], counts
+            return self._ids.take(firsts), counts
         shifts = firsts - (np.cumsum(counts) - counts)
-        return self._ids[np.repeat(shifts, counts) + np.arange(total)], counts
+        return self._ids.take(np.repeat(shifts, counts) + np.arange(total)), counts
 
     def _find(self, buffer: "_Buffer") -> Places:
         """The number under which each piece of a buffer is remembered; new ones are encoded and remembered."""
-        short = buffer.lengths <= LONGEST_KEY
-        all_short = bool(short.all())
-        starts, lengths = (
-            (buffer.starts, buffer.lengths) if all_short else (buffer.starts[short], buffer.lengths[short])
-        )
-        low, high = buffer.keys(starts, lengths)
+        numbers = np.empty(len(buffer.starts), np.int64)
+        short = np.flatnonzero(buffer.lengths <= LONGEST_KEY)
+        long = np.flatnonzero(buffer.lengths > LONGEST_KEY)
+        low, high = buffer.keys(short)
         found = self._table.find(low, high)
         unknown = np.flatnonzero(found == EMPTY)
-        if len(unknown):
-            low, high, inverse = _distinct(low[unknown], high[unknown])
-            numbers = self._remember([_bytes_of(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True)])
-            self._table.insert(low, high, numbers)
-            found[unknown] = numbers[inverse]
-        if all_short:
-            return found
-        numbers = np.empty(len(short), np.int64)
+        low, high, inverse = _distinct(low[unknown], high[unknown])
+        new = [_bytes_of(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
+        long_pieces = buffer.pieces(long)
+        new_long = list(dict.fromkeys(piece for piece in long_pieces if piece not in self._long))
+        if new or new_long:
+            given = self._remember(new + new_long)
+            self._table.insert(low, high, given[: len(new)])
+            found[unknown] = given[inverse]
+            self._long.update(zip(new_long, given[len(new) :].tolist(), strict=True))
         numbers[short] = found
-        numbers[~short] = self._find_long(buffer, np.flatnonzero(~short))
+        numbers[long] = [self._long[piece] for piece in long_pieces]
+        for piece in new_long:
+            if len(piece) > LONGEST_REMEMBERED:
+                del self._long[piece]
         return numbers
-
-    def _find_long(self, buffer: "_Buffer", which: Places) -> Places:
-        starts, lengths = buffer.starts[which], buffer.lengths[which]
-        view = buffer.content
-        pieces = [view[a : a + n] for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
-        new = {piece: None for piece in pieces if piece not in self._long}
-        added = dict(zip(new, self._remember(list(new)).tolist(), strict=True))
-        numbers = [self._long.get(piece, EMPTY) if piece not in added else added[piece] for piece in pieces]
-        self._long.update((piece, number) for piece, number in added.items() if len(piece) <= LONGEST_REMEMBERED)
-        return np.array(numbers, np.int64)
 
     def _remember(self, pieces: list[bytes]) -> Places:
         """Encode pieces and give each the next number."""
@@ -168,13 +160,17 @@ class _Buffer:
         self.lengths = np.diff(self.starts, append=len(data))
         self.separators = np.flatnonzero(data[self.starts] == SEPARATOR)  # pieces that end a text
 
-    def keys(self, starts: Places, lengths: Places) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-        """Each piece as two numbers: its first 8 bytes; its next 7 and, on top, its length."""
-        words: NDArray[np.uint64] = np.ndarray(
-            shape=(len(self.content) - 7,), dtype="<u8", buffer=self.content, strides=(1,)
-        )
+    def pieces(self, which: Places) -> list[bytes]:
+        """Some pieces as bytes."""
+        starts, lengths = self.starts[which].tolist(), self.lengths[which].tolist()
+        return [self.content[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+
+    def keys(self, which: Places) -> tuple[Words, Words]:
+        """Some pieces as two numbers each: the first 8 bytes; the next 7 and, on top, the length."""
+        starts, lengths = self.starts.take(which), self.lengths.take(which)
+        words: Words = np.ndarray(shape=(len(self.content) - 7,), dtype="<u8", buffer=self.content, strides=(1,))
         low = words.take(starts)
-        low &= _LOW_MASKS[lengths]
+        low &= _LOW_MASKS.take(lengths)
         high = lengths.astype(np.uint64) << np.uint64(56)
         longer = np.flatnonzero(lengths > 8)
         high[longer] |= words.take(starts[longer] + 8) & _HIGH_MASKS[lengths[longer]]
@@ -182,20 +178,21 @@ class _Buffer:
 
 
 class _KeyTable:
-    """A hash table from 128-bit keys to numbers, searched and filled by whole arrays; at most half full."""
+    """A hash table from 128-bit keys to numbers, searched and filled by whole arrays; at most half full.
+
+    A slot is a row of low and high key, number, and nothing, so that a search touches one cache line.
+    """
 
     def __init__(self) -> None:
         self._num_keys = 0
         self._allocate(1 << 16)
 
     def _allocate(self, num_slots: int) -> None:
-        self._low = np.zeros(num_slots, np.uint64)
-        self._high = np.zeros(num_slots, np.uint64)  # 0: the slot is empty, for a key's length is at least 1
-        self._number = np.full(num_slots, EMPTY, np.int64)
+        self._slots = np.zeros((num_slots, 4), np.uint64)  # high is 0 in an empty slot: a key's length is at least 1
         self._shift = np.uint64(65 - num_slots.bit_length())
         self._mask = num_slots - 1
 
-    def _slots(self, low: NDArray[np.uint64], high: NDArray[np.uint64]) -> Places:
+    def _first_slots(self, low: Words, high: Words) -> Places:
         """The slot where the search for a key begins (multiplicative hashing, Knuth, TAOCP volume 3, 6.4)."""
         mixed = low * np.uint64(0x9E3779B97F4A7C15)
         mixed ^= mixed >> np.uint64(32)
@@ -204,56 +201,46 @@ class _KeyTable:
         mixed >>= self._shift
         return mixed.astype(np.int64)
 
-    def find(self, low: NDArray[np.uint64], high: NDArray[np.uint64]) -> Places:
+    def find(self, low: Words, high: Words) -> Places:
         """The number of each key, or EMPTY."""
-        slots = self._slots(low, high)
-        there = self._high[slots]
-        same = (there == high) & (self._low[slots] == low)
-        numbers = np.where(same, self._number[slots], EMPTY)
-        searching = np.flatnonzero(~same & (there != 0))
-        slots = slots[searching]
+        places = self._first_slots(low, high)
+        numbers = np.full(len(low), EMPTY, np.int64)
+        searching = np.arange(len(low))
         while len(searching):
-            slots = (slots + 1) & self._mask
-            there = self._high[slots]
-            same = (there == high[searching]) & (self._low[slots] == low[searching])
-            numbers[searching[same]] = self._number[slots[same]]
-            more = ~same & (there != 0)
-            searching, slots = searching[more], slots[more]
+            rows = self._slots.take(places, axis=0)
+            same = (rows[:, 1] == high) & (rows[:, 0] == low)
+            found = np.flatnonzero(same)
+            numbers[searching[found]] = rows[found, 2]
+            more = np.flatnonzero(~same & (rows[:, 1] != 0))
+            searching, low, high = searching[more], low[more], high[more]
+            places = (places[more] + 1) & self._mask
         return numbers
 
-    def insert(self, low: NDArray[np.uint64], high: NDArray[np.uint64], numbers: Places) -> None:
+    def insert(self, low: Words, high: Words, numbers: Places) -> None:
         """Add keys that are not there yet, all different."""
         num_slots = self._mask + 1
         self._num_keys += len(low)
         if 2 * self._num_keys > num_slots:
-            held = np.flatnonzero(self._high)
-            old = self._low[held], self._high[held], self._number[held]
+            held = self._slots[self._slots[:, 1] != 0]
             while 2 * self._num_keys > num_slots:
                 num_slots *= 2
             # Four times the need, so that growing stays rare.
             self._allocate(2 * num_slots)
-            self._place(*old)
+            self._place(held[:, 0], held[:, 1], held[:, 2].astype(np.int64))
         self._place(low, high, numbers)
 
-    def _place(self, low: NDArray[np.uint64], high: NDArray[np.uint64], numbers: Places) -> None:
-        slots = self._slots(low, high)
-        waiting = np.arange(len(low))
-        while len(waiting):
-            free = waiting[self._high[slots[waiting]] == 0]
+    def _place(self, low: Words, high: Words, numbers: Places) -> None:
+        places = self._first_slots(low, high)
+        rows = np.stack((low, high, numbers.astype(np.uint64), np.zeros_like(low)), axis=1)
+        while len(rows):
+            free = np.flatnonzero(self._slots[places, 1] == 0)
             # Where several keys want one slot, the last one written has it; the others go on to the next slot.
-            self._number[slots[free]] = numbers[free]
-            won = free[self._number[slots[free]] == numbers[free]]
-            self._low[slots[won]] = low[won]
-            self._high[slots[won]] = high[won]
-            placed = np.zeros(len(low), bool)
-            placed[won] = True
-            waiting = waiting[~placed[waiting]]
-            slots[waiting] = (slots[waiting] + 1) & self._mask
+            self._slots[places[free]] = rows[free]
+            left = np.flatnonzero(self._slots[places, 2] != rows[:, 2])
+            rows, places = rows[left], (places[left] + 1) & self._mask
 
 
-def _distinct(
-    low: NDArray[np.uint64], high: NDArray[np.uint64]
-) -> tuple[NDArray[np.uint64], NDArray[np.uint64], Places]:
+def _distinct(low: Words, high: Words) -> tuple[Words, Words, Places]:
     """The different keys among these, in the order of the keys, and which of them each one is."""
     order = np.lexsort((low, high))
     low, high = low[order], high[order]

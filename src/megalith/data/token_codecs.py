@@ -1,5 +1,6 @@
 """What turns texts into token ids and back, one class for each kind of tokenizer."""
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -55,12 +56,17 @@ class BytePairCodec:
 
     def __init__(self, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> None:
         self.vocab_size = len(vocabulary)
+        self._vocabulary = vocabulary
         self._encoder = PieceEncoder(Gpt2Rule(vocabulary, merges))
+
+    @functools.cached_property
+    def _bytes(self) -> dict[int, bytes]:
+        """The bytes of each id; made when first needed, since preparing data never decodes."""
         byte_of = {symbol: bytes([number]) for number, symbol in enumerate(byte_symbols())}
         # A token that no merge makes may hold other characters; it stands for itself.
-        self._bytes = {
+        return {
             number: b"".join(byte_of.get(character, character.encode()) for character in token)
-            for token, number in vocabulary.items()
+            for token, number in self._vocabulary.items()
         }
 
     def encode(self, texts: Sequence[str]) -> tuple[Ids, Places]:

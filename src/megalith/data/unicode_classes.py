@@ -44,7 +44,8 @@ def classify(data: Bytes8, table: Bytes8, separator_class: int) -> Bytes8:
     """
     by_byte = table[:256].copy()
     by_byte[0xFF] = separator_class
-    classes: Bytes8 = by_byte[data]
+    # bytes.translate takes a quarter of the time of by_byte[data].
+    classes = np.frombuffer(bytearray(data.tobytes().translate(by_byte.tobytes())), np.uint8)
     leads = lead_bytes(data)
     if len(leads):
         points, lengths = decode_characters(data, leads)
