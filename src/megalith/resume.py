@@ -13,6 +13,7 @@ from megalith.checkpoint.index import Index
 from megalith.checkpoint.pieces import Piece
 from megalith.checkpoint.saver import AsyncSaver
 from megalith.checkpoint.store import Loaded, load_latest
+from megalith.config import Run
 from megalith.files import DISK
 from megalith.job import Job
 from megalith.models.shape import shape_of
@@ -33,6 +34,16 @@ from megalith.sources import as_toml
 WEIGHT = "weight."
 
 
+def try_save_directory(run: Run) -> None:
+    """Find out whether --save can be written to. Raises ValueError if not."""
+    if run.checkpoint.save is None or run.train.exit_before_training:
+        return
+    try:
+        try_run_directory(run.checkpoint.save, disk=DISK)
+    except CheckpointError as error:
+        raise ValueError(f"--save = {run.checkpoint.save}: {error}. Choose another directory.") from error
+
+
 class Keeper:
     """Writes the checkpoints of a run that has --save, in the background; use it in a `with` block.
 
@@ -48,7 +59,6 @@ class Keeper:
     def __enter__(self) -> Self:
         checkpoint = self._job.run.checkpoint
         if checkpoint.save is not None and not self._job.run.train.exit_before_training:
-            try_run_directory(checkpoint.save, disk=DISK)
             self._saver = AsyncSaver(checkpoint.save, keep_last=checkpoint.keep_last, keep_every=checkpoint.keep_every)
         return self
 
@@ -202,7 +212,7 @@ def source_of(job: Job) -> Source | None:
 def resume(job: Job) -> None:
     """Go on from the newest checkpoint that verifies, or start from the weights of another run; in place.
 
-    Raises ValueError for a checkpoint of another model, CheckpointError if all are damaged.
+    Raises ValueError for a checkpoint of another model, or if all are damaged.
     """
     source = source_of(job)
     if source is None or job.run.train.exit_before_training:
@@ -211,11 +221,14 @@ def resume(job: Job) -> None:
     job.log.report(LoadStarted(str(source.directory), list_checkpoints(source.directory)[-1].step))
     fresh = job.run.checkpoint.finetune and not source.is_own
     with_optimizer = not fresh and (source.is_own or not job.run.checkpoint.no_load_optim)
-    loaded = load_latest(
-        source.directory,
-        lambda index: wanted(job, index, with_optimizer=with_optimizer),
-        may_stay_unread=lambda name: not with_optimizer and not name.startswith(WEIGHT),
-    )
+    try:
+        loaded = load_latest(
+            source.directory,
+            lambda index: wanted(job, index, with_optimizer=with_optimizer),
+            may_stay_unread=lambda name: not with_optimizer and not name.startswith(WEIGHT),
+        )
+    except CheckpointError as error:
+        raise ValueError(str(error)) from error
     assert loaded is not None, "its checkpoints were listed"
     # Replicas that share out the optimizer have loaded their own rows only.
     job.laid.reduction.after_update()

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megalith.checkpoint.directory import CheckpointError
 from megalith.closing import tell_what_next
 from megalith.config import Run
 from megalith.corpora import prepare_corpus
@@ -31,10 +30,11 @@ from megalith.parallel.context import cut_tokens
 from megalith.parallel.mesh import choose_device, joined, make_layout
 from megalith.parallel.step import Batch, mean_losses
 from megalith.report import report_interval, step_flops
-from megalith.resume import Keeper, resume
+from megalith.resume import Keeper, resume, try_save_directory
 from megalith.sources import write_run_file
 
 # Exit statuses beside 0: done, or stopped where --exit-interval or --exit-duration-in-mins said.
+NOT_SAVED = 74  # the last checkpoint could not be written
 STOPPED_BY_SIGNAL = 75  # saved; the same command goes on
 STOPPED_UNSAVED = 76  # a signal stopped a run that has no --save
 
@@ -53,9 +53,10 @@ def train(run: Run, *, started: float) -> int:
     with ExitStack() as stack:
         device = choose_device(run.parallel.device, layout.local_rank)
         stack.enter_context(joined(layout, device))
+        try_save_directory(run)
         log = stack.enter_context(open_log(run, layout))
         signals = stack.enter_context(StopSignals())
-        run = prepare_corpus(run, layout, log)
+        asked, run = run, prepare_corpus(run, layout, log)
         job = build_job(run, layout, device, log, started=started)
         keeper = stack.enter_context(Keeper(job))
         with job.timers("model-and-optimizer-setup"):
@@ -65,7 +66,8 @@ def train(run: Run, *, started: float) -> int:
         if run.train.exit_before_training:
             log.line(f"nothing was trained: --exit-before-training ({run.task}, {job.last_step} steps)")
             return 0
-        write_run_file(run)
+        if layout.rank == 0:
+            write_run_file(asked)
         if job.progress.step >= job.last_step:
             log.line(f"the run is finished: all {job.last_step} steps were taken; raise --train-iters to go on")
             return 0
@@ -82,6 +84,8 @@ def train(run: Run, *, started: float) -> int:
             )
         )
         tell_what_next(job, reason)
+    if keeper.failed:
+        return NOT_SAVED
     if reason is None or reason.startswith("exit-"):
         return 0
     return STOPPED_BY_SIGNAL if run.checkpoint.save is not None else STOPPED_UNSAVED
