@@ -171,7 +171,7 @@ TINY = (
     *"--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 2 --max-position-embeddings 2".split(),
     # Wider starting weights, at which gradients overflow about as often as in the log's run.
     *"--init-method-std 0.1".split(),
-    # All samples alike and no dropout: then the loss tells of the weights alone.
+    # All samples are alike and there is no dropout: then the loss tells of the weights alone.
     *"--hidden-dropout 0 --attention-dropout 0".split(),
 )
 ITERATION = re.compile(
@@ -293,3 +293,79 @@ def test_the_timers_are_the_logs_where_their_work_exists(tiny_run: list[str], go
     skips = [timer_names(lines[2]) for lines in (ours, logged)]
     assert skips[0] == [name for name in TIMERS if name != "optimizer-clip-main-grad"]
     assert skips[0] == [name for name in skips[1] if name not in NOT_HERE]
+
+
+@pytest.fixture(scope="module")
+def saved_runs(tiny_data: Path) -> list[list[str]]:
+    """What a tiny run of two steps prints, one that goes on to a third, and one to a fourth as JSON."""
+    changes = [
+        *TINY,
+        "--initial-loss-scale",
+        "1024",
+        "--eval-interval",
+        "2",
+        "--eval-iters",
+        "2",
+        "--save-interval",
+        "1",
+    ]
+    runs = []
+    for number, more in enumerate(([], [], ["--log-format", "json"]), 2):
+        words = reference_words(
+            tiny_data, *changes, "--save", f"{tiny_data}/saved", "--train-iters", str(number), *more
+        )
+        # The second under the name of Megatron-LM's program.
+        runs.append(pretrain(words, ["megalith.pretrain_gpt"] if number == 3 else ["megalith", "pretrain"])[0])
+    return runs
+
+
+def test_the_end_of_a_run_reads_as_megatron_lms(saved_runs: list[list[str]], tiny_data: Path) -> None:
+    number = r"\d\.\d{6}E[+-]\d\d"
+    text = re.compile(rf" validation loss at (.*) \| lm loss value: {number} \| lm loss PPL: {number} \| ")
+    lines = after(saved_runs[0], "training ...")
+    found = [(place, text.fullmatch(line)) for place, line in enumerate(lines) if line.startswith(" validation loss")]
+    assert [match and match[1] for _, match in found] == [
+        "iteration 2",
+        "the end of training for val data",
+        "the end of training for test data",
+    ]
+    for place, match in found:
+        assert match is not None
+        assert lines[place - 1] == lines[place + 1] == "-" * (len(match[0]) + 1)
+    done = next(place for place, line in enumerate(lines) if line.startswith("[after training is done] datetime: "))
+    assert found[0][0] < done < found[1][0]
+    assert lines[found[2][0] - 3 : found[2][0] - 1] == ["Evaluating iter 1/2", "Evaluating iter 2/2"]
+    for step in (1, 2):
+        begun = lines.index(f"saving checkpoint at iteration {step:7d} to {tiny_data}/saved")
+        written = lines.index(f"  successfully saved checkpoint at iteration {step:7d} to {tiny_data}/saved")
+        assert begun < written
+        assert re.fullmatch(r"time \(ms\) \| save-checkpoint: \d+\.\d\d", lines[written + 1])
+
+
+def test_a_run_that_goes_on_says_what_it_loads(saved_runs: list[list[str]], tiny_data: Path) -> None:
+    lines = after(saved_runs[1], "> learning rate decay style: cosine")
+    assert lines[:6] == [
+        f" loading checkpoint from {tiny_data}/saved at iteration 2",
+        " > using checkpoint value 0.00015 for learning rate",
+        " > using checkpoint value 1e-05 for minimum learning rate",
+        " > using checkpoint value 204.8 for warmup iterations",
+        " > using checkpoint value 20480 for total number of iterations",
+        " > using checkpoint value cosine for decay style",
+    ]
+    assert re.fullmatch(r" checkpoint version \S+", lines[6])
+    assert lines[7] == f"  successfully loaded checkpoint from {tiny_data}/saved at iteration 2"
+    assert re.fullmatch(r"time \(ms\) \| load-checkpoint: \d+\.\d\d", lines[8])
+    (step,) = iterations(lines)
+    assert (step["step"], step["consumed"], step["rate"]) == ("3", "192", "1.406E-04")
+
+
+def test_a_run_asked_for_json_prints_one_object_a_line(saved_runs: list[list[str]]) -> None:
+    records = [json.loads(line) for line in saved_runs[2]]
+    assert all(set(record) >= {"event", "time"} for record in records)
+    (started,) = [record for record in records if record["event"] == "run_started"]
+    assert len(started["arguments"]) == 139
+    (step,) = [record for record in records if record["event"] == "interval_done"]
+    assert (step["step"], step["consumed_samples"], step["num_skipped"]) == (4, 256, 0)
+    assert records[0]["event"] == "run_started"
+    (ended,) = [record for record in records if record["event"] == "run_ended"]
+    assert ended["reason"] == "done"
