@@ -2,18 +2,22 @@
 
 import json
 import os
+import shutil
 import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
+import tests.early  # noqa: F401 - for its effect
 from megalith.check import check
 from megalith.checkpoint.pieces import Piece
 from megalith.checkpoint.store import load_latest
-from megalith.config import ConfigError
+from megalith.config import ConfigError, Run
 from megalith.data.indexed import IndexedWriter
 from megalith.sources import read_command_line
 from megalith.train import train
@@ -42,27 +46,74 @@ def write_data(folder: Path) -> Path:
     return prefix
 
 
-def run_on(world_size: int, words: list[str], save: Path, data: Path, *, timeout: float = 120.0) -> int:
-    """Train on that many ranks into a run directory; give the exit status, the same on all ranks."""
+def run_on(
+    world_size: int,
+    words: Sequence[str],
+    save: Path,
+    data: Path,
+    *,
+    before: Callable[[int], None] | None = None,
+    timeout: float = 120.0,
+) -> int:
+    """Train on that many ranks into a run directory; give the exit status, the same on all ranks.
+
+    before: called on each rank with its number, before anything else.
+    """
     words = [*MODEL, "--data-path", str(data), "--save", str(save), *words]
-    statuses = set(run_ranks(partial(run_rank, world_size=world_size, words=words), world_size, timeout=timeout))
+    on_rank = partial(run_rank, world_size=world_size, words=words, before=before)
+    statuses = set(run_ranks(on_rank, world_size, timeout=timeout))
     assert len(statuses) == 1
     return int(statuses.pop())
 
 
-def run_rank(rank: int, *, world_size: int, words: list[str]) -> int:
+def run_rank(rank: int, *, world_size: int, words: list[str], before: Callable[[int], None] | None) -> int:
+    if before is not None:
+        before(rank)
+    return train(configured(rank, world_size, words), started=0.0)
+
+
+def configured(rank: int, world_size: int, words: list[str]) -> Run:
+    """The checked configuration of a rank, which is told its place and keeps silent."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     run = read_command_line(words)
     if faults := check(run, world_size):
         raise ConfigError(faults)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
-    return train(run, started=0.0)
+    return run
+
+
+class Runs:
+    """Trainings by command line, each run once and kept for all tests."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.data = write_data(folder)
+        self._done: dict[tuple[int, tuple[str, ...]], Path] = {}
+
+    def __call__(self, world_size: int, *words: str) -> Path:
+        """The run directory of a training with the tiny model and these further flags."""
+        asked = (world_size, words)
+        if asked not in self._done:
+            save = self._folder / f"run{len(self._done)}"
+            assert run_on(world_size, words, save, self.data) == 0
+            self._done[asked] = save
+        return self._done[asked]
+
+    def copied(self, save: Path, to: Path) -> Path:
+        """A copy of a run directory, to go on from."""
+        shutil.copytree(save, to)
+        return to
+
+
+def events_of(save: Path, kind: str) -> list[dict[str, Any]]:
+    """What log.jsonl says of each event of a kind, at full precision."""
+    records = [json.loads(line) for line in (save / "log.jsonl").read_text().splitlines()]
+    return [record for record in records if record["event"] == kind]
 
 
 def steps_of(save: Path) -> list[dict[str, Any]]:
-    """What log.jsonl says of each step: loss and norms at full precision."""
-    records = [json.loads(line) for line in (save / "log.jsonl").read_text().splitlines()]
-    return [record for record in records if record["event"] == "step_done"]
+    """Losses and norms of each step."""
+    return events_of(save, "step_done")
 
 
 def weights_of(save: Path) -> dict[str, torch.Tensor]:
@@ -76,3 +127,36 @@ def weights_of(save: Path) -> dict[str, torch.Tensor]:
 
     assert load_latest(save, everything) is not None
     return tensors
+
+
+def largest_difference(save: Path, other: Path, prefix: str = "") -> float:
+    """The largest absolute difference between the tensors of two newest checkpoints whose names begin so."""
+    tensors, others = weights_of(save), weights_of(other)
+    assert tensors.keys() == others.keys()
+    names = [name for name in tensors if name.startswith(prefix)]
+    assert names
+    return max((tensors[name] - others[name]).abs().max().item() for name in names)
+
+
+def assert_same_steps(save: Path, reference: Path, *, first: int = 0, loss: float = 1e-5, norm: float = 1e-4) -> None:
+    """Losses, norms and validations agree at every step, within these relative differences.
+
+    first: how many steps of the reference came before the first of the run.
+    """
+    steps, wanted = steps_of(save), steps_of(reference)
+    assert len(wanted) > first and len(steps) == len(wanted)
+    for step, want in zip(steps[first:], wanted[first:], strict=True):
+        assert step["step"] == want["step"]
+        assert step["losses"]["lm loss"] == pytest.approx(want["losses"]["lm loss"], rel=loss)
+        assert step["grad_norm"] == pytest.approx(want["grad_norm"], rel=norm)
+        assert step["params_norm"] == pytest.approx(want["params_norm"], rel=loss)
+    validated, wanted = events_of(save, "evaluated"), events_of(reference, "evaluated")
+    assert len(validated) == len(wanted)
+    for found, want in zip(validated, wanted, strict=True):
+        assert found["losses"]["lm loss"] == pytest.approx(want["losses"]["lm loss"], rel=loss)
+
+
+def assert_same_run(save: Path, reference: Path) -> None:
+    """Steps agree as `assert_same_steps` says, weights within what as many steps of such rounding give."""
+    assert_same_steps(save, reference)
+    assert largest_difference(save, reference, "weight.") < 1e-3

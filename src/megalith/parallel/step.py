@@ -65,10 +65,10 @@ class WholeModel:
 
 
 class OrderedWholeModel:
-    """The same, but gradients and losses of microbatches are added by halves: u and u + n/2 first.
+    """The same, but gradients and losses of microbatches are added in an order that nests: see `nested_order`.
 
-    Over the replicas they are added likewise, so for powers of two the sum nests: it has the same rounding for any
-    number of replicas. It costs log2(microbatches) copies of the gradients.
+    Over the replicas they are added by halves, so the sum has the same rounding for any number of replicas that is a
+    power of two. It costs as many copies of the gradients as the number of microbatches can be halved, and one.
     """
 
     def __init__(self, model: nn.Module, run_part: RunPart, group: Group) -> None:
@@ -77,27 +77,36 @@ class OrderedWholeModel:
         self._group = group
 
     def run(self, microbatches: Sequence[Batch], *, backward: bool, timers: Timers) -> Tensor:
-        losses: dict[int, Tensor] = {}
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        partial: list[tuple[int, list[Tensor]]] = []  # sums of 2^level gradients each
-        for number in bit_reversed(len(microbatches)):
-            batch = microbatches[number]
-            with timers("forward-compute"):
-                made = self._run_part(self._model, batch["tokens"], batch)
-            losses[number] = made.detach()
+        losses: list[tuple[int, list[Tensor]]] = []
+        gradients: list[tuple[int, list[Tensor]]] = []
+        for together in nested_order(len(microbatches)):
+            added: Tensor | None = None
+            for number in together:
+                batch = microbatches[number]
+                with timers("forward-compute"):
+                    made = self._run_part(self._model, batch["tokens"], batch)
+                added = made.detach() if added is None else added + made.detach()
+                if backward:
+                    with timers("backward-compute"):
+                        made.sum().backward()
+            assert added is not None, "each has a microbatch"
+            _add_by_halves(losses, [added])
             if backward:
-                with timers("backward-compute"):
-                    made.sum().backward()
-                partial.append((0, [_taken(parameter) for parameter in trained]))
-                while len(partial) > 1 and partial[-1][0] == partial[-2][0]:
-                    level, late = partial.pop()
-                    early = partial.pop()[1]
-                    partial.append((level + 1, [a.add_(b) for a, b in zip(early, late, strict=True)]))
-        for _, gradients in partial:
-            for parameter, gradient in zip(trained, gradients, strict=True):
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        local = halves_sum([losses[number] for number in range(len(microbatches))])
-        return halves_sum(list(all_gather(local[None], 0, self._group)))
+                _add_by_halves(gradients, [_taken(parameter) for parameter in trained])
+        if backward:
+            for parameter, gradient in zip(trained, gradients[0][1], strict=True):
+                parameter.grad = gradient
+        return halves_sum(list(all_gather(losses[0][1][0][None], 0, self._group)))
+
+
+def _add_by_halves(sums: list[tuple[int, list[Tensor]]], tensors: list[Tensor]) -> None:
+    """Add the next tensors to the sums of 2^level predecessors each, as the carries of a binary counter; in place."""
+    sums.append((0, tensors))
+    while len(sums) > 1 and sums[-1][0] == sums[-2][0]:
+        level, late = sums.pop()
+        early = sums.pop()[1]
+        sums.append((level + 1, [a.add_(b) for a, b in zip(early, late, strict=True)]))
 
 
 def _taken(parameter: nn.Parameter) -> Tensor:
@@ -106,17 +115,17 @@ def _taken(parameter: nn.Parameter) -> Tensor:
     return gradient
 
 
-def bit_reversed(count: int) -> list[int]:
-    """0 to count - 1, such that taking neighbours together, again and again, pairs n with n + half of what is left.
+def nested_order(count: int) -> list[list[int]]:
+    """The numbers below count, in 2^h lists of an odd length (h as large as can be): those that are equal modulo 2^h.
 
-    For a power of two; any other count is left in its order.
+    Each list is added in its order; then, taking neighbouring lists together, again and again, adds n and n + half of
+    what is left. Numbers dealt out over 2^k replicas, k <= h, are so added first on the replicas, then over them.
     """
-    if count & (count - 1):
-        return list(range(count))
+    power = count & -count
     order = [0]
-    while len(order) < count:
+    while len(order) < power:
         order = [2 * place for place in order] + [2 * place + 1 for place in order]
-    return order
+    return [[first + power * turn for turn in range(count // power)] for first in order]
 
 
 def mean_losses(
