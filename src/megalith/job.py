@@ -124,6 +124,7 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
 
     Raises ValueError, naming what is wrong, for whatever of the user's is found missing or unfit.
     """
+    task = task_of(run)
     ledger = Ledger()
     timers = Timers(torch.cuda.synchronize if device.type == "cuda" and run.monitor.log_interval == 1 else None)
     batch_sizes = make_batch_sizes(run.optimizer, data_parallel=layout.data)
@@ -141,7 +142,6 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
     groups = make_groups(layout, device)
     announce_ranks(run, layout, log, started=started)
 
-    task = TASK_ROWS[run.task]
     log.line(lines.building_model(task.title), detail=True)
     with timers("model-and-optimizer-setup"):
         dtype: torch.dtype = getattr(torch, compute_dtype(run))
@@ -191,6 +191,13 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
         progress=Progress(loss_scale=make_loss_scale(run.optimizer)),
         interval=Interval(time.perf_counter(), last_step=last_step, num_devices=layout.world_size, peak_flops=peak),
     )
+
+
+def task_of(run: Run) -> Task:
+    """The row of the run's task. Raises ValueError for a task that has none yet."""
+    if run.task not in TASK_ROWS:
+        raise ValueError(f"the task {run.task} cannot be trained yet: use {', '.join(TASK_ROWS)}")
+    return TASK_ROWS[run.task]
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
