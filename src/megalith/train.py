@@ -144,7 +144,7 @@ def take_step(job: Job, keeper: Keeper) -> StepDone:
     progress, run, timers = job.progress, job.run, job.timers
     num_microbatches = job.batch_sizes.num_microbatches(progress.consumed_train_samples)
     batch_size = job.batch_sizes.batch_size(progress.consumed_train_samples)
-    with timers("forward-compute"), timers("batch-generator"), job.ledger.spend("data"):
+    with timers("batch-generator"), job.ledger.spend("data"):
         microbatches = job.loaders["train"].step_batch(progress.consumed_train_samples, num_microbatches)
     if run.model.hidden_dropout > 0 or run.model.attention_dropout > 0:
         microbatches = [with_rows(batch, run.train.seed) for batch in microbatches]

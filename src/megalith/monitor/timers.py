@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
-# The order of the timers line of a step. optimizer contains the four before it; batch-generator is part of
-# forward-compute.
+# The order of the timers line of a step. optimizer contains the four before it. forward-backward, which Megatron-LM of
+# 2021 lacks, is the whole schedule of a pipeline; without one forward and backward passes are timed apart.
 STEP_TIMERS = (
     "forward-compute",
     "forward-recv",
@@ -21,6 +21,7 @@ STEP_TIMERS = (
     "backward-send",
     "backward-send-forward-recv",
     "backward-send-backward-recv",
+    "forward-backward",
     "backward-params-all-reduce",
     "backward-embedding-all-reduce",
     "optimizer-copy-to-main-grad",
