@@ -1,4 +1,4 @@
-"""What PyTorch imports at first use, imported once, in the process that ranks are forked from: seconds for each rank."""
+"""What PyTorch imports at first use, imported once in the process that ranks are forked from: it takes seconds."""
 
 import importlib
 

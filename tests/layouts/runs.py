@@ -30,6 +30,8 @@ MODEL = """
     --eval-interval 10 --eval-iters 1 --save-interval 10 --log-format json --device cpu
 """.split()
 
+END_OF_DOCUMENT = 256  # of the tokenizer of bytes
+
 
 def write_data(folder: Path) -> Path:
     """A small token file of bytes that repeat with variations, so that there is something to learn."""
@@ -38,11 +40,8 @@ def write_data(folder: Path) -> Path:
     with IndexedWriter(prefix, np.uint16) as writer:
         for _ in range(60):
             start = random.randint(0, 200)
-            writer.add_document(
-                [
-                    (start + np.arange(random.randint(5, 60)) * 3) % 256,
-                ]
-            )
+            text = (start + np.arange(random.randint(5, 60)) * 3) % 256
+            writer.add_document([np.append(text, END_OF_DOCUMENT)])
     return prefix
 
 

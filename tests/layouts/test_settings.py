@@ -1,0 +1,62 @@
+"""What a run is asked for besides its layout works under every layout: recomputation, uneven stages, documents."""
+
+import pytest
+
+from tests.layouts.runs import Runs, assert_same_run, largest_difference, steps_of
+
+TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
+STEPS = ["--train-iters", "20"]
+FULL = ["--checkpoint-activations"]
+RECOMPUTATIONS = {
+    "full": FULL,
+    "selective": ["--recompute-granularity", "selective"],
+    "every-2": [*FULL, "--checkpoint-num-layers", "2"],
+    "distributed": [*FULL, "--distribute-checkpointed-activations"],
+    "distributed-every-2": [*FULL, "--checkpoint-num-layers", "2", "--distribute-checkpointed-activations"],
+}
+
+
+@pytest.mark.parametrize("recomputation", RECOMPUTATIONS)
+@pytest.mark.parametrize("layout", ["tp2", "tp2-sp", "pp2"])
+def test_recomputation_changes_no_bit(
+    layout: str, recomputation: str, runs: Runs, request: pytest.FixtureRequest
+) -> None:
+    quick = layout == "tp2" and recomputation in ("selective", "distributed-every-2")
+    if not request.config.getoption("--slow") and not quick:
+        pytest.skip("run with --slow")
+    if layout == "tp2-sp" and recomputation.startswith("distributed"):
+        pytest.skip("refused: the sequence is cut already")
+    laid = {"tp2": [TP, "2"], "tp2-sp": [TP, "2", "--sequence-parallel"], "pp2": [PP, "2"]}[layout]
+    words = ["--train-iters", "5", *laid]
+    run, wanted = runs(2, *words, *RECOMPUTATIONS[recomputation]), runs(2, *words)
+    assert largest_difference(run, wanted) == 0.0
+    for step, want in zip(steps_of(run), steps_of(wanted), strict=True):
+        assert (step["losses"], step["grad_norm"]) == (want["losses"], want["grad_norm"])
+
+
+# A document ends in most samples, layers do not divide over stages, gradients are clipped at every step.
+AWKWARD = """
+    --num-layers 5 --reset-attention-mask --reset-position-ids --eod-mask-loss --clip-grad 0.5 --micro-batch-size 2
+""".split()
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "pp2": (2, [PP, "2"]),
+    "pp3": (3, [PP, "3"]),
+    "pp2-gpipe": (2, [PP, "2", "--pipeline-schedule", "gpipe"]),
+    "tp2-sp": (2, [TP, "2", "--sequence-parallel"]),
+    "cp2": (2, [CP, "2"]),
+    "cp2-all-to-all": (2, [CP, "2", "--context-exchange", "all-to-all"]),
+    "pp2-cp2": (4, [PP, "2", CP, "2"]),
+    "zero3": (2, ["--data-parallel-sharding", "parameters"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_uneven_stages_documents_and_clipping_give_the_same_run(
+    layout: str, runs: Runs, request: pytest.FixtureRequest
+) -> None:
+    if not request.config.getoption("--slow") and layout not in {"pp2", "cp2"}:
+        pytest.skip("run with --slow")
+    world_size, words = LAYOUTS[layout]
+    reference = runs(1, *STEPS, *AWKWARD)
+    assert all(step["grad_norm"] > 0.5 for step in steps_of(reference)), "clipping is at work"
+    assert_same_run(runs(world_size, *STEPS, *AWKWARD, *words), reference)
