@@ -1,0 +1,117 @@
+"""What deserves a word is said in one line each; what does not is left in silence."""
+
+import pytest
+
+from megalith.config import Run, known_settings
+from megalith.notices import REPLACED, notes, overridden, padding_warning, repeated_warning, warnings_of
+from megalith.sources import read_command_line
+
+SMALL = """
+    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --micro-batch-size 2 --seq-length 16
+    --max-position-embeddings 16 --train-iters 2000 --lr 1e-3 --data-path data --save runs/a --save-interval 100
+"""
+
+
+def run_of(words: str = "") -> Run:
+    return read_command_line((SMALL + words).split())
+
+
+def warned(words: str, num_steps: int = 2000) -> list[str]:
+    return list(warnings_of(run_of(words), num_steps=num_steps))
+
+
+def test_a_usual_run_is_told_nothing() -> None:
+    assert warned("") == []
+    assert list(notes(run_of())) == []
+    assert overridden(run_of()) == []
+
+
+@pytest.mark.parametrize("interval", ["log", "save", "eval"])
+def test_an_interval_longer_than_the_run_is_warned_of(interval: str) -> None:
+    (line,) = warned(f"--{interval}-interval 2001")
+    assert line.startswith(f"--{interval}-interval = 2001 is longer than the run of 2000 steps: ")
+    assert warned(f"--{interval}-interval 2000") == []
+
+
+def test_a_run_that_cannot_go_on_is_warned_of_that_alone() -> None:
+    run = read_command_line((SMALL.replace("--save runs/a", "") + "--save-interval 5000").split())
+    (line,) = warnings_of(run, num_steps=2000)
+    assert line.startswith("nothing will be saved: --save was not given")
+
+
+@pytest.mark.parametrize(("words", "steps"), [("", 17), ("--hysteresis 1", 16), ("--initial-loss-scale 131072", 2)])
+def test_steps_that_the_initial_loss_scale_will_skip_are_counted(words: str, steps: int) -> None:
+    (line,) = warned(f"--fp16 {words}")
+    assert f"about {steps} steps will be skipped" in line
+
+
+@pytest.mark.parametrize("words", ["--fp16 --initial-loss-scale 65536", "--fp16 --loss-scale 1024", "--bf16", ""])
+def test_no_skipped_steps_are_foretold_where_none_are_likely(words: str) -> None:
+    assert warned(words) == []
+
+
+def test_heads_that_no_even_tensor_size_divides_are_warned_of() -> None:
+    (line,) = warned("--hidden-size 1600 --num-attention-heads 25")
+    assert line.startswith("--num-attention-heads = 25 can be cut over [5, 25] tensor-parallel ranks only")
+    assert warned("--hidden-size 48 --num-attention-heads 6") == []
+
+
+def test_a_vocabulary_of_padding_is_warned_of() -> None:
+    line = padding_warning(run_of("--make-vocab-size-divisible-by 1024"), 258, 1024)
+    assert line is not None and "766 of the vocabulary's 1,024 entries" in line and "= 1024 could be smaller" in line
+    # GPT-2's, and what the usual multiple can add at most.
+    assert padding_warning(run_of(), 50257, 50304) is None
+    assert padding_warning(run_of(), 257, 384) is None
+
+
+def test_training_data_read_more_than_ten_times_is_warned_of() -> None:
+    assert repeated_warning("my_text_document", 10) is None
+    line = repeated_warning("my_text_document", 13508)
+    assert line is not None and line.startswith("my_text_document is repeated 13,508 times")
+
+
+# A value of its own for each answered setting, where that is no switch.
+VALUES = {
+    "onnx_safe": "1",
+    "lazy_mpu_init": "1",
+    "local_rank": "0",
+    "DDP_impl": "torch",
+    "data_impl": "lazy",
+    "num_workers": "4",
+    "block_data_path": "blocks",
+    "adlr_autoresume_interval": "10",
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(REPLACED) - {"distributed_backend"}))
+def test_each_answered_argument_is_answered_in_one_line(name: str) -> None:
+    flag = known_settings()[name].flag
+    assert list(notes(run_of(f"{flag} {VALUES.get(name, '')}"))) == [f"note: {flag} is accepted; {REPLACED[name]}."]
+
+
+@pytest.mark.parametrize("words", ["--distributed-backend gloo", "--data-impl mmap", "--DDP-impl local"])
+def test_values_that_are_done_as_asked_get_no_line(words: str) -> None:
+    assert list(notes(run_of(words))) == []
+
+
+def test_an_argument_of_another_task_is_answered_with_that_task() -> None:
+    assert list(notes(run_of("--mask-prob 0.3"))) == [
+        "note: --mask-prob belongs to the task bert; it changes nothing for gpt."
+    ]
+
+
+def test_a_default_of_the_task_that_is_overridden_is_said_in_megatron_lms_words() -> None:
+    blanks = " " * 24
+    assert overridden(run_of("--tokenizer-type ByteLevelTokenizer")) == [
+        "WARNING: overriding default arguments for tokenizer_type:GPT2BPETokenizer"
+        f"{blanks}with tokenizer_type:ByteLevelTokenizer"
+    ]
+
+
+def test_every_warning_is_one_sentence_or_two_on_one_line() -> None:
+    words = (
+        "--fp16 --hidden-size 48 --num-attention-heads 3 --log-interval 9999 --save-interval 9999 --eval-interval 9999"
+    )
+    lines = warned(words)
+    assert len(lines) == 5
+    assert all("\n" not in line and line.endswith(".") for line in lines)
