@@ -97,8 +97,7 @@ def from_megatron(
     joined.tokenizer.save(Path(run_dir) / "tokenizer")
     write_run_file(joined.run)
     pieces = {name: whole(tensor) for name, tensor in joined.tensors.items()}
-    notes = {"converted_from": str(files.folder), "checkpoint_version": joined.version}
-    written = save(run_dir, joined.iteration, pieces, joined.state, notes=notes)
+    written = save(run_dir, joined.iteration, pieces, joined.state, notes=notes_for(joined, files))
     yield f"wrote {written}"
     yield f"go on with: megalith pretrain {run_dir}/run.toml" + (
         f" --save OTHER_DIR --load {run_dir} --finetune" if joined.moments is None else ""
@@ -216,8 +215,6 @@ def state_for(joined: Joined, file: ForeignFile) -> dict[str, Any]:
         "num_updates": updates,
         "loss_scale": None if fresh else loss_scale(file),
         "schedule": schedule,
-        "interval": Interval(0.0, last_step=0, num_devices=1, peak_flops=None).state(0.0),
-        "ledger": Ledger(clock=lambda: 0, calendar=time.time_ns).state(),
         "model": {
             "task": joined.run.task,
             "num_layers": shape.num_layers,
@@ -228,8 +225,18 @@ def state_for(joined: Joined, file: ForeignFile) -> dict[str, Any]:
             "padded_vocab_size": joined.grid.vocab_size,
             "tokenizer": joined.tokenizer.digest,
         },
+    }
+
+
+def notes_for(joined: Joined, files: Files) -> dict[str, Any]:
+    """What a checkpoint of ours keeps besides: nothing measured yet, and where this one comes from."""
+    return {
+        "interval": Interval(0.0, last_step=0, num_devices=1, peak_flops=None).state(0.0),
+        "ledger": Ledger(clock=lambda: 0, calendar=time.time_ns).state(),
         "run": as_toml(joined.run),
         "megalith": __version__,
+        "converted_from": str(files.folder),
+        "checkpoint_version": joined.version,
     }
 
 

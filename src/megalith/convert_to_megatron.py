@@ -141,6 +141,7 @@ def arguments_for(run: Run, kept: Kept, grid: Grid, tensor_rank: int, stage: int
     evaluates = int(run.evaluate.eval_iters > 0)
     return {
         **reference_arguments(run, layout),
+        "rank": rank,
         "params_dtype": kept.dtype,
         "consumed_train_samples": kept.state["consumed_train_samples"],
         "consumed_valid_samples": kept.state["consumed_valid_samples"],

@@ -66,7 +66,6 @@ def whole_tensors() -> dict[str, dict[str, Tensor]]:
 
 def arguments(case: Case, rank: int) -> argparse.Namespace:
     """Those of Megatron-LM's arguments that a converter may look at, some with what Megatron-LM filled in."""
-    fp16 = case.dtype == torch.float16
     return argparse.Namespace(
         num_layers=LAYERS,
         hidden_size=WIDTH,
@@ -89,7 +88,8 @@ def arguments(case: Case, rank: int) -> argparse.Namespace:
         lr_warmup_fraction=0.1,
         lr_warmup_iters=0,
         weight_decay=0.01,
-        fp16=fp16,
+        fp16=case.dtype == torch.float16,
+        bf16=case.dtype == torch.bfloat16,
         params_dtype=case.dtype,
         loss_scale=None,
         data_path=["/data/my-gpt2_text_document"],
@@ -199,6 +199,8 @@ def optimizer(case: Case, groups: list[list[dict[str, Tensor]]]) -> dict[str, An
     }
     if case.dtype == torch.float32:
         return inner
-    scaler = {"scale": torch.tensor([65536.0]), "growth_tracker": 24, "hysteresis_tracker": -13}
     main = [[piece["main"] for piece in group] for group in groups]
+    if case.dtype == torch.bfloat16:
+        return {"optimizer": inner, "fp32_from_fp16_params": main}
+    scaler = {"scale": torch.tensor([65536.0]), "growth_tracker": 24, "hysteresis_tracker": -13}
     return {"optimizer": inner, "grad_scaler": scaler, "fp32_from_fp16_params": main}

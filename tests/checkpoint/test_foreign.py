@@ -51,16 +51,17 @@ def payloads(canary: Path) -> dict[str, Any]:
 
 def test_plain_values_and_tensors_come_through_the_real_process(tmp_path: Path) -> None:
     table = torch.arange(12.0).view(3, 4)
+    numbers: Any = np.random.RandomState(3).get_state()
     saved: dict[str, Any] = {
         "args": argparse.Namespace(lr=1.5e-4, dtype=torch.float16, path=["a"], nothing=None, on=True),
-        "np": np.random.RandomState(3).get_state(),
+        "np": numbers,
         "pairs": OrderedDict([("a", (1, 2)), ("b", float("inf"))]),
         "state": {0: {"half": table.half(), "part": table[:, 1:3]}, 1: {"scalar": torch.tensor(7, dtype=torch.int64)}},
     }
     torch.save(saved, tmp_path / "x.pt")
     with open_foreign(tmp_path / "x.pt", scratch=tmp_path) as file:
-        state = file.tree.pop("state")
-        assert file.tree.pop("np")[:2] == ["MT19937", np.random.RandomState(3).get_state()[1].tolist()]
+        state: Any = file.tree.pop("state")
+        assert file.tree.pop("np")[:2] == ["MT19937", numbers[1].tolist()]
         assert file.tree == {
             "args": {"lr": 1.5e-4, "dtype": "torch.float16", "path": ["a"], "nothing": None, "on": True},
             "pairs": {"a": [1, 2], "b": float("inf")},

@@ -51,6 +51,7 @@ def tensors_in(
     """
     chunks = parts_of(grid, tensor_rank, stage)
     weights: dict[Part, tuple[str, Any]] = {}
+    main: dict[Part, tuple[str, Any]] = {}
     for key, parts in zip(chunk_names(grid.chunks), chunks, strict=True):
         if key not in tree:
             raise ValueError(f"{key} is missing: a pipeline of {grid.chunks} chunks a stage has it")
@@ -59,8 +60,10 @@ def tensors_in(
         if "optimizer" not in tree:
             raise ValueError("optimizer is missing (saved with --no-save-optim?): add --weights-only")
         groups = in_optimizer(chunks)
-        weights.update(_main_weights(tree["optimizer"], groups))
-    for part, (where, tensor) in weights.items():
+        main = _main_weights(tree["optimizer"], groups)
+        for part, (where, tensor) in weights.items():
+            _checked(f"weight.{part.ours}", part, tensor, where)
+    for part, (where, tensor) in {**weights, **main}.items():
         yield _checked(f"weight.{part.ours}", part, tensor, where)
     if moments is not None:
         yield from _moments(tree["optimizer"], groups, moments)
