@@ -34,6 +34,7 @@ def faults(world_size: int, *words: str) -> list[str]:
             [PP, "2", VIRTUAL, "1", "--pipeline-schedule", "zero-bubble", "--recompute-granularity", "full"],
         ),
         (6, [TP, "2", CP, "3", "--context-exchange", "all-to-all", "--seq-length", "30"]),
+        (8, [TP, "2", "--data-parallel-sharding", "parameters", "--data-parallel-shard-size", "2"]),
         (4, ["--deterministic"]),
         (4, [TP, "2", "--deterministic"]),
     ],
@@ -145,6 +146,18 @@ def test_layouts_that_fit_have_no_fault(world_size: int, words: list[str]) -> No
             [PP, "4", "--global-batch-size", "6"],
             "--global-batch-size = 6: gives 3 microbatches, fewer than the 4 pipeline stages. Batch sizes that fit "
             "nearby: [8]; or use fewer stages or replicas.",
+        ),
+        (
+            4,
+            ["--data-parallel-shard-size", "2"],
+            "--data-parallel-shard-size = 2: has nothing to share out with --data-parallel-sharding none. Use "
+            "--data-parallel-sharding parameters or gradients, or leave it out.",
+        ),
+        (
+            4,
+            ["--data-parallel-sharding", "gradients", "--data-parallel-shard-size", "3"],
+            "--data-parallel-shard-size = 3: does not divide the 4 ranks that hold the same part of the model. Sizes "
+            "that fit: [1, 2, 4].",
         ),
         (
             2,

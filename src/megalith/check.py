@@ -59,7 +59,7 @@ def _positive(run: Run) -> Iterator[Fault]:
         "optimizer": "micro_batch_size global_batch_size hysteresis loss_scale_window loss_scale initial_loss_scale "
         "min_loss_scale lr_decay_iters lr_decay_samples",
         "parallel": "tensor_model_parallel_size pipeline_model_parallel_size checkpoint_num_layers nproc "
-        "num_layers_per_virtual_pipeline_stage context_parallel_size",
+        "num_layers_per_virtual_pipeline_stage context_parallel_size data_parallel_shard_size",
         "checkpoint": "save_interval keep_last keep_every adlr_autoresume_interval",
         "monitor": "log_interval tensorboard_log_interval tensorboard_queue_size",
         "evaluate": "eval_interval",

@@ -223,7 +223,23 @@ def _microbatches(run: Run, world_size: int) -> Iterator[Fault]:
 
 def _replicas(run: Run, world_size: int) -> Iterator[Fault]:
     """What replicas of the model do with their gradients."""
-    parallel = run.parallel
+    parallel, replicas = run.parallel, num_replicas(run, world_size)
+    shard = parallel.data_parallel_shard_size
+    if shard is not None and parallel.data_parallel_sharding not in ("gradients", "parameters"):
+        yield _fault(
+            "data_parallel_shard_size",
+            shard,
+            f"has nothing to share out with --data-parallel-sharding {parallel.data_parallel_sharding}",
+            "Use --data-parallel-sharding parameters or gradients, or leave it out",
+        )
+    sharing = None if replicas is None else replicas * parallel.context_parallel_size
+    if shard is not None and shard > 0 and sharing is not None and sharing % shard:
+        yield _fault(
+            "data_parallel_shard_size",
+            shard,
+            f"does not divide the {sharing} ranks that hold the same part of the model",
+            f"Sizes that fit: {divisors(sharing)}",
+        )
     if not parallel.deterministic:
         return
     if parallel.data_parallel_sharding != "none":

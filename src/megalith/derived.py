@@ -116,5 +116,6 @@ OURS = (
     "context_exchange",
     "pipeline_schedule",
     "data_parallel_sharding",
+    "data_parallel_shard_size",
     "deterministic",
 )

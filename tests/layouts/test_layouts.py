@@ -21,6 +21,9 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "zero1": (2, ["--data-parallel-sharding", "optimizer"]),
     "zero2": (2, ["--data-parallel-sharding", "gradients"]),
     "zero3": (2, ["--data-parallel-sharding", "parameters"]),
+    "hybrid": (4, ["--data-parallel-sharding", "parameters", "--data-parallel-shard-size", "2"]),
+    "hybrid-pp2": (8, [PP, "2", "--data-parallel-sharding", "gradients", "--data-parallel-shard-size", "2"]),
+    "hybrid-cp2": (4, [CP, "2", "--data-parallel-sharding", "parameters", "--data-parallel-shard-size", "2"]),
     "dp2-tp2": (4, [TP, "2"]),
     "pp2-dp2": (4, [PP, "2"]),
     "pp2-tp2": (4, [PP, "2", TP, "2"]),
@@ -35,7 +38,7 @@ MODELS = {
     "untied": ["--untie-embeddings-and-output-weights"],
 }
 QUICK = {
-    "dropout": {"dp2", "tp2-sp", "pp2", "pp2-zero-bubble", "cp2", "zero1", "zero3", "pp2-tp2-dp2"},
+    "dropout": {"dp2", "tp2-sp", "pp2", "pp2-zero-bubble", "cp2", "zero1", "hybrid", "pp2-tp2-dp2"},
     "untied": {"pp2-interleaved"},
     "no-dropout": {"tp2-cp2"},
 }

@@ -35,6 +35,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "zero2": (2, [SHARD, "gradients"]),
     "zero3": (2, [SHARD, "parameters"]),
     "zero3-dp4": (4, [SHARD, "parameters"]),
+    "hybrid": (4, [SHARD, "parameters", "--data-parallel-shard-size", "2"]),
     "pp2-tp2": (4, [PP, "2", TP, "2"]),
 }
 PAIRS = [
@@ -51,6 +52,8 @@ PAIRS = [
     ("zero3-dp4", "zero3"),
     ("pp2-interleaved", "zero3-dp4"),
     ("zero1", "zero2"),
+    ("hybrid", "pp2"),
+    ("zero2", "hybrid"),
     ("zero3", "tp2-sp"),
 ]
 QUICK = PAIRS[:4]

@@ -157,9 +157,7 @@ def lay_out(
             draw_weights(part, seed, shard_of=lambda p, by_id=by_id: _shard(p, cuts[by_id[id(p)]]))  # type: ignore[misc]
     parameters = {name: p for part in parts.values() for name, p in part.named_parameters()}
     copies = is_tied and layout.pipeline > 1 and not layout.is_first_stage
-    # Where rows are shared out, every replica adds its own to a norm.
-    shared_out = config.data_parallel_sharding != "none"
-    held = {name: _held(name, p, cuts[name], layout, shared_out, copies) for name, p in parameters.items()}
+    held = {name: _held(name, p, cuts[name], layout, _counts(config, layout), copies) for name, p in parameters.items()}
     reduction = _reduction(held, parameters, config, groups, sharded, layout)
     if isinstance(reduction, OptimizerSharded):
         held = _held_by_rows(reduction, held)
@@ -229,10 +227,18 @@ def local_part(tensor: Tensor) -> Tensor:
     return local
 
 
-def _held(name: str, parameter: nn.Parameter, cut: Cut, layout: Layout, shared_out: bool, copies: bool) -> Held:
+def _counts(config: ParallelConfig, layout: Layout) -> bool:
+    """Whether this rank, of those with the same part of the model, adds what it holds to a norm."""
+    replica = layout.place("data") * layout.context + layout.place("context")
+    if config.data_parallel_sharding == "none":
+        return replica == 0
+    # Where rows are shared out every rank adds its own, or those of the first group that shares them out.
+    return config.data_parallel_shard_size is None or replica < config.data_parallel_shard_size
+
+
+def _held(name: str, parameter: nn.Parameter, cut: Cut, layout: Layout, counts: bool, copies: bool) -> Held:
     offset = tuple(a + b for a, b in zip(cut.offset, shard_offset(parameter), strict=True))
-    is_first_replica = layout.place("data") == 0 and layout.place("context") == 0
-    counted = (layout.place("tensor") == 0 or not cut.is_copy) and (shared_out or is_first_replica)
+    counted = (layout.place("tensor") == 0 or not cut.is_copy) and counts
     return Held(parameter, cut.whole, offset, counted and not (copies and name == TIED))
 
 

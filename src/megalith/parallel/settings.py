@@ -77,6 +77,13 @@ class ParallelConfig:
         section="distributed",
         choices=("none", "optimizer", "gradients", "parameters"),
     )
+    data_parallel_shard_size: int | None = setting(
+        None,
+        "ranks that share out gradients or parameters, for instance those of a node; the others hold copies of theirs "
+        "(default: all replicas share them out)",
+        section="distributed",
+        unit="ranks",
+    )
     deterministic: bool = setting(
         False,
         "add gradients in an order that does not depend on the number of replicas",

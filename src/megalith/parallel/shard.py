@@ -1,13 +1,15 @@
 """Sharded gradients and parameters (ZeRO stages 2 and 3) by FSDP2 (torch.distributed.fsdp.fully_shard).
 
 Every block is a unit that is gathered for its forward pass; gradients are reduced to shards as they come. Sums, not
-means, leave the reduction: the loss is divided by the global count already.
+means, leave the reduction: the loss is divided by the global count already. With a shard size (hybrid sharding) the
+gathers stay within that many ranks, and what they have summed is summed over the groups.
 """
 
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -25,8 +27,7 @@ def shard_parameters(
     Inside blocks every use of a weight casts it to the type of the computation, so it travels in that type with the
     same result; the tables outside stay fp32.
     """
-    assert groups.mesh is not None
-    mesh = groups.mesh["data", "context"]._flatten("replicas") if layout.context > 1 else groups.mesh["data"]
+    mesh = _replica_mesh(layout, groups, config.data_parallel_shard_size)
     regather = config.data_parallel_sharding == "parameters"
     narrow = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -34,6 +35,17 @@ def shard_parameters(
         if isinstance(module, Block):
             _sum(fully_shard(module, mesh=mesh, mp_policy=narrow, reshard_after_forward=regather))
     _sum(fully_shard(part, mesh=mesh, mp_policy=whole, reshard_after_forward=regather))
+
+
+def _replica_mesh(layout: Layout, groups: Groups, shard_size: int | None) -> DeviceMesh:
+    """The replicas of this rank's part: in one line, or in rows of shard_size that hold copies of each other."""
+    assert groups.mesh is not None
+    replicas = layout.data * layout.context
+    if shard_size is None or shard_size == replicas:
+        return groups.mesh["data", "context"]._flatten("replicas") if layout.context > 1 else groups.mesh["data"]
+    sizes = (layout.pipeline, replicas // shard_size, shard_size, layout.tensor)
+    mesh = init_device_mesh(groups.mesh.device_type, sizes, mesh_dim_names=("pipeline", "copies", "shards", "tensor"))
+    return mesh["copies", "shards"]
 
 
 def _sum(module: Any) -> None:
