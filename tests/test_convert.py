@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megalith.checkpoint import foreign
 from megalith.checkpoint.directory import list_checkpoints
 from megalith.checkpoint.verify import read_index
 from megalith.convert import main
@@ -57,8 +58,8 @@ def our_tensors() -> dict[str, Tensor]:
 
 
 def load(path: Path) -> Any:
-    """A file that this test or the converter wrote."""
-    return torch.load(path, weights_only=False)
+    """The objects in a file."""
+    return foreign._load(path)
 
 
 def assert_same_where_both_have_it(found: Any, expected: Any, where: str) -> None:
@@ -249,6 +250,11 @@ def test_a_payload_is_refused_by_name_and_nothing_is_written(tmp_path: Path) -> 
             ),
             r"mp_rank_01.*: model/language_model/encoder/layers\.1\.mlp\.dense_h_to_4h\.weight has the shape \[3, 8\], "
             r"expected \[16, 8\]",
+        ),
+        (
+            lambda c: c["model"]["language_model"]["embedding"]["word_embeddings"].update(weight=torch.zeros(131, 8)),
+            r"mp_rank_01.*: model/language_model/embedding/word_embeddings/weight has the shape \[131, 8\], "
+            r"expected \[132, 8\]",
         ),
         (lambda c: c.update(iteration=39), r"mp_rank_01.*: iteration is 39, but 40 in the first file"),
         (lambda c: c.update(optimizer=[]), r"mp_rank_01.*: optimizer is of a layout that is not known"),

@@ -12,8 +12,16 @@ from typing import NoReturn
 def main(words: Sequence[str]) -> int:
     """Convert a checkpoint of Megatron-LM into a run directory, or the newest of a run directory into its files."""
     options = _parser().parse_args(words)
-    if options.source is not None:
-        return _from_other(options)
+
+    from megalith.checkpoint.directory import CheckpointError
+
+    try:
+        return _to_other(options) if options.source is None else _from_other(options)
+    except (OSError, CheckpointError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _to_other(options: argparse.Namespace) -> int:
     if len(options.target) != 3:
         raise ValueError(
             f"--to {' '.join(options.target)}: without --from it takes three words: megatron RUN_DIR OUT_DIR"

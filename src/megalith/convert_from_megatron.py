@@ -37,10 +37,11 @@ DERIVED = """
     rank world_size data_parallel_size params_dtype consumed_train_samples consumed_valid_samples iteration
     virtual_pipeline_model_parallel_size padded_vocab_size do_train do_valid do_test
 """.split()
-# Where and on how many ranks the other program ran: chosen anew for each start of ours.
+# Where and on how many ranks the other program ran: chosen anew for each start of ours. The run directory has a place
+# for TensorBoard's files.
 OF_THE_START = """
     tensor_model_parallel_size pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage local_rank
-    lazy_mpu_init save load finetune
+    lazy_mpu_init save load finetune tensorboard_dir
 """.split()
 
 
@@ -120,6 +121,10 @@ def start(
     tokenizer = open_tokenizer(run)
     table = tree[chunk_names(chunks)[0]]["language_model"]["embedding"]["word_embeddings"]["weight"]
     vocab_size = table.shape[0] * files.tensor
+    if arguments.get("padded_vocab_size", vocab_size) != vocab_size:
+        raise ValueError(
+            f"args/padded_vocab_size is {arguments['padded_vocab_size']}, but the word tables have {vocab_size} rows"
+        )
     run = padded_to(run, tokenizer.vocab_size, vocab_size)
     shape = shape_of(run.model)
     grid = Grid(

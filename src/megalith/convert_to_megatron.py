@@ -21,6 +21,9 @@ from megalith.models.shape import shape_of
 from megalith.parallel.mesh import Layout
 from megalith.sources import read_run_file
 
+# The kinds of tokenizers that Megatron-LM has.
+TOKENIZERS = ("GPT2BPETokenizer", "BertWordPieceLowerCase", "BertWordPieceCase")
+
 
 def to_megatron(
     run_dir: str, directory: str, *, step: int | None, tensor: int, stages: int, layers_per_chunk: int | None
@@ -45,7 +48,8 @@ def to_megatron(
         raise ValueError(f"{run_dir}: holds no checkpoint. Name what --save named.")
     yield from (f"warning: {message}" for message in loaded.messages())
     grid = grid_of(run, int(loaded.index.state["model"]["padded_vocab_size"]), tensor, stages, layers_per_chunk)
-    run = cut_like(run, grid, load_saved_tokenizer(Path(run_dir) / "tokenizer").vocab_size)
+    tokenizer = load_saved_tokenizer(Path(run_dir) / "tokenizer")
+    run = cut_like(run, grid, tokenizer.vocab_size)
     dtype: torch.dtype = getattr(torch, compute_dtype(run))
     kept = Kept(tensors, loaded.index.state, run.optimizer, dtype, run.train.seed)
     folder = Path(directory) / iteration_name(loaded.index.step)
@@ -61,6 +65,9 @@ def to_megatron(
     write_whole(Path(directory) / TRACKER, str(loaded.index.step))
     if kept.moments is None:
         yield "note: the checkpoint holds no optimizer state: load it with --finetune or --no-load-optim"
+    if tokenizer.name not in TOKENIZERS:
+        yield f"note: Megatron-LM has no {tokenizer.name}; it knows {', '.join(TOKENIZERS)}"
+    yield f"its tokenizer: {Path(run_dir) / 'tokenizer'}"
     yield (
         f"start Megatron-LM with --load {directory} --tensor-model-parallel-size {grid.tensor} "
         f"--pipeline-model-parallel-size {grid.stages} "

@@ -1,6 +1,7 @@
 """Foreign files are data or they are refused: no payload runs, no damage is read, nothing but tensors comes through."""
 
 import argparse
+import ast
 import builtins
 import os
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import megalith
 from megalith.checkpoint import foreign
 from megalith.checkpoint.foreign import check_torch, open_foreign
 from megalith.checkpoint.shards import DamagedError
@@ -185,3 +187,21 @@ def test_a_torch_with_a_hole_in_its_unpickler_is_refused(version: str) -> None:
         check_torch(version)
     check_torch("2.10.0")
     check_torch("2.13.0+cpu")
+
+
+def test_the_only_unpickler_is_the_restricted_one() -> None:
+    """No argument, no variable and no second try decides about it."""
+    calls = [
+        node
+        for path in Path(megalith.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("torch.load")
+    ]
+    assert [ast.unparse(call) for call in calls] == ["torch.load(source, map_location='cpu', weights_only=True)"]
+
+
+@pytest.mark.parametrize("event", ["socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.fork"])
+def test_the_reading_process_may_not_start_others_or_reach_the_network(event: str) -> None:
+    with pytest.raises(PermissionError, match=f"{event} is not allowed while a foreign file is read"):
+        foreign._refuse_event(event, ())
+    foreign._refuse_event("open", ("x", "r", 0))
