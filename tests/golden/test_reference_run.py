@@ -369,3 +369,17 @@ def test_a_run_asked_for_json_prints_one_object_a_line(saved_runs: list[list[str
     assert records[0]["event"] == "run_started"
     (ended,) = [record for record in records if record["event"] == "run_ended"]
     assert ended["reason"] == "done"
+
+
+def test_two_ranks_of_a_model_speak_with_one_voice(tiny_data: Path) -> None:
+    changes = "--initial-loss-scale 1024 --exit-interval 1 --tensor-model-parallel-size 2 --nproc 2".split()
+    lines, _ = pretrain(reference_words(tiny_data, *TINY, *changes))
+    assert lines[0].startswith("using world size: 2, data-parallel-size: 1, tensor-model-parallel size: 2, ")
+    assert f"  rank {'.' * 44} 0" in lines and f"  world_size {'.' * 38} 2" in lines
+    seeds = next(line for line in lines if line.startswith("> initializing model parallel cuda seeds"))
+    assert "global rank 0, model parallel rank 0, and data parallel rank 0" in seeds
+    counts = [line for line in lines if line.startswith(" > number of parameters on ")]
+    assert [line.partition(" rank ")[2][:6] for line in counts] == ["(0, 0)", "(1, 0)"]
+    memory = [line for line in lines if " memory (MB) | allocated: " in line]
+    assert [line.partition("]")[0] for line in memory] == ["[Rank 0", "[Rank 1"]
+    assert len(iterations(lines)) == 1
