@@ -158,7 +158,7 @@ def lay_out(
     parameters = {name: p for part in parts.values() for name, p in part.named_parameters()}
     copies = is_tied and layout.pipeline > 1 and not layout.is_first_stage
     held = {name: _held(name, p, cuts[name], layout, _counts(config, layout), copies) for name, p in parameters.items()}
-    reduction = _reduction(held, parameters, config, groups, sharded, layout)
+    reduction = _reduction(parts, parameters, config, groups, sharded, layout)
     if isinstance(reduction, OptimizerSharded):
         held = _held_by_rows(reduction, held)
     engine = _engine(parts, run_part, sizes, config, layout, groups, reduction, device)
@@ -253,7 +253,7 @@ def _held_by_rows(reduction: OptimizerSharded, held: Mapping[str, Held]) -> dict
 
 
 def _reduction(
-    held: Mapping[str, Held],
+    parts: Mapping[int, nn.Module],
     parameters: Mapping[str, nn.Parameter],
     config: ParallelConfig,
     groups: Groups,
@@ -261,7 +261,9 @@ def _reduction(
     layout: Layout,
 ) -> Reduction:
     if sharded:
-        return Sharded()
+        # Pipeline stages tell FSDP2 themselves which backward pass is the last.
+        keep_gathered = config.data_parallel_sharding == "gradients" and layout.pipeline == 1
+        return Sharded(list(parts.values()), keep_gathered=keep_gathered)
     if config.data_parallel_sharding == "optimizer" and groups.replicas is not None:
         return OptimizerSharded(parameters, groups.replicas)
     if config.deterministic:

@@ -191,13 +191,25 @@ class OptimizerSharded:
 
 
 class Sharded:
-    """FSDP2 sums and gathers."""
+    """FSDP2 sums and gathers.
+
+    It reduces after every backward pass, since it keeps only shards of gradients. keep_gathered: what is gathered for
+    the first microbatch of a step serves for the others too.
+    """
+
+    def __init__(self, parts: Sequence[Any], *, keep_gathered: bool) -> None:
+        self._parts = parts if keep_gathered else ()
+        self.finish()
 
     def before_last_backward(self) -> None:
-        """FSDP2 reduces after every backward pass, since it keeps only shards."""
+        """The optimizer will change the shards, so nothing gathered may stay."""
+        for part in self._parts:
+            part.set_reshard_after_backward(True)
 
     def finish(self) -> None:
         """The gradients are the shards of the sums."""
+        for part in self._parts:
+            part.set_reshard_after_backward(False)
 
     def after_update(self) -> None:
         """FSDP2 gathers weights where they are used."""
