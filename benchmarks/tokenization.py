@@ -124,12 +124,17 @@ def make_tokenizer_json(folder: Path) -> None:
 
 
 def make_sentencepiece(folder: Path, texts: Sequence[str]) -> None:
+    """A unigram model of the usual size; of part of the text, for its training is slow."""
     import sentencepiece
 
-    lines = [line for text in texts[: len(texts) // 20 + 1] for line in text.split("\n") if line]
+    lines = [line for text in texts[: len(texts) // 8 + 1] for line in text.split("\n") if line]
     with open(folder / "tokenizer.model", "wb") as model:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, vocab_size=4000, minloglevel=2
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            vocab_size=32000,
+            hard_vocab_limit=False,
+            minloglevel=2,
         )
 
 

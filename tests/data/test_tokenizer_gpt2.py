@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import models, pre_tokenizers
 
+import megalith.data.bpe
 import megalith.data.pieces
-from megalith.data.bpe import Gpt2Rule, Merges, byte_symbols, find_gpt2_pieces
+from megalith.data.bpe import Gpt2Rule, Merges, byte_symbols, equal_library, find_gpt2_pieces
 from megalith.data.corpus import standard_library_documents
 from megalith.data.pieces import PieceEncoder
 from megalith.data.token_codecs import BytePairCodec
@@ -206,6 +207,60 @@ def test_long_pieces_are_merged_by_the_same_rule(
     symbols = np.frombuffer(piece.encode(), np.uint8).astype(np.int32)
     for merge in (whole._merge_long, whole._merge_queued):
         assert whole._ids[merge(symbols.copy())].tolist() == expected
+
+
+@given(small_alphabets(), st.lists(st.text("abc", min_size=1, max_size=30), min_size=1, max_size=8))
+@settings(max_examples=300, deadline=None)
+def test_a_library_is_used_only_where_it_finds_the_same_ids(
+    files: tuple[dict[str, int], list[tuple[str, str]]], pieces: list[str]
+) -> None:
+    merges = list(dict.fromkeys(files[1]))
+    tokens = dict.fromkeys([*byte_symbols(), *(a + b for a, b in merges)])
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    library = equal_library(vocabulary, merges, Merges(vocabulary, merges))
+    if library is not None:
+        for piece in pieces:
+            assert library.encode_ordinary(piece) == [vocabulary[symbol] for symbol in merge_plainly(piece, merges)]
+
+
+@pytest.mark.parametrize(
+    ("merges", "fits"),
+    [
+        ([("a", "b"), ("ab", "c")], True),
+        ([("b", "c"), ("a", "b"), ("ab", "c")], False),  # abc never becomes one token, but tiktoken makes it one
+        ([("ab", "c"), ("a", "b")], False),  # a merge before its parts are made
+        ([("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")], False),  # one token made in two ways
+    ],
+)
+def test_a_library_is_refused_where_the_merges_say_more_than_the_tokens(
+    merges: list[tuple[str, str]], fits: bool
+) -> None:
+    tokens = dict.fromkeys([*byte_symbols(), *(a + b for a, b in merges), "<|endoftext|>"])
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    assert (equal_library(vocabulary, merges, Merges(vocabulary, merges)) is not None) == fits
+
+
+def test_a_library_is_refused_for_ids_out_of_order_or_missing_bytes() -> None:
+    merges = [("a", "b"), ("c", "d")]
+    swapped = {token: number for number, token in enumerate([*byte_symbols(), "cd", "ab"])}
+    assert equal_library(swapped, merges, Merges(swapped, merges)) is None
+    missing = {token: number for number, token in enumerate([*byte_symbols()[1:], "ab", "cd"])}
+    assert equal_library(missing, merges, Merges(missing, merges)) is None
+
+
+def test_giving_pieces_to_the_library_changes_no_ids(
+    tokenizer: Tokenizer, documents: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, lengths = tokenizer.encode_flat(documents)
+    monkeypatch.setattr(megalith.data.bpe, "MOST_LONG", 2000)
+    monkeypatch.setattr(megalith.data.pieces, "GROUP_SIZE", 1 << 14)
+    codec = fresh_codec(tokenizer)
+    found, found_lengths = codec.encode(documents)
+    rule = codec._encoder._rule
+    assert isinstance(rule, Gpt2Rule)
+    assert rule._library is not None
+    assert np.array_equal(found, expected)
+    assert np.array_equal(found_lengths, lengths)
 
 
 def test_end_of_text_in_a_document_is_text(tokenizer: Tokenizer) -> None:

@@ -7,14 +7,20 @@ et al. 2016, arXiv:1508.07909.
 
 import functools
 import heapq
+import itertools
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megalith.data.pieces import SEPARATOR, Bytes8, Ids, Places
+from megalith.data.pieces import LONGEST_KEY, SEPARATOR, Bytes8, Ids, Places
 from megalith.data.unicode_classes import class_table, classify, classify_categories
+
+if TYPE_CHECKING:
+    from tiktoken import Encoding
 
 WHITE, LETTER, DIGIT, OTHER, END = range(5)  # classes of characters; END is the separator between texts
 WHITE_SPACE = (  # the characters with Unicode's property White_Space
@@ -24,6 +30,7 @@ WHITE_SPACE = (  # the characters with Unicode's property White_Space
 APOSTROPHE, BLANK = ord("'"), ord(" ")
 NEVER = np.int32(2**31 - 1)  # the rank of a pair that is not merged
 MOST_ROUNDS = 64  # longest piece, in bytes, that is merged together with all others
+MOST_LONG = 1 << 18  # bytes of new pieces beyond LONGEST_KEY, after which a library is worth its preparation
 # A visible ASCII character, or the last byte of a character that cannot be white space, before a blank or a newline.
 SAFE_CUT = re.compile(rb"[!-~\x8b-\x9e\xa1-\xa7\xaa-\xae\xb0-\xbf](?=[ \n])")
 
@@ -273,10 +280,17 @@ class _PairTable:
 
 
 class Gpt2Rule:
-    """GPT-2's pattern and a vocabulary's merges, as pieces.py wants them."""
+    """GPT-2's pattern and a vocabulary's merges, as pieces.py wants them.
+
+    Long pieces (scripts without blanks have many) take `Merges` long: it makes a round for every merge of a piece. Once
+    their number shows that it pays, new pieces are given to tiktoken, if that is proven to find the same ids.
+    """
 
     def __init__(self, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> None:
-        self.encode_pieces = Merges(vocabulary, merges).encode_pieces
+        self._merges = Merges(vocabulary, merges)
+        self._files: tuple[Mapping[str, int], Sequence[tuple[str, str]]] | None = (vocabulary, merges)
+        self._num_long = 0  # bytes of long pieces that Merges was given
+        self._library: Encoding | None = None
 
     def find_starts(self, buffer: Bytes8) -> Places:
         return find_gpt2_pieces(buffer)
@@ -285,3 +299,45 @@ class Gpt2Rule:
         """Before the first white space after a visible character: there a piece ends whatever follows."""
         found = SAFE_CUT.search(text, begin)
         return found.end() if found else len(text)
+
+    def encode_pieces(self, pieces: Sequence[bytes]) -> tuple[Ids, Places]:
+        if self._files is not None:
+            self._num_long += sum(len(piece) for piece in pieces if len(piece) > LONGEST_KEY)
+            if self._num_long > MOST_LONG:
+                self._library = equal_library(*self._files, self._merges)
+                self._files = None
+        if self._library is None:
+            return self._merges.encode_pieces(pieces)
+        encode = self._library.encode_ordinary
+        ids = [encode(piece.decode()) if piece[0] != SEPARATOR else [] for piece in pieces]
+        counts = np.array([len(found) for found in ids], np.int64)
+        return np.fromiter(chain.from_iterable(ids), np.int32, int(counts.sum())), counts
+
+
+def equal_library(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], exact: Merges) -> "Encoding | None":
+    """tiktoken with this vocabulary, for pieces that are cut already; None unless it gives the ids of `exact`.
+
+    tiktoken merges any two neighbours that make a token, lowest id first, whether or not the merges name the pair. That
+    is the same if ids are in the order of the merges, each merge makes a token of its own from earlier ones, and every
+    token is encoded as itself: then, whenever two symbols side by side make up a token, the merges inside that stretch
+    were those of the token alone, so the pair is the one by which the token itself was made.
+    """
+    made = [a + b for a, b in merges]
+    places = {symbol: -1 for symbol in byte_symbols()} | {symbol: rank for rank, symbol in enumerate(made)}
+    if len(places) != 256 + len(made) or any(symbol not in vocabulary for symbol in places):
+        return None
+    if any(vocabulary[a] >= vocabulary[b] for a, b in itertools.pairwise(made)):
+        return None
+    if any(places.get(part, rank) >= rank for rank, pair in enumerate(merges) for part in pair):
+        return None
+    byte_of = {symbol: number for number, symbol in enumerate(byte_symbols())}
+    tokens = {bytes(byte_of[character] for character in symbol): vocabulary[symbol] for symbol in places}
+    ids, counts = exact.encode_pieces([token for token in tokens if token != bytes([SEPARATOR])])
+    expected = [number for token, number in tokens.items() if token != bytes([SEPARATOR])]
+    if (counts != 1).any() or ids.tolist() != expected:
+        return None
+    try:
+        from tiktoken import Encoding
+    except ImportError:
+        return None
+    return Encoding("pieces", pat_str="(?s).+", mergeable_ranks=tokens, special_tokens={})

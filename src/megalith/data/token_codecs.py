@@ -127,11 +127,8 @@ class SentencePieceCodec:
         self._processor = processor
 
     def encode(self, texts: Sequence[str]) -> tuple[Ids, Places]:
-        return _flat(
-            ids
-            for begin in range(0, len(texts), TEXTS_AT_ONCE)
-            for ids in self._processor.encode(_checked(texts[begin : begin + TEXTS_AT_ONCE]), num_threads=1)
-        )
+        # One by one: what the library makes of a batch no longer fits the cache when it is read.
+        return _flat(self._processor.encode(text) for text in _checked(texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._processor.decode(list(ids))
