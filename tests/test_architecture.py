@@ -15,7 +15,17 @@ LEVELS = [
     {"parallel", "checkpoint"},
     {"evaluate", "plan"},
     {"config", "derived", "sources", "check", "check_layout", "notices", "datasets", "corpora", "task"},
-    {"job", "resume", "report", "closing", "train", "trained"},
+    {
+        "job",
+        "resume",
+        "report",
+        "closing",
+        "train",
+        "trained",
+        "convert",
+        "convert_from_megatron",
+        "convert_to_megatron",
+    },
     {"cli"},
 ]
 # Modules of one level that are one part: they may import each other, without cycles.

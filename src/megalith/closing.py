@@ -1,5 +1,6 @@
 """What a run leaves a person with: what was learnt, a sample of it, and how to go on."""
 
+import sys
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,6 +11,7 @@ from megalith.evaluate.loss import unigram_entropy
 from megalith.evaluate.talk import continuations, shown
 from megalith.job import Job
 from megalith.models.decoder import Decoder
+from megalith.monitor.log import choose_format
 
 SAMPLE_TOKENS = 120
 MOST_COUNTED = 20_000_000  # tokens looked at for the frequencies
@@ -21,7 +23,8 @@ def tell_what_next(job: Job, reason: str | None) -> None:
         _tell_losses(job)
         _tell_sample(job)
     save = job.run.checkpoint.save
-    if save is None:
+    # Megatron-LM's form of the log ends with Megatron-LM's lines.
+    if save is None or choose_format(job.run.monitor.log_format, sys.stdout) == "reference":
         return
     lines = [f"the run lies in {save}"]
     if reason is not None:
@@ -32,7 +35,7 @@ def tell_what_next(job: Job, reason: str | None) -> None:
         lines.append(f'  talk:     megalith generate {save} --prompt "..."')
         lines.append(f"  measure:  megalith evaluate {save}")
     for line in lines:
-        job.log.line(line, detail=not job.run.evaluate.unigram_baseline)
+        job.log.line(line)
 
 
 def _tell_losses(job: Job) -> None:
