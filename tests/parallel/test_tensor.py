@@ -6,15 +6,16 @@ from typing import Any
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+import tests.early  # noqa: F401 - for its effect
 from megalith.layers.initial import Shard, draw_weights
 from megalith.layers.random import dropout_rows
 from megalith.models.decoder import Decoder
 from megalith.models.settings import ModelConfig
 from megalith.parallel.context import cut_context, cut_tokens
 from megalith.parallel.mesh import Groups, Layout, make_groups
-from megalith.parallel.tensor import Cut, split_tensors
+from megalith.parallel.tensor import SPLITS, Cut, split_tensors
 from tests.ranks import run_ranks
 
 CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, max_position_embeddings=16)
@@ -127,3 +128,40 @@ def test_a_cut_model_has_the_loss_and_gradients_of_the_whole_one(
             want = part_of(cut, gradients[name], gradient.shape)
             error = (torch.from_numpy(gradient) - want).abs().max().item()
             assert error <= 1e-6 + 1e-4 * want.abs().max().item(), f"{name}: off by {error}"
+
+
+class Gate(nn.Module):
+    """A layer class with a weight and no row in SPLITS."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+
+def refusal(rank: int) -> str:
+    layout = Layout(2, rank, 0, tensor=2)
+    model = Decoder(CONFIG, VOCAB, untie_embeddings_and_output_weights=False, device="meta")
+    model.layers["1"].gate = Gate()
+    try:
+        split_tensors(model, make_groups(layout, torch.device("cpu")).tensor, sequence=False)
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
+def test_a_layer_class_without_a_row_is_refused_by_name() -> None:
+    message = "layers.1.gate.scale: its layer's class has no row in parallel.tensor.SPLITS"
+    assert run_ranks(refusal, 2) == [message, message]
+
+
+def test_on_one_rank_no_row_is_needed() -> None:
+    cuts = split_tensors(Gate(), None, sequence=False)
+    assert cuts == {"scale": Cut((4,), (0,), is_copy=True)}
+
+
+def test_every_layer_of_the_models_with_weights_of_its_own_has_a_row() -> None:
+    model = Decoder(CONFIG, VOCAB, untie_embeddings_and_output_weights=True, device="meta")
+    cut_by_their_owner = {"Linear", "Embedding"}
+    for module in model.modules():
+        if list(module.parameters(recurse=False)) and type(module).__name__ not in cut_by_their_owner:
+            assert type(module) in SPLITS, type(module).__name__
