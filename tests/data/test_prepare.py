@@ -397,6 +397,27 @@ def test_the_command_reads_the_references_flags(tmp_path: Path, capsys: pytest.C
     assert f"{tmp_path}/out_text_sentence: 1 documents, 2 sentences, 10 tokens" in capsys.readouterr().out
 
 
+def peak_memory(source: str, folder: Path) -> int:
+    """MiB that a process needs at its peak to prepare a file."""
+    code = (
+        "import resource, sys; from megalith.data.prepare import PrepareConfig, prepare;"
+        "prepare(PrepareConfig(input=(sys.argv[1],), output_prefix=sys.argv[2], tokenizer_type='ByteLevelTokenizer',"
+        "workers=1), quiet=True); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)"
+    )
+    command = [sys.executable, "-c", code, source, str(folder / Path(source).stem)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(megalith.__file__).parent.parent)}
+    return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+
+
+def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
+    document = json.dumps({"text": "All work and no play makes Jack a dull boy. " * 50}) + "\n"
+    (tmp_path / "in1.jsonl").write_text(document * 2_000)
+    (tmp_path / "in2.jsonl").write_text(document * 40_000)
+    small, large = (peak_memory(str(tmp_path / name), tmp_path) for name in ("in1.jsonl", "in2.jsonl"))
+    assert (tmp_path / "in2.jsonl").stat().st_size > 80 << 20
+    assert large - small < 25
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -65,7 +65,12 @@ class PrepareConfig:
     skip_bad: bool = setting(
         False, "skip and count documents that cannot be used; else stop at the first", section="input data", switch="on"
     )
-    max_document_mb: int = setting(256, "longest document that is accepted", section="input data", unit="MiB")
+    max_document_mb: int = setting(
+        256,
+        "longest document that is accepted; it may take nine times as much memory",
+        section="input data",
+        unit="MiB",
+    )
     tokenizer_type: str | None = setting(None, "kind of tokenizer", section="tokenizer", choices=tuple(KINDS))
     vocab_file: str | None = setting(None, "vocab.json of GPT-2, vocab.txt of BERT", section="tokenizer")
     merge_file: str | None = setting(None, "merges.txt of GPT-2", section="tokenizer")

@@ -40,7 +40,7 @@ KINDS: dict[str, dict[str, str]] = {
 MANIFEST = "tokenizer_manifest.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tokenizer:
     """A tokenizer of one of the KINDS.
 
