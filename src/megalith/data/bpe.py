@@ -93,8 +93,7 @@ def _part_contractions(data: Bytes8, classes: Bytes8, starts: NDArray[np.bool_])
     """Make 's 't 'm 'd 're 've 'll pieces where the apostrophe begins a piece, in place."""
     # A contraction takes at least two bytes and each text ends with a separator, so two more bytes can be read.
     at = np.flatnonzero(data[:-2] == APOSTROPHE)
-    begins = starts[at] & (data[at] == APOSTROPHE)
-    at = at[begins]
+    at = at[starts[at]]
     first, second = data[at + 1], data[at + 2]
     two = (first == ord("s")) | (first == ord("t")) | (first == ord("m")) | (first == ord("d"))
     three = ((first == ord("r")) | (first == ord("v"))) & (second == ord("e"))
