@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.layouts.runs import Runs, assert_same_run, steps_of
+from tests.layouts.runs import Runs, assert_same_run, largest_difference, steps_of
 
 STEPS = ["--train-iters", "20"]
 TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
@@ -55,3 +55,26 @@ def test_the_run_is_the_same_on_every_layout(
     reference = runs(1, *STEPS, *MODELS[model])
     assert_same_run(runs(world_size, *STEPS, *MODELS[model], *words), reference)
     assert len(steps_of(reference)) == 20
+
+
+# Two layouts that add the same numbers in the same order, with the model for which they do; "one" is one rank.
+SAME_SUMS = [
+    ("pp2", "pp2-zero-bubble", "dropout"),
+    ("one", "pp2-interleaved", "untied"),
+    ("pp2", "pp2-gpipe", "dropout"),
+    ("pp2", "pp2-interleaved", "dropout"),
+    ("one", "pp2", "untied"),
+    ("dp2", "pp2-dp2", "untied"),
+    ("zero2", "zero3", "dropout"),
+]
+
+
+@pytest.mark.parametrize(("layout", "other", "model"), SAME_SUMS)
+def test_layouts_with_the_same_sums_give_the_same_bits(
+    layout: str, other: str, model: str, runs: Runs, request: pytest.FixtureRequest
+) -> None:
+    if not request.config.getoption("--slow") and (layout, other, model) not in SAME_SUMS[:2]:
+        pytest.skip("run with --slow")
+    laid = {"one": (1, list[str]()), **LAYOUTS}
+    first, second = (runs(laid[name][0], *STEPS, *MODELS[model], *laid[name][1]) for name in (layout, other))
+    assert largest_difference(first, second) == 0.0

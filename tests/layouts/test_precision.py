@@ -57,12 +57,13 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(
     if not request.config.getoption("--slow") and layout not in {"dp2", "pp2"}:
         pytest.skip("run with --slow")
     world_size, laid = LAYOUTS[layout]
-    words = [*STEPS, *FP16, "--hysteresis", "1"]
+    # Few steps, for in fp16 the rounding of an early Adam grows tenfold in as many; a wrong weight shows in the fourth.
+    words = ["--train-iters", "6", *FP16, "--hysteresis", "1"]
     assert run_on(1, words, tmp_path / "one", runs.data, before=spoil_third_step) == 0
     assert run_on(world_size, [*words, *laid], tmp_path / "many", runs.data, before=spoil_third_step) == 0
     one, many = steps_of(tmp_path / "one"), steps_of(tmp_path / "many")
-    assert [step["skipped"] for step in many] == [False, False, True] + [False] * 7
-    assert [step["loss_scale"] for step in many] == [1024.0] * 2 + [512.0] * 8
+    assert [step["skipped"] for step in many] == [False, False, True] + [False] * 3
+    assert [step["loss_scale"] for step in many] == [1024.0] * 2 + [512.0] * 4
     for step, want in zip(many, one, strict=True):
         # A rank that had not skipped would have other weights from here on.
         assert step["losses"]["lm loss"] == pytest.approx(want["losses"]["lm loss"], rel=1e-4)
