@@ -69,6 +69,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "zero2": (2, [SHARD, "gradients"]),
     "zero3": (2, [SHARD, "parameters"]),
     "hybrid": (4, [SHARD, "parameters", "--data-parallel-shard-size", "2"]),
+    "pp2-zero2": (4, [PP, "2", SHARD, "gradients"]),
+    "pp2-zero3": (4, [PP, "2", SHARD, "parameters"]),
     "tp2-cp2": (4, [TP, "2", "--sequence-parallel", CP, "2"]),
     "pp2-tp2-dp2": (8, [PP, "2", TP, "2"]),
 }
@@ -165,6 +167,8 @@ def expected(job: Job) -> Moved:
         moved["send", "pipeline"] = microbatches * sent * stream // cut
         if has_first or has_last:
             table = weights.size(names=["word_embedding.weight"])
+            if run.parallel.data_parallel_sharding in ("gradients", "parameters"):
+                table //= run.parallel.data_parallel_shard_size or layout.data * layout.context
             moved["all-reduce", "pipeline" if layout.pipeline == 2 else "copies"] = table
     moved.update(expected_over_replicas(job, weights, microbatches))
     return moved
@@ -190,7 +194,10 @@ def expected_over_replicas(job: Job, weights: Weights, microbatches: int) -> Mov
     whole = weights.size(padded_to=group)
     # Stages keep what they gathered, and the sums, until the step's last backward pass.
     passes = microbatches if layout.pipeline == 1 else 1
-    gathers = 2 * passes if sharding == "parameters" and layout.pipeline == 1 else 1
+    gathers = 1
+    if sharding == "parameters":
+        # What 1F1B gathers for a backward pass serves for the forward pass after it.
+        gathers = 2 * microbatches if layout.pipeline == 1 else microbatches + 1
     moved = {("all-gather", axis): gathers * whole, ("reduce-scatter", axis): passes * whole}
     if group < replicas:
         moved["all-reduce", "copies"] = passes * whole // group

@@ -26,6 +26,11 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "hybrid-cp2": (4, [CP, "2", "--data-parallel-sharding", "parameters", "--data-parallel-shard-size", "2"]),
     "dp2-tp2": (4, [TP, "2"]),
     "pp2-dp2": (4, [PP, "2"]),
+    "pp2-zero3": (4, [PP, "2", "--data-parallel-sharding", "parameters"]),
+    "zero-bubble-zero2": (
+        4,
+        [*INTERLEAVED, "--pipeline-schedule", "zero-bubble", "--data-parallel-sharding", "gradients"],
+    ),
     "pp2-tp2": (4, [PP, "2", TP, "2"]),
     "tp2-cp2": (4, [TP, "2", "--sequence-parallel", CP, "2"]),
     "zero3-tp2": (4, [TP, "2", "--data-parallel-sharding", "parameters"]),

@@ -37,9 +37,15 @@ class _Part(nn.Module):
         super().__init__()
         self.part = part
         self._run_part = run_part
+        if any(hasattr(parameter, "device_mesh") for parameter in part.parameters()):
+            from megalith.parallel.shard import become_root
+
+            become_root(self, part)
 
     def forward(self, entering: Tensor, **batch: Tensor) -> Tensor:
-        return self._run_part(self.part, entering, batch)
+        leaving = self._run_part(self.part, entering, batch)
+        # Losses may be a view, to which FSDP2 cannot fix what it has to do before the backward pass.
+        return leaving.clone() if leaving.dim() == 1 else leaving
 
 
 class Pipeline:

@@ -48,6 +48,13 @@ def _replica_mesh(layout: Layout, groups: Groups, shard_size: int | None) -> Dev
     return mesh["copies", "shards"]
 
 
+def become_root(around: nn.Module, part: nn.Module) -> None:
+    """Make a module around a sharded part the one that FSDP2 and pipeline stages talk to; in place."""
+    sharded = next(iter(part.parameters()))
+    assert isinstance(sharded, DTensor)
+    fully_shard(around, mesh=sharded.device_mesh)
+
+
 def _sum(module: Any) -> None:
     module.set_gradient_divide_factor(1.0)
     # gloo has no reduction that scales as it sums.
