@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megalith.parallel.stages import assign_layers, balanced_bounds
@@ -20,6 +20,7 @@ def test_even_division_is_the_reference_s(golden: Path) -> None:
         assert numbered == case["per_rank_chunks"]
 
 
+@example(6, 3, 0.3, 0.0)  # 2 + 0.3 - 0.3 is less than 2
 @given(
     st.integers(2, 9), st.integers(2, 5), st.sampled_from([0.0, 0.3, 1.0, 2.5]), st.sampled_from([0.0, 0.7, 1.5, 4.0])
 )

@@ -55,7 +55,8 @@ def _fill(num_layers: int, parts: int, limit: float, first_cost: float, last_cos
     """Layers of each part if no part may cost more than limit (at least one layer each); None if they do not fit."""
     if limit < 1 + first_cost or limit < 1 + last_cost:
         return None
-    room = [int(limit - first_cost), *[int(limit)] * (parts - 2), int(limit - last_cost)]
+    # The limit is k + cost in floating point, from which taking the cost away may leave a little less than k.
+    room = [int(limit - cost + 1e-9) for cost in (first_cost, *[0.0] * (parts - 2), last_cost)]
     if sum(room) < num_layers:
         return None
     counts, left = [], num_layers
