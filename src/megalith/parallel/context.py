@@ -162,15 +162,3 @@ def trade(value: Tensor, *, give: int, take: int, group: Group) -> Tensor:
     """Give each rank its share along one dimension, take everybody's part along another, joined in rank order."""
     traded: Tensor = _Trade.apply(value, give, take, group)
     return traded
-
-
-def context_faults(*, size: int, seq_length: int, heads_per_rank: int, exchange: str) -> list[tuple[str, int, str]]:
-    """What keeps a sequence from being cut over that many ranks: (setting, its value, the rule)."""
-    faults = []
-    if size > 1 and seq_length % (2 * size):
-        rule = f"is not divisible by 2 x --context-parallel-size = {2 * size}"
-        faults.append(("seq_length", seq_length, rule))
-    if size > 1 and exchange == "all-to-all" and heads_per_rank % size:
-        rule = f"heads per tensor rank cannot be traded over --context-parallel-size = {size} ranks"
-        faults.append(("num_attention_heads", heads_per_rank, rule))
-    return faults

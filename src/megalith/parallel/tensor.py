@@ -192,12 +192,3 @@ def split_tensors(model: nn.Module, group: Group, *, sequence: bool) -> dict[str
             raise TypeError(f"{name}: its layer's class has no row in parallel.tensor.SPLITS")
         cutter.cuts.setdefault(name, Cut(tuple(parameter.shape), (0,) * parameter.dim(), is_copy=True))
     return cutter.cuts
-
-
-def tensor_faults(*, size: int, num_heads: int, inner: int) -> list[tuple[str, int, list[int]]]:
-    """What does not divide by the tensor-parallel size: (setting, its value, the sizes that would fit)."""
-    faults = []
-    for name, value in (("num_attention_heads", num_heads), ("ffn_hidden_size", inner)):
-        if value % size:
-            faults.append((name, value, [n for n in range(1, value + 1) if value % n == 0 and n <= 64]))
-    return faults
