@@ -178,6 +178,16 @@ def test_layouts_that_fit_have_no_fault(world_size: int, words: list[str]) -> No
         ),
         (
             1,
+            ["--compile-blocks", "--activation-memory-budget", "2"],
+            "--activation-memory-budget = 2.0: must be from 0 to 1. Give the share to keep.",
+        ),
+        (
+            1,
+            ["--activation-memory-budget", "0.5"],
+            "--activation-memory-budget = 0.5: is kept by the compiler. Add --compile-blocks.",
+        ),
+        (
+            1,
             [CP, "0"],
             "--context-parallel-size = 0: must be greater than 0. Give a positive number.",
         ),

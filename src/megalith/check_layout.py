@@ -33,6 +33,7 @@ def layout_faults(run: Run, world_size: int) -> list[Fault]:
         *_microbatches(run, world_size),
         *_replicas(run, world_size),
         *_recomputation(run),
+        *_compiler(run),
     ]
 
 
@@ -275,3 +276,14 @@ def _recomputation(run: Run) -> Iterator[Fault]:
         yield _fault(
             "checkpoint_activations", None, "contradicts --recompute-granularity = selective", "Give only one of them"
         )
+
+
+def _compiler(run: Run) -> Iterator[Fault]:
+    parallel = run.parallel
+    budget = parallel.activation_memory_budget
+    if budget is not None and not 0 <= budget <= 1:
+        yield _fault("activation_memory_budget", budget, "must be from 0 to 1", "Give the share to keep")
+    if budget is not None and not parallel.compile_blocks:
+        yield _fault("activation_memory_budget", budget, "is kept by the compiler", "Add --compile-blocks")
+    if parallel.compile_blocks and parallel.pipeline_schedule == SPLIT_BACKWARD:
+        yield _fault("compile_blocks", None, "cannot split the backward pass", "Use another --pipeline-schedule")

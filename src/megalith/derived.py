@@ -118,4 +118,6 @@ OURS = (
     "data_parallel_sharding",
     "data_parallel_shard_size",
     "deterministic",
+    "compile_blocks",
+    "activation_memory_budget",
 )

@@ -52,7 +52,7 @@ def run_on(
     data: Path,
     *,
     before: Callable[[int], None] | None = None,
-    timeout: float = 120.0,
+    timeout: float = 300.0,
 ) -> int:
     """Train on that many ranks into a run directory; give the exit status, the same on all ranks.
 

@@ -60,3 +60,13 @@ def test_uneven_stages_documents_and_clipping_give_the_same_run(
     reference = runs(1, *STEPS, *AWKWARD)
     assert all(step["grad_norm"] > 0.5 for step in steps_of(reference)), "clipping is at work"
     assert_same_run(runs(world_size, *STEPS, *AWKWARD, *words), reference)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the compiler has warnings of its own
+@pytest.mark.parametrize("layout", ["one", "tp2", "zero3"])
+def test_compiled_blocks_with_a_memory_budget_give_the_same_run(layout: str, runs: Runs) -> None:
+    world_size, words = {"one": (1, []), "tp2": (2, [TP, "2"]), "zero3": LAYOUTS["zero3"]}[layout]
+    words = ["--train-iters", "5", *words]
+    compiled = runs(world_size, *words, "--compile-blocks", "--activation-memory-budget", "0.3")
+    assert_same_run(compiled, runs(world_size, *words))

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from tests.monitor.reports import interval_done
 
 from megalith.monitor import clean, events, reference
 from megalith.monitor.clean import clean_lines, duration
+from tests.monitor.reports import interval_done
 
 
 @pytest.mark.parametrize(

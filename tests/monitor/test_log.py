@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.monitor.reports import STARTED, evaluated, interval_done, step_done
 
 from megalith.monitor import events
 from megalith.monitor.log import MOST_WAITING, RunLog, choose_format
 from megalith.monitor.outlet import read_records
 from megalith.monitor.scalars import Scalars
 from megalith.monitor.settings import MonitorConfig
+from tests.monitor.reports import STARTED, evaluated, interval_done, step_done
 
 
 class Terminal(io.StringIO):

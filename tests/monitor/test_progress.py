@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.monitor.reports import STARTED, evaluated, interval_done, step_done
 
 from megalith.monitor import events
 from megalith.monitor.log import RunLog
 from megalith.monitor.outlet import read_records
 from megalith.monitor.progress import REFRESH_SECONDS, Pace, fitted
+from tests.monitor.reports import STARTED, evaluated, interval_done, step_done
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

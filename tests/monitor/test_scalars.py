@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.monitor.reports import evaluated, interval_done, step_done
-from tests.monitor.test_outlet import disk_that_holds
 
 from megalith.monitor.events import Event, RunStarted, TimersReported, TrainingStarted
 from megalith.monitor.scalars import FLUSH_SECONDS, Scalars
 from megalith.monitor.settings import MonitorConfig
+from tests.monitor.reports import evaluated, interval_done, step_done
+from tests.monitor.test_outlet import disk_that_holds
 
 EVERYTHING = MonitorConfig(
     log_timers_to_tensorboard=True,

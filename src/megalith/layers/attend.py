@@ -45,13 +45,27 @@ def attend(
     that they fit fp16; it matters only where scores are stored at all, that is with dropout.
     """
     if dropout is not None:
-        output: Tensor = _DroppedAttention.apply(q_BHTK, k_BHSK, v_BHSK, mask, scale, divisor, dropout)
-        return output
+        return _attend_with_dropout(q_BHTK, k_BHSK, v_BHSK, mask, scale, divisor, dropout)
     if mask.blocks is not None:
         attended: Tensor = _compiled_flex_attention()(q_BHTK, k_BHSK, v_BHSK, block_mask=mask.blocks, scale=scale)
         return attended
     causal = mask.causal and mask.visible is None
     return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask.visible, is_causal=causal, scale=scale)
+
+
+@torch.compiler.disable
+def _attend_with_dropout(
+    q_BHTK: Tensor,
+    k_BHSK: Tensor,
+    v_BHSK: Tensor,
+    mask: Mask,
+    scale: float,
+    divisor: float,
+    dropout: AttentionDropout,
+) -> Tensor:
+    """Out of the compiler's reach, which takes minutes over the loop."""
+    output: Tensor = _DroppedAttention.apply(q_BHTK, k_BHSK, v_BHSK, mask, scale, divisor, dropout)
+    return output
 
 
 @cache

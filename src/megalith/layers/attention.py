@@ -72,8 +72,7 @@ class _Attention(nn.Module):
         """BT(HK): attention of all heads held here, joined."""
         dropout = None
         if rows_BT is not None and self.dropout > 0:
-            words_H = number_words(q_BTHK.shape[2], first=self.head_offset, device=q_BTHK.device)
-            rows_BHT = mix(rows_for(rows_BT, self.where)[:, None, :] ^ words_H[:, None])
+            rows_BHT = _rows_of_heads(rows_for(rows_BT, self.where), self.head_offset, q_BTHK.shape[2])
             dropout = AttentionDropout(self.dropout, rows_BHT)
         o_BHTK = self.attend(
             q_BTHK.transpose(1, 2),
@@ -85,6 +84,13 @@ class _Attention(nn.Module):
             dropout=dropout,
         )
         return o_BHTK.transpose(1, 2).flatten(2)
+
+
+@torch.compiler.disable
+def _rows_of_heads(rows_BT: Tensor, first: int, num_heads: int) -> Tensor:
+    """int32 BHT: one word per query and head. Inductor (torch 2.13, CPU) gets the words of a fused arange wrong."""
+    words_H = number_words(num_heads, first=first, device=rows_BT.device)
+    return mix(rows_BT[:, None, :] ^ words_H[:, None])
 
 
 class SelfAttention(_Attention):

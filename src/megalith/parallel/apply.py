@@ -13,7 +13,7 @@ from megalith.layers.initial import Shard, draw_weights
 from megalith.parallel.collectives import Group, all_reduce
 from megalith.parallel.context import cut_context
 from megalith.parallel.mesh import Groups, Layout
-from megalith.parallel.recompute import recompute_blocks
+from megalith.parallel.recompute import compile_blocks, recompute_blocks
 from megalith.parallel.reduce import (
     FixedOrder,
     OptimizerSharded,
@@ -142,6 +142,8 @@ def lay_out(
         cuts |= split_tensors(part, groups.tensor, sequence=config.sequence_parallel)
         cut_context(part, groups.context, exchange=config.context_exchange)
         recompute_blocks(part, recompute, every=config.checkpoint_num_layers, group=_saved_over(config, groups))
+        if config.compile_blocks:
+            compile_blocks(part, memory_budget=config.activation_memory_budget)
     count = sum(parameter.numel() for part in parts.values() for parameter in part.parameters())
     sharded = config.data_parallel_sharding in ("gradients", "parameters") and groups.replicas is not None
     if sharded:

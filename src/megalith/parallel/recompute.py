@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megalith.layers.attention import CrossAttention, SelfAttention
+from megalith.layers.block import Block
 from megalith.models.decoder import run_whole
 from megalith.parallel.collectives import Group, gather_copies, scatter_copies, size_of
 from megalith.parallel.tensor import TOKENS
@@ -59,3 +60,18 @@ def recompute_blocks(model: nn.Module, granularity: str | None, *, every: int = 
         for module in model.modules():
             if isinstance(module, SelfAttention | CrossAttention):
                 module.attend = recomputed(module.attend)
+
+
+def compile_blocks(model: nn.Module, *, memory_budget: float | None) -> None:
+    """Compile every block of the model by itself, in place; the first pass through each kind of block pays for it.
+
+    memory_budget: the share of activations, 0 to 1, that the compiler may keep for the backward pass; what is cheapest
+    to compute again it computes again (torch's activation_memory_budget). None keeps what it likes.
+    """
+    if memory_budget is not None:
+        import torch._functorch.config as partitioning
+
+        partitioning.activation_memory_budget = memory_budget
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile()

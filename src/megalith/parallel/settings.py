@@ -90,3 +90,15 @@ class ParallelConfig:
         section="distributed",
         switch="on",
     )
+    compile_blocks: bool = setting(
+        False,
+        "compile each transformer block (torch.compile); pays on GPUs, rarely on CPUs",
+        section="training",
+        switch="on",
+    )
+    activation_memory_budget: float | None = setting(
+        None,
+        "with --compile-blocks: keep this share of the activations, recompute the cheapest rest",
+        section="training",
+        unit="0 to 1",
+    )
