@@ -45,7 +45,8 @@ def attend(
     that they fit fp16; it matters only where scores are stored at all, that is with dropout.
     """
     if dropout is not None:
-        return _attend_with_dropout(q_BHTK, k_BHSK, v_BHSK, mask, scale, divisor, dropout)
+        dropped: Tensor = _attend_with_dropout(q_BHTK, k_BHSK, v_BHSK, mask, scale, divisor, dropout)
+        return dropped
     if mask.blocks is not None:
         attended: Tensor = _compiled_flex_attention()(q_BHTK, k_BHSK, v_BHSK, block_mask=mask.blocks, scale=scale)
         return attended
@@ -53,7 +54,7 @@ def attend(
     return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask.visible, is_causal=causal, scale=scale)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_with_dropout(
     q_BHTK: Tensor,
     k_BHSK: Tensor,

@@ -86,7 +86,7 @@ class _Attention(nn.Module):
         return o_BHTK.transpose(1, 2).flatten(2)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _rows_of_heads(rows_BT: Tensor, first: int, num_heads: int) -> Tensor:
     """int32 BHT: one word per query and head. Inductor (torch 2.13, CPU) gets the words of a fused arange wrong."""
     words_H = number_words(num_heads, first=first, device=rows_BT.device)
