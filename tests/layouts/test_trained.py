@@ -1,0 +1,28 @@
+"""What was trained on several ranks is evaluated and continued by one process, from the same checkpoint."""
+
+import pytest
+
+from megalith.trained import measure, open_trained
+from tests.layouts.runs import Runs
+
+TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "words"),
+    [(2, [PP, "2"]), (2, ["--data-parallel-sharding", "parameters"]), (4, [TP, "2", PP, "2", "--sequence-parallel"])],
+    ids=["pp2", "zero3", "pp2-tp2-sp"],
+)
+def test_one_process_evaluates_what_many_ranks_trained(
+    world_size: int, words: list[str], runs: Runs, request: pytest.FixtureRequest
+) -> None:
+    if not request.config.getoption("--slow") and world_size > 2:
+        pytest.skip("run with --slow")
+    steps = ["--train-iters", "5"]
+    trained, reference = runs(world_size, *steps, *words), runs(1, *steps)
+    assert open_trained(str(trained), step=None, device="cpu").step == 5
+    found = measure(str(trained), split="train", files=(), step=None, device="cpu")
+    wanted = measure(str(reference), split="train", files=(), step=None, device="cpu")
+    assert found["tokens"] == wanted["tokens"] > 100
+    # Five steps of fp32 sums in another order.
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)

@@ -1,0 +1,90 @@
+"""What a newcomer meets first: the commands, and a sentence for each mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.layouts.runs import run_on, write_data
+
+
+def megalith(*words: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "megalith", *words], capture_output=True, text=True, timeout=120, cwd=cwd
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a few steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert run_on(1, ["--train-iters", "3"], folder / "run", write_data(folder)) == 0
+    return folder / "run"
+
+
+def test_without_words_the_commands_are_listed() -> None:
+    done = megalith()
+    assert done.returncode == 2
+    for command in ("pretrain", "preprocess", "generate", "evaluate", "convert"):
+        assert command in done.stdout
+    assert megalith("--help").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["pretain"], "pretain is not a command"),
+        (["pretrain", "--num-layer", "3"], "--num-layer: is not a known flag. Did you mean --num-layers?"),
+        (["pretrain", "gptt"], "gptt: is neither a task"),
+        (["pretrain", "--preset", "quickstrat"], "Did you mean quickstart?"),
+        (["pretrain", "none.toml"], "none.toml: cannot be read (No such file or directory)"),
+        (["pretrain", "--preset", "gpt2-small", "--data-path", "x"], "--vocab-file: is required by GPT2BPETokenizer"),
+        (["generate", "nowhere"], "nowhere: is not a run directory"),
+        (["generate", "run", "--temprature", "1"], "unrecognized arguments: --temprature"),
+        (["evaluate", "nowhere", "--split", "valid"], "nowhere: is not a run directory"),
+        (["preprocess", "--inptu", "x"], "did you mean --input?"),
+    ],
+)
+def test_a_mistake_is_one_sentence_on_standard_error_and_status_2(words: list[str], said: str, tmp_path: Path) -> None:
+    done = megalith(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_data_is_named_with_what_lies_near(tmp_path: Path) -> None:
+    prefix = write_data(tmp_path)
+    words = ["--tokenizer-type", "ByteLevelTokenizer", "--num-layers", "1", "--hidden-size", "8"]
+    words += ["--num-attention-heads", "1", "--seq-length", "8", "--max-position-embeddings", "8", "--lr", "1"]
+    words += ["--micro-batch-size", "1", "--train-iters", "1", "--log-format", "rich"]
+    done = megalith("pretrain", *words, "--data-path", str(prefix).replace("bytes", "bites"))
+    assert done.returncode == 2
+    assert "bites_document" in done.stderr and "bytes_document" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_generate_continues_one_prompt_or_several(trained: Path) -> None:
+    one = megalith("generate", str(trained), "--prompt", "ab", "--max-new-tokens", "4", "--greedy")
+    assert one.returncode == 0, one.stderr
+    assert one.stdout.startswith("ab")
+    several = megalith("generate", str(trained), "--prompt", "ab", "--prompt", "c", "--max-new-tokens", "4", "--greedy")
+    assert several.stdout.startswith("--- 1 ---\n" + one.stdout)
+    assert "--- 2 ---\nc" in several.stdout
+
+
+def test_evaluate_gives_loss_and_perplexity_of_a_split_and_of_files(trained: Path, tmp_path: Path) -> None:
+    split = megalith("evaluate", str(trained), "--split", "train", "--json")
+    assert split.returncode == 0, split.stderr
+    report = json.loads(split.stdout)
+    assert report["step"] == 3 and report["tokens"] > 100 and 1 < report["perplexity"] < 1e4
+    text = tmp_path / "text.txt"
+    text.write_text("some text to be measured\n" * 4)
+    done = megalith("evaluate", str(trained), "--file", str(text), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] == 100  # 25 bytes a line, an end of document, the first is not predicted
+    empty = megalith("evaluate", str(trained), "--split", "test")
+    assert empty.returncode == 2
+    assert "has no documents" in empty.stderr
