@@ -1,7 +1,6 @@
 """--corpus: text that is already on the machine, made into token files with a tokenizer trained on it, once per run."""
 
 import dataclasses
-import itertools
 import os
 from pathlib import Path
 
@@ -13,8 +12,6 @@ from megalith.data.indexed import IndexedWriter, best_dtype, idx_path
 from megalith.data.tokenizer import load_tokenizer, train_byte_bpe
 from megalith.monitor.log import RunLog
 from megalith.parallel.mesh import Layout
-
-BATCH = 256  # documents tokenized at once
 
 
 def prepare_corpus(run: Run, layout: Layout, log: RunLog) -> Run:
@@ -56,12 +53,11 @@ def tokenizer_folder(prefix: Path) -> Path:
 def make_corpus(prefix: Path, vocab_size: int) -> None:
     """Train a byte-level BPE on the text and write the text's tokens; the index, written last, makes it whole."""
     folder = tokenizer_folder(prefix)
-    train_byte_bpe(standard_library_documents(), vocab_size, folder)
+    documents = list(standard_library_documents())
+    train_byte_bpe(documents, vocab_size, folder)
     tokenizer = load_tokenizer(
         "GPT2BPETokenizer", vocab_file=str(folder / "vocab.json"), merge_file=str(folder / "merges.txt")
     )
-    documents = standard_library_documents()
     with IndexedWriter(prefix, best_dtype(tokenizer.vocab_size), overwrite=True) as writer:
-        while batch := list(itertools.islice(documents, BATCH)):
-            for tokens in tokenizer.encode_batch(batch):
-                writer.add_document([[*tokens, tokenizer.eod]])
+        for tokens in tokenizer.encode_batch(documents):
+            writer.add_document([[*tokens, tokenizer.eod]])

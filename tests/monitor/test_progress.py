@@ -16,7 +16,7 @@ from megalith.monitor.outlet import read_records
 from megalith.monitor.progress import REFRESH_SECONDS, Pace, fitted
 from tests.monitor.reports import STARTED, evaluated, interval_done, step_done
 
-COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
+COLOUR = re.compile(r"\x1b\[[0-9;]*[39][0-9][0-9;]*m")
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 

@@ -136,7 +136,7 @@ class SentencePieceCodec:
 
 
 def _flat(lists: Iterable[list[int]]) -> tuple[Ids, Places]:
-    arrays = [np.array(ids, np.int32) for ids in lists]
+    arrays = [np.fromiter(ids, np.int32, len(ids)) for ids in lists]
     lengths = np.array([len(ids) for ids in arrays], np.int64)
     return (np.concatenate(arrays) if arrays else np.empty(0, np.int32)), lengths
 
