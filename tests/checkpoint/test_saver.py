@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import megalith.checkpoint.saver as saver_module
 from megalith.checkpoint.directory import CheckpointError, list_checkpoints
 from megalith.checkpoint.pieces import Piece, whole
 from megalith.checkpoint.saver import AsyncSaver
@@ -70,17 +71,26 @@ def test_a_second_save_waits_for_the_first(tmp_path: Path) -> None:
     saver.close()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_a_copy_has_the_bits_of_its_source_whatever_its_layout(dtype: torch.dtype) -> None:
+    whole = torch.arange(60).view(3, 4, 5).to(dtype)
+    for source in (whole, whole.transpose(0, 2), whole[:, 1:3], whole[1, 2, 3], whole[:0], whole[0].t()):
+        target = torch.empty(source.shape, dtype=dtype)
+        saver_module.copy_alone(target, source)
+        assert torch.equal(target, source)
+
+
 def test_with_overlap_only_the_update_waits_for_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started, go_on = threading.Event(), threading.Event()
     saver = AsyncSaver(tmp_path)
-    original = Tensor.copy_
+    original = saver_module.copy_alone
 
-    def slow_copy(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    def slow_copy(target: Tensor, source: Tensor) -> None:
         started.set()
         assert go_on.wait(20)
-        return original(self, source, non_blocking)
+        original(target, source)
 
-    monkeypatch.setattr(Tensor, "copy_", slow_copy)
+    monkeypatch.setattr(saver_module, "copy_alone", slow_copy)
     tensors = tensors_at(1)
     saver.save(1, pieces_of(tensors), state_at(1), overlap=True)
     assert started.wait(20)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -61,7 +62,7 @@ class HostCopy:
             self._copy_from_cuda(sources, ready)
             return
         for name, tensor in sources.items():
-            self.tensors[name].copy_(tensor)
+            copy_alone(self.tensors[name], tensor)
 
     def _copy_from_cuda(self, sources: Mapping[str, Tensor], ready: torch.cuda.Event) -> None:
         device = next(tensor.device for tensor in sources.values() if tensor.is_cuda)
@@ -73,6 +74,21 @@ class HostCopy:
                 for name, tensor in sources.items():
                     self.tensors[name].copy_(tensor, non_blocking=True)
             self._stream.synchronize()
+
+
+def copy_alone(target: Tensor, source: Tensor) -> None:
+    """Copy between tensors in host memory by this thread alone.
+
+    torch would start a pool of threads for this thread beside the training's. With more threads than cores the OpenMP
+    library lets all of them sleep instead of spin at every product: training ran at 0.7 of its speed from then on.
+    """
+    if source.is_contiguous() and source.numel():
+        np.copyto(target.view(-1).view(torch.uint8).numpy(), source.view(-1).view(torch.uint8).numpy())
+    elif source.dim() and source.numel():
+        for part, from_part in zip(target, source, strict=True):
+            copy_alone(part, from_part)
+    else:
+        target.copy_(source)
 
 
 def computed(tensors: Mapping[str, Tensor]) -> torch.cuda.Event | None:
