@@ -1,16 +1,19 @@
 """What a run leaves a person with: what was learnt, a sample of it, and how to go on."""
 
 import sys
-from collections.abc import Mapping
 
 import numpy as np
+import torch
 
 from megalith.data.causal import CausalBatches, CausalDataset
+from megalith.derived import compute_dtype, sequence_length
 from megalith.evaluate.generate import Sampling
+from megalith.evaluate.laid import continue_together
 from megalith.evaluate.loss import unigram_entropy
-from megalith.evaluate.talk import continuations, shown
+from megalith.evaluate.talk import continuations, eod_of, prompt_ids, shown
 from megalith.job import Job
 from megalith.models.decoder import Decoder
+from megalith.models.shape import shape_of
 from megalith.monitor.log import choose_format
 
 SAMPLE_TOKENS = 120
@@ -68,19 +71,31 @@ def _entropy_of(source: object) -> float | None:
 
 
 def _tell_sample(job: Job) -> None:
-    """What the model makes of --sample-prompt; only where one rank holds the whole model."""
+    """What the model makes of --sample-prompt. Every rank takes part."""
     prompt = job.run.evaluate.sample_prompt
-    parts: Mapping[int, object] = job.laid.parts
-    model = parts.get(0)
-    whole = job.layout.tensor == job.layout.pipeline == job.layout.context == 1
-    if prompt is None or not isinstance(model, Decoder):
+    if prompt is None:
         return
-    if not whole or job.run.parallel.data_parallel_sharding in ("gradients", "parameters"):
-        job.log.line("no sample is shown: no rank holds the whole model; megalith generate will show one")
-        return
-    text = continuations(
-        model, job.tokenizer, [prompt], max_new_tokens=SAMPLE_TOKENS, sampling=Sampling(temperature=0.7, top_p=0.95)
-    )[0]
+    layout, shape = job.layout, shape_of(job.run.model)
+    sampling = Sampling(temperature=0.7, top_p=0.95)
+    model = job.laid.parts.get(0)
+    if layout.world_size == 1 and isinstance(model, Decoder):
+        text = continuations(model, job.tokenizer, [prompt], max_new_tokens=SAMPLE_TOKENS, sampling=sampling)[0]
+    else:
+        dtype = "float32" if job.run.model.fp32_residual_connection else compute_dtype(job.run)
+        tokens = continue_together(
+            job.laid.parts,
+            layout,
+            job.groups,
+            prompt_ids(job.tokenizer, prompt),
+            max_new_tokens=SAMPLE_TOKENS,
+            window=sequence_length(job.run),
+            stream=(shape.width, getattr(torch, dtype)),
+            sampling=sampling,
+            vocab_size=job.tokenizer.vocab_size,
+            eod=eod_of(job.tokenizer),
+            device=job.device,
+        )
+        text = job.tokenizer.decode(tokens)
     job.log.line("a sample (the prompt is the first line's beginning):")
     for line in shown(prompt + text).splitlines():
         job.log.line(f"  | {line}")

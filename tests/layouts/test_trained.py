@@ -1,5 +1,8 @@
 """What was trained on several ranks is evaluated and continued by one process, from the same checkpoint."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from megalith.trained import measure, open_trained
@@ -26,3 +29,30 @@ def test_one_process_evaluates_what_many_ranks_trained(
     assert found["tokens"] == wanted["tokens"] > 100
     # Five steps of fp32 sums in another order.
     assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+
+
+def sample_of(save: Path) -> list[str]:
+    """The lines of the sample that a run showed at its end."""
+    records = [json.loads(line) for line in (save / "log.jsonl").read_text().splitlines()]
+    return [record["text"] for record in records if record["event"] == "line" and record["text"].startswith("  | ")]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "words"),
+    [
+        (2, [PP, "2"]),
+        (2, [PP, "2", "--num-layers-per-virtual-pipeline-stage", "1"]),
+        (2, ["--data-parallel-sharding", "parameters"]),
+        (2, ["--context-parallel-size", "2"]),
+        (4, [TP, "2", PP, "2", "--sequence-parallel"]),
+    ],
+    ids=["pp2", "pp2-interleaved", "zero3", "cp2", "pp2-tp2-sp"],
+)
+def test_every_layout_shows_the_sample_that_one_rank_shows(
+    world_size: int, words: list[str], runs: Runs, request: pytest.FixtureRequest
+) -> None:
+    if not request.config.getoption("--slow") and world_size == 2 and words[0] != PP:
+        pytest.skip("run with --slow")
+    steps = ["--train-iters", "5", "--sample-prompt", "ab"]
+    sample = sample_of(runs(world_size, *steps, *words))
+    assert sample and sample == sample_of(runs(1, *steps))
