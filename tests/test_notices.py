@@ -94,6 +94,13 @@ def test_values_that_are_done_as_asked_get_no_line(words: str) -> None:
     assert list(notes(run_of(words))) == []
 
 
+def test_a_switch_that_changes_nothing_is_said_to() -> None:
+    assert list(notes(run_of("--sequence-parallel"))) == [
+        "note: --sequence-parallel cuts the sequence over tensor ranks; with one it changes nothing."
+    ]
+    assert list(notes(run_of("--sequence-parallel --tensor-model-parallel-size 2"))) == []
+
+
 def test_an_argument_of_another_task_is_answered_with_that_task() -> None:
     assert list(notes(run_of("--mask-prob 0.3"))) == [
         "note: --mask-prob belongs to the task bert; it changes nothing for gpt."

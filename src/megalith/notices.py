@@ -56,6 +56,8 @@ def notes(run: Run) -> Iterator[str]:
             yield f"note: {setting.flag} belongs to the task {task}; it changes nothing for {run.task}."
     if run.parallel.deterministic:
         yield "note: --deterministic adds gradients in a fixed order and computes with one CPU thread a rank: slower."
+    if run.parallel.sequence_parallel and run.parallel.tensor_model_parallel_size == 1:
+        yield "note: --sequence-parallel cuts the sequence over tensor ranks; with one it changes nothing."
 
 
 def overridden(run: Run) -> list[str]:
