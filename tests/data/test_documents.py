@@ -54,6 +54,37 @@ def test_json_lines_are_documents(tmp_path: Path) -> None:
     assert read(tmp_path / "a.jsonl") == good("one", "two\nlines", "", "\u4e2d \U0001f600", "last")
 
 
+ODD_LINES = [
+    '{"text": "a\\ud83d"}',
+    '{"text": "\\ud83d\\ude00"}',
+    '{"text": "a", "text": "b"}',
+    '{"text": NaN}',
+    '{"text": "a", "n": NaN}',
+    '{"text": "a", "n": 123456789012345678901234567890}',
+    '{"text": null}',
+    '{"text": ["a"]}',
+    '{"other": "a"}',
+    '["text"]',
+    '"text"',
+    '{"text": "a"} x',
+    '{"text": "tab\there"}',
+    '{"text": "' + "a" * 1000 + '"',
+    "[" * 5000,
+    '{"text": "a", "deep": ' + "[" * 600 + "]" * 600 + "}",
+]
+
+
+@pytest.mark.parametrize("line", ODD_LINES, ids=range(len(ODD_LINES)))
+def test_the_fast_parser_and_the_standard_one_agree_on_every_line(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    assert megalith.data.documents.fast_json is not None
+    fast = [str(found) for found in read(tmp_path / "a.jsonl")]
+    monkeypatch.setattr(megalith.data.documents, "fast_json", None)
+    assert fast == [str(found) for found in read(tmp_path / "a.jsonl")]
+
+
 @pytest.mark.usefixtures("read_size")
 def test_text_is_a_document_by_file_paragraph_or_line(tmp_path: Path) -> None:
     text = "\n\nA first\nparagraph.\n\n  \t\n  indented\r\n\r\nlast \u4e2d"

@@ -7,13 +7,20 @@ by file, line and byte offset wherever it is found. Offsets count the uncompress
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megalith.data.input_files import ByteStream, Source, open_stream
+
+fast_json: Callable[[str], Any] | None
+try:
+    from orjson import loads as fast_json
+except ImportError:  # it comes with the extra `data`
+    fast_json = None
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -298,6 +305,12 @@ def _fault_at(part: Part, content: bytes, end: re.Pattern[bytes], number: int, r
 
 
 def _parse_json(line: str, keys: Sequence[str]) -> tuple[str, ...]:
+    if fast_json is not None:
+        # What it refuses is looked at again below: the standard library's parser decides, and says why.
+        with suppress(ValueError):
+            document = fast_json(line)
+            if isinstance(document, dict) and all(isinstance(document.get(key), str) for key in keys):
+                return tuple(document[key] for key in keys)
     try:
         document = json.loads(line)
     except json.JSONDecodeError as error:
