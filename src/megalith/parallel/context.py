@@ -11,7 +11,7 @@ heads, and trade back.
 Shape letters: B batch, H heads, T tokens held here, S all tokens, K head width.
 """
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -34,8 +34,12 @@ def places_held(num_tokens: int, rank: int, ranks: int) -> Tensor:
     return torch.cat([torch.arange(first, first + chunk), torch.arange(second, second + chunk)])
 
 
+@cache
 def natural_order(num_tokens: int, ranks: int) -> Tensor:
-    """int64: where each token of the sequence stands once the parts of all ranks are joined in rank order."""
+    """int64: where each token of the sequence stands once the parts of all ranks are joined in rank order.
+
+    Kept, since every attention of every microbatch asks for it; only to be read.
+    """
     joined = torch.cat([places_held(num_tokens, rank, ranks) for rank in range(ranks)])
     return joined.argsort()
 
