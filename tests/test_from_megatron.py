@@ -10,7 +10,7 @@ from megalith.config import known_settings
 from megalith.derived import OURS
 from megalith.fields import describe
 from megalith.notices import REPLACED
-from megalith.task import TASK_ROWS
+from megalith.task_rows import TASK_ROWS
 
 GUIDE = Path(__file__).parent.parent / "docs" / "from-megatron.md"
 ROW = re.compile(r"\| `(\w+)` \| (?:`(--[\w-]+)`|\(none\)) \| (.+) \|")

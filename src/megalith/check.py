@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megalith.check_layout import layout_faults, num_replicas
+from megalith.check_tasks import task_faults
 from megalith.config import Fault, Run, flag_of
 from megalith.derived import compute_dtype, global_batch_size, tokenizer_type
 
@@ -25,6 +26,7 @@ def check(run: Run, world_size: int) -> list[Fault]:
         *_schedule(run),
         *_precision(run),
         *_data(run),
+        *task_faults(run),
         *_checkpoint(run),
     ]
 
@@ -236,7 +238,12 @@ def _data(run: Run) -> Iterator[Fault]:
             f"has {len(data.data_path)} words",
             "Give one prefix, or WEIGHT PREFIX WEIGHT PREFIX ...",
         )
-    kind = tokenizer_type(run)
+    if run.task != "vit":
+        yield from _tokenizer(run)
+
+
+def _tokenizer(run: Run) -> Iterator[Fault]:
+    data, kind = run.data, tokenizer_type(run)
     wanted = {
         "GPT2BPETokenizer": ("vocab_file", "merge_file"),
         "BertWordPieceLowerCase": ("vocab_file",),

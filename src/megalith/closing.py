@@ -2,14 +2,11 @@
 
 import sys
 
-import numpy as np
 import torch
 
-from megalith.data.causal import CausalBatches, CausalDataset
 from megalith.derived import compute_dtype, sequence_length
 from megalith.evaluate.generate import Sampling
 from megalith.evaluate.laid import continue_together
-from megalith.evaluate.loss import unigram_entropy
 from megalith.evaluate.talk import continuations, eod_of, prompt_ids, shown
 from megalith.job import Job
 from megalith.models.decoder import Decoder
@@ -17,7 +14,6 @@ from megalith.models.shape import shape_of
 from megalith.monitor.log import choose_format
 
 SAMPLE_TOKENS = 120
-MOST_COUNTED = 20_000_000  # tokens looked at for the frequencies
 
 
 def tell_what_next(job: Job, reason: str | None) -> None:
@@ -34,9 +30,7 @@ def tell_what_next(job: Job, reason: str | None) -> None:
         lines.append("  go on:    the same command again")
     else:
         lines.append(f"  longer:   the same command with --train-iters {2 * job.last_step} --override-lr-scheduler")
-    if job.run.task == "gpt":
-        lines.append(f'  talk:     megalith generate {save} --prompt "..."')
-        lines.append(f"  measure:  megalith evaluate {save}")
+    lines += [f"  {word + ':':<9} {command.replace('{save}', save)}" for word, command in job.task.next_commands]
     for line in lines:
         job.log.line(line)
 
@@ -46,56 +40,52 @@ def _tell_losses(job: Job) -> None:
     if not job.run.evaluate.unigram_baseline or not job.validations:
         return
     (first_step, first), (last_step, last) = job.validations[0], job.validations[-1]
-    name = job.task.losses[0]
-    entropy = _entropy_of(job.loaders["valid"].source)
+    baseline = job.task.baseline(job.run, job.loaders["valid"].source)
+    name = job.task.losses[0] if baseline is None else baseline.loss
     if last_step > first_step:
-        job.log.line(f"validation loss: {first[name]:.3f} at step {first_step}, {last[name]:.3f} at step {last_step}")
-    else:
-        job.log.line(f"validation loss: {last[name]:.3f} at step {last_step}")
-    if entropy is not None:
         job.log.line(
-            f"unigram entropy: {entropy:.3f}, the loss of knowing how often each token occurs and nothing else; "
-            f"the model is {entropy - last[name]:.3f} below it"
+            f"validation {_spoken(name)}: {first[name]:.3f} at step {first_step}, {last[name]:.3f} at step {last_step}"
+        )
+    else:
+        job.log.line(f"validation {_spoken(name)}: {last[name]:.3f} at step {last_step}")
+    if baseline is not None:
+        job.log.line(
+            f"{baseline.title}: {baseline.value:.3f}, {baseline.meaning}; "
+            f"the model is {baseline.value - last[name]:.3f} below it"
         )
 
 
-def _entropy_of(source: object) -> float | None:
-    """Nats per token of the validation documents' frequencies; None for data that is no single corpus."""
-    if not isinstance(source, CausalBatches) or not isinstance(source.rows, CausalDataset):
-        return None
-    dataset = source.rows
-    documents = np.unique(np.asarray(dataset.maps.doc_idx))
-    parts = [dataset.indexed.read(int(document)) for document in documents]
-    tokens = np.concatenate(parts)[:MOST_COUNTED]
-    return unigram_entropy(tokens)
+def _spoken(loss: str) -> str:
+    """The main loss is just the loss."""
+    return "loss" if loss == "lm loss" else loss
 
 
 def _tell_sample(job: Job) -> None:
     """What the model makes of --sample-prompt. Every rank takes part."""
-    prompt = job.run.evaluate.sample_prompt
-    if prompt is None:
+    prompt, tokenizer = job.run.evaluate.sample_prompt, job.tokenizer
+    if prompt is None or tokenizer is None or job.run.task != "gpt":
         return
     layout, shape = job.layout, shape_of(job.run.model)
     sampling = Sampling(temperature=0.7, top_p=0.95)
     model = job.laid.parts.get(0)
     if layout.world_size == 1 and isinstance(model, Decoder):
-        text = continuations(model, job.tokenizer, [prompt], max_new_tokens=SAMPLE_TOKENS, sampling=sampling)[0]
+        text = continuations(model, tokenizer, [prompt], max_new_tokens=SAMPLE_TOKENS, sampling=sampling)[0]
     else:
         dtype = "float32" if job.run.model.fp32_residual_connection else compute_dtype(job.run)
         tokens = continue_together(
             job.laid.parts,
             layout,
             job.groups,
-            prompt_ids(job.tokenizer, prompt),
+            prompt_ids(tokenizer, prompt),
             max_new_tokens=SAMPLE_TOKENS,
             window=sequence_length(job.run),
             stream=(shape.width, getattr(torch, dtype)),
             sampling=sampling,
-            vocab_size=job.tokenizer.vocab_size,
-            eod=eod_of(job.tokenizer),
+            vocab_size=tokenizer.vocab_size,
+            eod=eod_of(tokenizer),
             device=job.device,
         )
-        text = job.tokenizer.decode(tokens)
+        text = tokenizer.decode(tokens)
     job.log.line("a sample (the prompt is the first line's beginning):")
     for line in shown(prompt + text).splitlines():
         job.log.line(f"  | {line}")

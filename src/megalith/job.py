@@ -20,7 +20,6 @@ from megalith.derived import (
     global_batch_size,
     recompute_granularity,
     reference_arguments,
-    sequence_length,
     tokenizer_type,
 )
 from megalith.models.shape import shape_of
@@ -53,7 +52,8 @@ from megalith.optim.loss_scale import LossScale, make_loss_scale
 from megalith.optim.schedule import Schedule, make_schedule
 from megalith.parallel.apply import TIED, Laid, Sizes, lay_out
 from megalith.parallel.mesh import Groups, Layout, make_groups
-from megalith.task import TASK_ROWS, Task
+from megalith.task import Task
+from megalith.task_rows import TASK_ROWS
 
 
 @dataclass
@@ -81,8 +81,8 @@ class Job:
     log: RunLog
     timers: Timers
     ledger: Ledger
-    tokenizer: Tokenizer
-    vocab_size: int  # padded
+    tokenizer: Tokenizer | None  # None for a task that reads no text
+    vocab_size: int  # padded; 0 without a tokenizer
     laid: Laid
     optimizer: torch.optim.Optimizer
     schedule: Schedule
@@ -129,13 +129,7 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
     timers = Timers(torch.cuda.synchronize if device.type == "cuda" and run.monitor.log_interval == 1 else None)
     batch_sizes = make_batch_sizes(run.optimizer, data_parallel=layout.data)
     announce_start(run, layout, batch_sizes, log)
-    log.line(lines.building_tokenizer(tokenizer_type(run)), detail=True)
-    tokenizer = open_tokenizer(run, layout)
-    # Padded alike for every layout, so that a checkpoint and the loss do not depend on one.
-    vocab_size = padded_vocab_size(tokenizer.vocab_size, run.model.make_vocab_size_divisible_by, 1)
-    log.report(TokenizerBuilt(tokenizer.name, tokenizer.vocab_size, vocab_size))
-    if text := padding_warning(run, tokenizer.vocab_size, vocab_size):
-        log.report(Warned(text))
+    tokenizer, vocab_size = announce_tokenizer(run, layout, log) if task.has_tokenizer else (None, 0)
     if (folder := scalars_folder(run)) is not None:
         log.report(ScalarsOpened(folder))
     log.line(lines.initializing_distributed(), detail=True)
@@ -148,7 +142,7 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
         laid = lay_out(
             task.build_part(run, vocab_size, dtype),
             task.run_part,
-            model_sizes(run, vocab_size, dtype, num_losses=len(task.losses)),
+            model_sizes(run, task, vocab_size, dtype),
             run.parallel,
             layout,
             groups,
@@ -156,7 +150,7 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
             seed=None if run.train.exit_before_training else run.train.seed,
             recompute=recompute_granularity(run),
             compute_dtype=dtype,
-            is_tied=not run.model.untie_embeddings_and_output_weights,
+            is_tied=task.is_tied(run),
         )
         optimizer = build_optimizer(laid.trained, run.optimizer, same_on_every_cut=run.parallel.deterministic)
     log.report(model_built(task, laid, layout, groups))
@@ -205,19 +199,20 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     return datasheet_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
 
 
-def model_sizes(run: Run, vocab_size: int, dtype: torch.dtype, *, num_losses: int) -> Sizes:
+def model_sizes(run: Run, task: Task, vocab_size: int, dtype: torch.dtype) -> Sizes:
     """What the layout needs to know; costs are floating-point operations, in those of a layer."""
-    shape, tokens = shape_of(run.model), sequence_length(run)
+    shape, tokens = shape_of(run.model), task.num_places(run)
     heads = shape.num_heads * shape.head_width
     layer = 8 * shape.width * heads + 4 * shape.width * shape.inner + 4 * tokens * heads
     return Sizes(
-        num_layers=shape.num_layers,
+        num_layers=task.num_layers(run),
         width=shape.width,
         first_cost=0.0,  # looking up is no work next to a layer's
         last_cost=2 * shape.width * vocab_size / layer,
         stream_dtype=torch.float32 if run.model.fp32_residual_connection else dtype,
-        num_losses=num_losses,
+        num_losses=len(task.losses),
         tokens=tokens,
+        entering=task.entering,
     )
 
 
@@ -287,6 +282,18 @@ def announce_ranks(run: Run, layout: Layout, log: RunLog, *, started: float) -> 
     )
     log.report(Initialized(time.time() - started))
     log.report(PlaceReached("after megatron is initialized"))
+
+
+def announce_tokenizer(run: Run, layout: Layout, log: RunLog) -> tuple[Tokenizer, int]:
+    """The tokenizer and the size of the padded vocabulary, announced."""
+    log.line(lines.building_tokenizer(tokenizer_type(run)), detail=True)
+    tokenizer = open_tokenizer(run, layout)
+    # Padded alike for every layout, so that a checkpoint and the loss do not depend on one.
+    vocab_size = padded_vocab_size(tokenizer.vocab_size, run.model.make_vocab_size_divisible_by, 1)
+    log.report(TokenizerBuilt(tokenizer.name, tokenizer.vocab_size, vocab_size))
+    if text := padding_warning(run, tokenizer.vocab_size, vocab_size):
+        log.report(Warned(text))
+    return tokenizer, vocab_size
 
 
 def open_tokenizer(run: Run, layout: Layout) -> Tokenizer:

@@ -2,27 +2,10 @@
 
 import time
 
-from megalith.derived import sequence_length
 from megalith.job import Job
-from megalith.models.shape import shape_of
 from megalith.monitor.events import MemoryReported, RankMemory, StepDone, TimersReported
-from megalith.monitor.flops import training_flops
 from megalith.monitor.memory import MemoryUse
 from megalith.monitor.timers import STEP_TIMERS
-
-
-def step_flops(job: Job, batch_size: int) -> float:
-    """Floating-point operations that the model needs for a step of that many sequences, recomputation apart."""
-    shape = shape_of(job.run.model)
-    return training_flops(
-        num_layers=shape.num_layers,
-        hidden_size=shape.width,
-        seq_length=sequence_length(job.run),
-        vocab_size=job.vocab_size,
-        batch=batch_size,
-        ffn_hidden_size=shape.inner,
-        attention_width=shape.num_heads * shape.head_width,
-    )
 
 
 def report_interval(job: Job, last: StepDone) -> None:

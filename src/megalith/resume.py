@@ -172,7 +172,8 @@ def identity_of(job: Job) -> dict[str, Any]:
         "kv_channels": shape.head_width,
         "max_position_embeddings": shape.num_positions,
         "padded_vocab_size": job.vocab_size,
-        "tokenizer": job.tokenizer.digest,
+        "tokenizer": None if job.tokenizer is None else job.tokenizer.digest,
+        **job.task.identity(job.run),
     }
 
 

@@ -1,66 +1,71 @@
-"""One row per pretraining task: which model, data and losses belong together. A new task is a new row."""
+"""What the train loop needs to know of a pretraining task, and all that it knows. tasks/ holds one a file."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from megalith.config import Run
-from megalith.data.causal import CausalBatches
-from megalith.datasets import build_causal_parts
-from megalith.models.decoder import Decoder
+from megalith.data.loader import BatchSource
+from megalith.models.shape import shape_of
 from megalith.parallel.apply import BuildPart
-from megalith.parallel.step import Batch, RunPart
+from megalith.parallel.step import RunPart
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a predictor that has learnt almost nothing pays, to hold a validation loss against."""
+
+    loss: str  # under which name the task logs what it is to be compared with
+    value: float
+    title: str  # "unigram entropy"
+    meaning: str  # "the loss of knowing how often each token occurs and nothing else"
+
+
+def no_baseline(run: Run, source: BatchSource) -> Baseline | None:
+    """For a task that has none."""
+    return None
+
+
+def layers_of_stack(run: Run) -> int:
+    """The layers of a model that has one stack of them."""
+    return shape_of(run.model).num_layers
+
+
+def same_identity(run: Run) -> dict[str, Any]:
+    """For a task whose weights mean the same wherever the sizes of the transformer are the same."""
+    return {}
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the train loop needs to know of a task, and all that it knows."""
+    """What the train loop needs to know of a task, and all that it knows.
+
+    Functions of a run alone may rely on a run that has passed its checks.
+    """
 
     title: str  # as Megatron-LM's log spells it
     # A part of the model on the meta device: (run, padded vocabulary size, type of activations) -> what builds it.
     build_part: Callable[[Run, int, torch.dtype], BuildPart]
-    # Batches by part of the data, for the number of samples wanted of each.
-    build_parts: Callable[..., Mapping[str, CausalBatches]]
-    # What leaves a part of the model for what enters it; the last part gives the vector of weighted losses.
+    # Batches by part of the data, for the number of samples wanted of each: (run, tokenizer, vocab_size=, targets=,
+    # report=). Every batch has an entry `samples`, int64 B: their numbers in the run.
+    build_parts: Callable[..., Mapping[str, BatchSource]]
+    # What leaves a part of the model for what enters it; the last part gives the vector of weighted losses. A figure
+    # that is only logged (an accuracy) is a detached entry of it.
     run_part: RunPart
     losses: tuple[str, ...]  # under which names they are logged
     masks: tuple[str, ...]  # the entries of a batch that weight them
-
-
-def gpt_part(run: Run, vocab_size: int, dtype: torch.dtype) -> BuildPart:
-    """What builds a part of a GPT, without weights yet."""
-
-    def build(layers: range, first: bool, last: bool) -> Decoder:
-        return Decoder(
-            run.model,
-            vocab_size,
-            dtype=dtype,
-            untie_embeddings_and_output_weights=run.model.untie_embeddings_and_output_weights,
-            layers=layers,
-            first=first,
-            last=last,
-            device="meta",
-        )
-
-    return build
-
-
-def run_gpt_part(part: nn.Module, entering: Tensor, batch: Batch) -> Tensor:
-    """The stream, or from the last part the loss of predicting each next token."""
-    leaving: Tensor = part(
-        entering,
-        batch["positions"],
-        documents=batch.get("documents"),
-        rows=batch.get("rows"),
-        labels=batch["labels"],
-        loss_weights=batch["loss_mask"],
-    )
-    return leaving.reshape(1) if leaving.dim() == 0 else leaving
-
-
-# The tasks that can be trained.
-TASK_ROWS = {
-    "gpt": Task("GPT", gpt_part, build_causal_parts, run_gpt_part, losses=("lm loss",), masks=("loss_mask",)),
-}
+    # Places of a sample in the stream: tokens of all its sequences, or patches and the class token.
+    num_places: Callable[[Run], int]
+    # Floating-point operations of a step, recomputation apart: (run, padded vocabulary size, sequences).
+    step_flops: Callable[[Run, int, int], float]
+    num_layers: Callable[[Run], int] = layers_of_stack  # of all stacks, which pipeline stages share out
+    entering: str = "tokens"  # the entry of a batch that enters the first part
+    has_tokenizer: bool = True
+    is_tied: Callable[[Run], bool] = lambda run: not run.model.untie_embeddings_and_output_weights
+    baseline: Callable[[Run, BatchSource], Baseline | None] = no_baseline
+    # What a checkpoint's weights depend on beside the sizes of the transformer, by name of the setting.
+    identity: Callable[[Run], dict[str, Any]] = same_identity
+    # Commands to go on with at the end of a run: (word, command with {save}).
+    next_commands: tuple[tuple[str, str], ...] = field(default=())

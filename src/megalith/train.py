@@ -16,7 +16,6 @@ from torch import Tensor
 from megalith.closing import tell_what_next
 from megalith.config import Run
 from megalith.corpora import prepare_corpus
-from megalith.derived import sequence_length
 from megalith.job import Job, build_job, open_data, open_log
 from megalith.layers.random import dropout_rows
 from megalith.monitor import lines
@@ -29,7 +28,7 @@ from megalith.optim.schedule import learning_rate
 from megalith.parallel.context import cut_tokens
 from megalith.parallel.mesh import choose_device, joined, make_layout
 from megalith.parallel.step import Batch, mean_losses
-from megalith.report import report_interval, step_flops
+from megalith.report import report_interval
 from megalith.resume import Keeper, resume, try_save_directory
 from megalith.sources import write_run_file
 
@@ -147,7 +146,8 @@ def take_step(job: Job, keeper: Keeper) -> StepDone:
     with timers("batch-generator"), job.ledger.spend("data"):
         microbatches = job.loaders["train"].step_batch(progress.consumed_train_samples, num_microbatches)
     if run.model.hidden_dropout > 0 or run.model.attention_dropout > 0:
-        microbatches = [with_rows(batch, run.train.seed) for batch in microbatches]
+        num_places = job.task.num_places(run)
+        microbatches = [with_rows(batch, run.train.seed, num_places) for batch in microbatches]
 
     job.laid.clear_gradients()
     scale = 1.0 if progress.loss_scale is None else progress.loss_scale.scale
@@ -165,7 +165,7 @@ def take_step(job: Job, keeper: Keeper) -> StepDone:
     return StepDone(
         step=progress.step,
         consumed_samples=progress.consumed_train_samples,
-        num_tokens=batch_size * sequence_length(run),
+        num_tokens=batch_size * job.task.num_places(run),
         seconds=time.perf_counter() - began,
         losses=losses,
         learning_rate=learning_rate(progress.schedule_samples, job.schedule),
@@ -175,14 +175,14 @@ def take_step(job: Job, keeper: Keeper) -> StepDone:
         grad_norm=update.grad_norm,
         num_zeros=update.num_zeros,
         params_norm=weights_norm(job) if run.monitor.log_params_norm else None,
-        model_flops=step_flops(job, batch_size),
+        model_flops=job.task.step_flops(run, job.vocab_size, batch_size),
         memory=memory_use(job.device) if every(progress.step, run.monitor.log_interval) else None,
     )
 
 
-def with_rows(batch: Batch, seed: int) -> Batch:
-    """The batch with the dropout words of its tokens."""
-    return {**batch, "rows": dropout_rows(seed, batch["samples"], batch["tokens"].shape[1])}
+def with_rows(batch: Batch, seed: int, num_places: int) -> Batch:
+    """The batch with the dropout words of its places in the stream."""
+    return {**batch, "rows": dropout_rows(seed, batch["samples"], num_places)}
 
 
 def run_microbatches(job: Job, microbatches: list[Batch], *, scale: float, backward: bool) -> dict[str, Tensor]:

@@ -44,7 +44,8 @@ class Sizes:
     last_cost: float  # of the output layer and the loss, in layers
     stream_dtype: torch.dtype
     num_losses: int
-    tokens: int  # of a sequence
+    tokens: int  # places of a sample in the stream
+    entering: str = "tokens"  # the entry of a batch that enters the first part
 
 
 @dataclass(frozen=True)
@@ -288,8 +289,8 @@ def _engine(
     if layout.pipeline == 1:
         model = parts[0]
         if config.deterministic:
-            return OrderedWholeModel(model, run_part, groups.replicas)
-        return WholeModel(model, run_part, reduction, groups.replicas)
+            return OrderedWholeModel(model, run_part, groups.replicas, entering=sizes.entering)
+        return WholeModel(model, run_part, reduction, groups.replicas, entering=sizes.entering)
     from megalith.parallel.pipeline import Pipeline
 
     assert groups.pipeline is not None
@@ -306,6 +307,7 @@ def _engine(
         stream_shape=(tokens, sizes.width),
         stream_dtype=sizes.stream_dtype,
         num_losses=sizes.num_losses,
+        entering=sizes.entering,
         sums_over=(groups.replicas, groups.pipeline),
     )
 

@@ -52,7 +52,8 @@ class Pipeline:
     """The engine of a model that is cut into stages.
 
     parts: those held here, by number; num_parts: of the whole model. stream_shape: of what travels for a microbatch of
-    one sample, without the batch dimension. sums_over: the groups over which losses add up, replicas and stages.
+    one sample, without the batch dimension. entering: the entry of a batch that enters the first part. sums_over: the
+    groups over which losses add up, replicas and stages.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Pipeline:
         stream_dtype: torch.dtype,
         num_losses: int,
         sums_over: Sequence[Group],
+        entering: str = "tokens",
     ) -> None:
         self._parts = {number: _Part(part, run_part) for number, part in sorted(parts.items())}
         self._num_parts = num_parts
@@ -78,16 +80,16 @@ class Pipeline:
         self._stream_dtype = stream_dtype
         self._num_losses = num_losses
         self._sums_over = sums_over
+        self._entering = entering
         self._made: dict[tuple[int, int, bool], _PipelineSchedule] = {}
         self._losses: list[Tensor] = []
 
     def run(self, microbatches: Sequence[Batch], *, backward: bool, timers: Timers) -> Tensor:
-        size = microbatches[0]["tokens"].shape[0]
-        schedule = self._schedule_for(len(microbatches), size, backward)
+        schedule = self._schedule_for(len(microbatches), microbatches[0][self._entering], backward)
         batch: dict[str, Any] = {n: torch.cat([micro[n] for micro in microbatches]) for n in microbatches[0]}
-        entering = [batch["tokens"]] if 0 in self._parts else []
+        entering = [batch[self._entering]] if 0 in self._parts else []
         # Every stage is given the target, since torch splits it along with the rest; only the last looks at it.
-        target = batch["tokens"] if self._num_parts - 1 in self._parts else None
+        target = batch[self._entering] if self._num_parts - 1 in self._parts else None
         self._losses = []
         if backward:
             with timers("forward-backward"):
@@ -104,11 +106,11 @@ class Pipeline:
         self._losses.append(losses.detach())
         return losses.sum()
 
-    def _schedule_for(self, num_microbatches: int, size: int, backward: bool) -> _PipelineSchedule:
-        """The schedule for that many microbatches of that size; stages keep buffers of both, so each has its own."""
-        asked = (num_microbatches, size, backward)
+    def _schedule_for(self, num_microbatches: int, entering: Tensor, backward: bool) -> _PipelineSchedule:
+        """The schedule for that many such microbatches; stages keep buffers of their size, so each has its own."""
+        asked = (num_microbatches, entering.shape[0], backward)
         if asked not in self._made:
-            stages = [self._stage(number, part, size, backward) for number, part in self._parts.items()]
+            stages = [self._stage(number, part, entering, backward) for number, part in self._parts.items()]
             kind, takes_several = SCHEDULES[self._schedule]
             self._made[asked] = kind(
                 stages if takes_several else stages[0],
@@ -118,16 +120,16 @@ class Pipeline:
             )
         return self._made[asked]
 
-    def _stage(self, number: int, part: nn.Module, size: int, backward: bool) -> PipelineStage:
+    def _stage(self, number: int, part: nn.Module, entering: Tensor, backward: bool) -> PipelineStage:
+        size = entering.shape[0]
         stream = torch.empty(size, *self._stream_shape, dtype=self._stream_dtype, device="meta", requires_grad=backward)
-        tokens = torch.empty(size, *self._stream_shape[:1], dtype=torch.int64, device="meta")
         losses = torch.empty(self._num_losses, device="meta", requires_grad=backward)
         return PipelineStage(
             part,
             number,
             self._num_parts,
             self._device,
-            input_args=tokens if number == 0 else stream,
+            input_args=entering.to("meta") if number == 0 else stream,
             output_args=losses if number == self._num_parts - 1 else stream,
             group=self._group,
         )

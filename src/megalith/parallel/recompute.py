@@ -50,12 +50,14 @@ def recompute_blocks(model: nn.Module, granularity: str | None, *, every: int = 
     """Let the model's blocks (full) or the cores of their attentions (selective) be computed again; in place.
 
     every: with full, consecutive blocks that share one kept input. group: with full, tensor ranks that share out the
-    kept inputs, of which each would hold a copy (Megatron-LM's distributed checkpointed activations). The model has the
-    seam run_blocks, its attentions the seam attend. Without gradients nothing is kept anyway.
+    kept inputs, of which each would hold a copy (Megatron-LM's distributed checkpointed activations). A model, or
+    each tower of it, has the seam run_blocks, its attentions the seam attend. Without gradients nothing is kept anyway.
     """
     if granularity == "full":
         keep = recomputed(run_whole) if size_of(group) == 1 else partial(keep_cut_input, group=group)
-        model.run_blocks = partial(run_in_chunks, every=every, keep_input=keep)  # type: ignore[assignment]
+        for module in model.modules():
+            if hasattr(module, "run_blocks"):
+                module.run_blocks = partial(run_in_chunks, every=every, keep_input=keep)  # type: ignore[assignment]
     elif granularity == "selective":
         for module in model.modules():
             if isinstance(module, SelfAttention | CrossAttention):

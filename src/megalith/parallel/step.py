@@ -41,13 +41,19 @@ def weighted(batch: Batch, counts: Mapping[str, Tensor], scale: float) -> Batch:
 
 
 class WholeModel:
-    """The engine of a model that is not cut into stages: microbatches one after the other."""
+    """The engine of a model that is not cut into stages: microbatches one after the other.
 
-    def __init__(self, model: nn.Module, run_part: RunPart, reduction: Reduction, group: Group) -> None:
+    entering: the entry of a batch that enters the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, run_part: RunPart, reduction: Reduction, group: Group, *, entering: str = "tokens"
+    ) -> None:
         self._model = model
         self._run_part = run_part
         self._reduction = reduction
         self._group = group
+        self._entering = entering
 
     def run(self, microbatches: Sequence[Batch], *, backward: bool, timers: Timers) -> Tensor:
         sums: Tensor | None = None
@@ -55,7 +61,7 @@ class WholeModel:
             if number == len(microbatches) - 1 and backward:
                 self._reduction.before_last_backward()
             with timers("forward-compute"):
-                losses = self._run_part(self._model, batch["tokens"], batch)
+                losses = self._run_part(self._model, batch[self._entering], batch)
             if backward:
                 with timers("backward-compute"):
                     losses.sum().backward()
@@ -71,10 +77,11 @@ class OrderedWholeModel:
     power of two. It costs as many copies of the gradients as the number of microbatches can be halved, and one.
     """
 
-    def __init__(self, model: nn.Module, run_part: RunPart, group: Group) -> None:
+    def __init__(self, model: nn.Module, run_part: RunPart, group: Group, *, entering: str = "tokens") -> None:
         self._model = model
         self._run_part = run_part
         self._group = group
+        self._entering = entering
 
     def run(self, microbatches: Sequence[Batch], *, backward: bool, timers: Timers) -> Tensor:
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
@@ -85,7 +92,7 @@ class OrderedWholeModel:
             for number in together:
                 batch = microbatches[number]
                 with timers("forward-compute"):
-                    made = self._run_part(self._model, batch["tokens"], batch)
+                    made = self._run_part(self._model, batch[self._entering], batch)
                 added = made.detach() if added is None else added + made.detach()
                 if backward:
                     with timers("backward-compute"):

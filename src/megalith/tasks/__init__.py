@@ -1,0 +1,1 @@
+"""What is pretrained: a file per task with its row."""

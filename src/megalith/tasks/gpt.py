@@ -1,0 +1,94 @@
+"""GPT: a decoder that predicts each next token of a stream of documents."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from megalith.config import Run
+from megalith.data.causal import CausalBatches, CausalDataset
+from megalith.data.loader import BatchSource
+from megalith.datasets import build_causal_parts
+from megalith.derived import sequence_length
+from megalith.evaluate.loss import unigram_entropy
+from megalith.models.decoder import Decoder
+from megalith.models.shape import shape_of
+from megalith.monitor.flops import training_flops
+from megalith.parallel.apply import BuildPart
+from megalith.parallel.step import Batch
+from megalith.task import Baseline, Task
+
+MOST_COUNTED = 20_000_000  # tokens looked at for the frequencies
+
+
+def build_part(run: Run, vocab_size: int, dtype: torch.dtype) -> BuildPart:
+    """What builds a part of a GPT, without weights yet."""
+
+    def build(layers: range, first: bool, last: bool) -> Decoder:
+        return Decoder(
+            run.model,
+            vocab_size,
+            dtype=dtype,
+            untie_embeddings_and_output_weights=run.model.untie_embeddings_and_output_weights,
+            layers=layers,
+            first=first,
+            last=last,
+            device="meta",
+        )
+
+    return build
+
+
+def run_part(part: nn.Module, entering: Tensor, batch: Batch) -> Tensor:
+    """The stream, or from the last part the loss of predicting each next token."""
+    leaving: Tensor = part(
+        entering,
+        batch["positions"],
+        documents=batch.get("documents"),
+        rows=batch.get("rows"),
+        labels=batch["labels"],
+        loss_weights=batch["loss_mask"],
+    )
+    return leaving.reshape(1) if leaving.dim() == 0 else leaving
+
+
+def step_flops(run: Run, vocab_size: int, batch: int) -> float:
+    """By Megatron's convention, see monitor/flops.py."""
+    shape = shape_of(run.model)
+    return training_flops(
+        num_layers=shape.num_layers,
+        hidden_size=shape.width,
+        seq_length=sequence_length(run),
+        vocab_size=vocab_size,
+        batch=batch,
+        ffn_hidden_size=shape.inner,
+        attention_width=shape.num_heads * shape.head_width,
+    )
+
+
+def unigram_baseline(run: Run, source: BatchSource) -> Baseline | None:
+    """Nats per token of the documents' frequencies; None for data that is no single corpus."""
+    if not isinstance(source, CausalBatches) or not isinstance(source.rows, CausalDataset):
+        return None
+    dataset = source.rows
+    documents = np.unique(np.asarray(dataset.maps.doc_idx))
+    parts = [dataset.indexed.read(int(document)) for document in documents]
+    entropy = unigram_entropy(np.concatenate(parts)[:MOST_COUNTED])
+    meaning = "the loss of knowing how often each token occurs and nothing else"
+    return Baseline("lm loss", entropy, "unigram entropy", meaning)
+
+
+TASK = Task(
+    title="GPT",
+    build_part=build_part,
+    build_parts=build_causal_parts,
+    run_part=run_part,
+    losses=("lm loss",),
+    masks=("loss_mask",),
+    num_places=sequence_length,
+    step_flops=step_flops,
+    baseline=unigram_baseline,
+    next_commands=(
+        ("talk", 'megalith generate {save} --prompt "..."'),
+        ("measure", "megalith evaluate {save}"),
+    ),
+)
