@@ -29,6 +29,7 @@ LEVELS = [
         "tasks",
     },
     {
+        "bench",
         "job",
         "resume",
         "report",

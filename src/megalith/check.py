@@ -57,7 +57,7 @@ def _positive(run: Run) -> Iterator[Fault]:
     counts = {
         "model": "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels max_position_embeddings "
         "make_vocab_size_divisible_by img_dim num_channels num_classes patch_dim",
-        "data": "seq_length encoder_seq_length decoder_seq_length retriever_seq_length corpus_vocab_size",
+        "data": "seq_length encoder_seq_length decoder_seq_length retriever_seq_length corpus_vocab_size vocab_size",
         "optimizer": "micro_batch_size global_batch_size hysteresis loss_scale_window loss_scale initial_loss_scale "
         "min_loss_scale lr_decay_iters lr_decay_samples",
         "parallel": "tensor_model_parallel_size pipeline_model_parallel_size checkpoint_num_layers nproc "
@@ -222,6 +222,14 @@ def _precision(run: Run) -> Iterator[Fault]:
 
 def _data(run: Run) -> Iterator[Fault]:
     data = run.data
+    if data.vocab_size is not None and not data.mock_data:
+        remedy = "Leave it out: the tokenizer says how many ids there are"
+        yield fault("vocab_size", data.vocab_size, "is for --mock-data alone", remedy)
+    if data.mock_data:
+        for name in ("data_path", "corpus"):
+            if getattr(data, name):
+                yield fault(name, getattr(data, name), "contradicts --mock-data", "Leave one out")
+        return
     if data.corpus is not None:
         for name in ("data_path", "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type"):
             if getattr(data, name):

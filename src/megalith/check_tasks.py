@@ -8,7 +8,7 @@ from megalith.config import Fault, Run, flag_of
 def task_faults(run: Run) -> list[Fault]:
     """Every fault of the settings of the run's task."""
     rules = RULES.get(run.task)
-    return [*_layouts(run), *(() if rules is None else rules(run))]
+    return [*_layouts(run), *_mock_data(run), *(() if rules is None else rules(run))]
 
 
 def _layouts(run: Run) -> Iterator[Fault]:
@@ -19,5 +19,13 @@ def _layouts(run: Run) -> Iterator[Fault]:
         yield Fault(flag_of("context_parallel_size"), size, rule, "Leave it out; use tensor or data parallelism")
 
 
+def _mock_data(run: Run) -> Iterator[Fault]:
+    if run.data.mock_data and run.task not in MOCKED:
+        rule = f"makes up data for {', '.join(MOCKED)}, not for {run.task}"
+        yield Fault(flag_of("mock_data"), None, rule, "Give real data, or --corpus")
+
+
+# Tasks whose rows can make up data.
+MOCKED = ("gpt",)
 # What is checked for one task alone.
 RULES: dict[str, Callable[[Run], Iterator[Fault]]] = {}

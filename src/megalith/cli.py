@@ -165,6 +165,13 @@ def convert(words: Sequence[str], started: float) -> int:
     return convert_main(words)
 
 
+def bench(words: Sequence[str], started: float) -> int:
+    """Measure how fast a model trains on this machine, with the flags of pretrain and without data."""
+    from megalith.bench import main as bench_main
+
+    return bench_main(words, started=started)
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose faults are said like all others."""
 
@@ -178,4 +185,5 @@ COMMANDS: dict[str, Callable[[Sequence[str], float], int]] = {
     "generate": generate,
     "evaluate": evaluate,
     "convert": convert,
+    "bench": bench,
 }

@@ -99,6 +99,8 @@ OURS = (
     "tokenizer_model",
     "data_cache_path",
     "corpus",
+    "mock_data",
+    "vocab_size",
     "corpus_vocab_size",
     "recompute_granularity",
     "device",

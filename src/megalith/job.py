@@ -55,6 +55,8 @@ from megalith.parallel.mesh import Groups, Layout, make_groups
 from megalith.task import Task
 from megalith.task_rows import TASK_ROWS
 
+MOCK_VOCABULARY = 50257  # GPT-2's, for made-up tokens
+
 
 @dataclass
 class Progress:
@@ -129,7 +131,7 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
     timers = Timers(torch.cuda.synchronize if device.type == "cuda" and run.monitor.log_interval == 1 else None)
     batch_sizes = make_batch_sizes(run.optimizer, data_parallel=layout.data)
     announce_start(run, layout, batch_sizes, log)
-    tokenizer, vocab_size = announce_tokenizer(run, layout, log) if task.has_tokenizer else (None, 0)
+    tokenizer, vocab_size = announce_tokenizer(run, task, layout, log)
     if (folder := scalars_folder(run)) is not None:
         log.report(ScalarsOpened(folder))
     log.line(lines.initializing_distributed(), detail=True)
@@ -284,8 +286,13 @@ def announce_ranks(run: Run, layout: Layout, log: RunLog, *, started: float) -> 
     log.report(PlaceReached("after megatron is initialized"))
 
 
-def announce_tokenizer(run: Run, layout: Layout, log: RunLog) -> tuple[Tokenizer, int]:
-    """The tokenizer and the size of the padded vocabulary, announced."""
+def announce_tokenizer(run: Run, task: Task, layout: Layout, log: RunLog) -> tuple[Tokenizer | None, int]:
+    """The tokenizer and the size of the padded vocabulary, announced; made-up tokens need only the size."""
+    if not task.has_tokenizer:
+        return None, 0
+    if run.data.mock_data:
+        size = MOCK_VOCABULARY if run.data.vocab_size is None else run.data.vocab_size
+        return None, padded_vocab_size(size, run.model.make_vocab_size_divisible_by, 1)
     log.line(lines.building_tokenizer(tokenizer_type(run)), detail=True)
     tokenizer = open_tokenizer(run, layout)
     # Padded alike for every layout, so that a checkpoint and the loss do not depend on one.
@@ -326,9 +333,13 @@ def open_data(job: Job) -> None:
         job.log.line(lines.building_datasets(), detail=True)
         job.log.report(TargetsSet(train=counts.train, validation=counts.valid, test=counts.test))
         job.log.line(lines.building_datasets(job.task.title), detail=True)
-        parts = job.task.build_parts(
-            run, job.tokenizer, vocab_size=job.vocab_size, targets=targets, report=job.log.report
-        )
+        if run.data.mock_data:
+            assert job.task.build_mock is not None, "check_tasks.py saw to it"
+            parts = job.task.build_mock(run, job.vocab_size, targets)
+        else:
+            parts = job.task.build_parts(
+                run, job.tokenizer, vocab_size=job.vocab_size, targets=targets, report=job.log.report
+            )
         job.log.report(DatasetsBuilt(job.task.title))
         job.loaders = {name: make_loader(job, name, source) for name, source in parts.items()}
     job.log.report(PlaceReached("after dataloaders are built"))

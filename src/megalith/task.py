@@ -61,6 +61,10 @@ class Task:
     # Floating-point operations of a step, recomputation apart: (run, padded vocabulary size, sequences).
     step_flops: Callable[[Run, int, int], float]
     num_layers: Callable[[Run], int] = layers_of_stack  # of all stacks, which pipeline stages share out
+    # The same without any files, for measuring (--mock-data): (run, padded vocabulary size, targets).
+    build_mock: Callable[[Run, int, Mapping[str, int]], Mapping[str, BatchSource]] | None = None
+    # Operations of a step if scores that the causal order masks are not counted; None where nothing is masked so.
+    causal_flops: Callable[[Run, int, int], float] | None = None
     entering: str = "tokens"  # the entry of a batch that enters the first part
     has_tokenizer: bool = True
     is_tied: Callable[[Run], bool] = lambda run: not run.model.untie_embeddings_and_output_weights

@@ -12,6 +12,12 @@ class DataConfig:
     data_path: tuple[str, ...] | None = setting(
         None, "one prefix, or weight prefix weight prefix ...", section="data and dataloader", repeat="*"
     )
+    mock_data: bool = setting(
+        False, "train on made-up tokens, for measuring; needs no files", section="data and dataloader", switch="on"
+    )
+    vocab_size: int | None = setting(
+        None, "ids of the made-up tokens, before padding; 50257 if not set", section="data and dataloader"
+    )
     split: str = setting("969, 30, 1", "train/valid/test proportions", section="data and dataloader")
     vocab_file: str | None = setting(None, "vocabulary file", section="data and dataloader")
     merge_file: str | None = setting(None, "BPE merges", section="data and dataloader")

@@ -1,5 +1,8 @@
 """GPT: a decoder that predicts each next token of a stream of documents."""
 
+from collections.abc import Mapping
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -7,6 +10,7 @@ from torch import Tensor, nn
 from megalith.config import Run
 from megalith.data.causal import CausalBatches, CausalDataset
 from megalith.data.loader import BatchSource
+from megalith.data.mock import MockRows
 from megalith.datasets import build_causal_parts
 from megalith.derived import sequence_length
 from megalith.evaluate.loss import unigram_entropy
@@ -51,8 +55,25 @@ def run_part(part: nn.Module, entering: Tensor, batch: Batch) -> Tensor:
     return leaving.reshape(1) if leaving.dim() == 0 else leaving
 
 
-def step_flops(run: Run, vocab_size: int, batch: int) -> float:
-    """By Megatron's convention, see monitor/flops.py."""
+def build_mock(run: Run, vocab_size: int, targets: Mapping[str, int]) -> dict[str, CausalBatches]:
+    """Made-up batches of every part that is asked for samples; each part has rows of its own."""
+    parts = {}
+    for number, (name, num_samples) in enumerate(targets.items()):
+        if num_samples:
+            rows = MockRows(
+                num_samples,
+                sequence_length=sequence_length(run),
+                vocab_size=run.data.vocab_size or vocab_size,
+                seed=run.train.seed + number,
+            )
+            parts[name] = CausalBatches(
+                rows, eod=None, reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False
+            )
+    return parts
+
+
+def step_flops(run: Run, vocab_size: int, batch: int, *, causal: bool = False) -> float:
+    """By Megatron's convention, or the causal one, see monitor/flops.py."""
     shape = shape_of(run.model)
     return training_flops(
         num_layers=shape.num_layers,
@@ -62,6 +83,7 @@ def step_flops(run: Run, vocab_size: int, batch: int) -> float:
         batch=batch,
         ffn_hidden_size=shape.inner,
         attention_width=shape.num_heads * shape.head_width,
+        causal=causal,
     )
 
 
@@ -86,6 +108,8 @@ TASK = Task(
     masks=("loss_mask",),
     num_places=sequence_length,
     step_flops=step_flops,
+    build_mock=build_mock,
+    causal_flops=partial(step_flops, causal=True),
     baseline=unigram_baseline,
     next_commands=(
         ("talk", 'megalith generate {save} --prompt "..."'),

@@ -1,0 +1,246 @@
+"""`megalith bench`: how fast a model trains on this machine, and what it needs; with made-up tokens, so without data.
+
+What runs is pretrain's own step. After the warm-up every step is timed by itself, from one synchronization of the
+device to the next; where the time goes is measured in further steps, since timers that synchronize cost time.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, NoReturn, TextIO
+
+import torch
+
+from megalith import __version__
+from megalith.check import check
+from megalith.config import ConfigError, Run
+from megalith.derived import compute_dtype, global_batch_size
+from megalith.job import Job, build_job, open_data
+from megalith.monitor.flops import TERA, measure_matmul_flops
+from megalith.monitor.log import RunLog
+from megalith.monitor.memory import memory_use
+from megalith.monitor.timers import STEP_TIMERS, Timers
+from megalith.parallel.mesh import Layout, choose_device, joined, make_layout, ranks_in
+from megalith.resume import Keeper
+from megalith.sources import read_command_line
+from megalith.train import take_step
+
+# What the timers of a step are called in the split; the optimizer's contains those of its parts.
+SPLIT = {
+    "batch-generator": "data",
+    "forward-compute": "forward",
+    "backward-compute": "backward",
+    "forward-backward": "forward and backward",
+    "backward-params-all-reduce": "reduction",
+    "optimizer": "optimizer",
+}
+SPLIT_STEPS = 5
+# What a measurement need not be told.
+LEARNING_RATE = 1e-4
+
+
+def main(words: Sequence[str], *, started: float) -> int:
+    """Measure, and print a table or one JSON object. started: Unix seconds when the program began."""
+    options, rest = _parse(words)
+    run = made_for_measuring(read_command_line(rest), steps=options.warmup + options.steps + SPLIT_STEPS)
+    rank, world_size, _ = ranks_in(os.environ)
+    if faults := check(run, world_size):
+        if rank == 0:
+            raise ConfigError(faults)
+        return 2
+    figures = measure(run, warmup=options.warmup, steps=options.steps, started=started)
+    if rank == 0:
+        print(json.dumps(figures) if options.json else table(figures), flush=True)
+    return 0
+
+
+def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = _Parser(
+        prog="megalith bench",
+        usage="megalith bench [TASK] [RUN.toml] [--preset NAME] [--steps N] [--warmup N] [--json] [--flags ...]",
+        description="How fast a model trains on this machine. Takes the flags of megalith pretrain; needs no data.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="timed steps [default 20]")
+    parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before those [default 3]")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options, rest = parser.parse_known_args(words)
+    if options.steps < 1 or options.warmup < 1:
+        raise ValueError(f"--steps = {options.steps}, --warmup = {options.warmup}: both must be at least 1")
+    return options, rest
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see megalith bench --help")
+
+
+def made_for_measuring(run: Run, *, steps: int) -> Run:
+    """The run on made-up tokens, so many steps long, that reads and writes no files."""
+    optimizer, model = run.optimizer, run.model
+    length = run.data.seq_length if run.data.seq_length is not None else run.data.encoder_seq_length
+    return dataclasses.replace(
+        run,
+        model=dataclasses.replace(model, max_position_embeddings=model.max_position_embeddings or length),
+        data=dataclasses.replace(run.data, mock_data=True, data_path=None, corpus=None),
+        optimizer=dataclasses.replace(
+            optimizer,
+            lr=LEARNING_RATE if optimizer.lr is None else optimizer.lr,
+            # A schedule made for another length; and a batch that is constant, or steps could not be compared.
+            lr_decay_iters=None,
+            lr_decay_samples=None,
+            lr_warmup_iters=0,
+            lr_warmup_samples=0,
+            lr_warmup_fraction=None,
+            rampup_batch_size=None,
+        ),
+        checkpoint=dataclasses.replace(
+            run.checkpoint, save=None, load=None, save_interval=None, keep_last=None, keep_every=None
+        ),
+        evaluate=dataclasses.replace(run.evaluate, eval_iters=0, eval_first=False, sample_prompt=None),
+        train=dataclasses.replace(run.train, train_iters=steps, train_samples=None, exit_interval=None),
+    )
+
+
+def measure(run: Run, *, warmup: int, steps: int, started: float) -> dict[str, Any]:
+    """The figures of a checked run, on every rank; times are those of this rank."""
+    layout = make_layout(
+        os.environ,
+        tensor=run.parallel.tensor_model_parallel_size,
+        pipeline=run.parallel.pipeline_model_parallel_size,
+        context=run.parallel.context_parallel_size,
+    )
+    with ExitStack() as stack:
+        device = choose_device(run.parallel.device, layout.local_rank)
+        stack.enter_context(joined(layout, device))
+        silent: TextIO = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        log = stack.enter_context(RunLog("json", silent, is_printing_rank=False))
+        job = build_job(run, layout, device, log, started=started)
+        keeper = stack.enter_context(Keeper(job))
+        open_data(job)
+        synchronize = torch.cuda.synchronize if device.type == "cuda" else _nothing
+        first_losses = _step(job, keeper, synchronize)[1]
+        first_step_seconds = time.time() - started
+        for _ in range(warmup - 1):
+            _step(job, keeper, synchronize)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        timed = [_step(job, keeper, synchronize) for _ in range(steps)]
+        memory = memory_use(device)
+        split = _split(job, keeper, synchronize)
+        return {
+            **_speed(job, [seconds for seconds, _ in timed], device),
+            "first_step_seconds": first_step_seconds,
+            "split_seconds": split,
+            "peak_memory_bytes": None if memory is None else memory.max_allocated,
+            "parameters_on_this_rank": job.laid.num_parameters,
+            "first_loss": first_losses,
+            "last_loss": timed[-1][1],
+            **_conditions(run, layout, device),
+        }
+
+
+def _nothing() -> None:
+    """The host has done its work when it returns."""
+
+
+def _step(job: Job, keeper: Keeper, synchronize: Callable[[], None]) -> tuple[float, float]:
+    """Take a step; give its seconds, device included, and its loss."""
+    began = time.perf_counter()
+    done = take_step(job, keeper)
+    synchronize()
+    seconds = time.perf_counter() - began
+    return seconds, float(done.losses[job.task.losses[0]])
+
+
+def _split(job: Job, keeper: Keeper, synchronize: Callable[[], None]) -> dict[str, float]:
+    """Seconds of each part of a step, means over a few; what no timer covers is `other`."""
+    job.timers = Timers(synchronize)
+    total = sum(_step(job, keeper, synchronize)[0] for _ in range(SPLIT_STEPS)) / SPLIT_STEPS
+    measured = job.timers.elapsed(STEP_TIMERS)
+    split = {word: measured[name] / SPLIT_STEPS for name, word in SPLIT.items() if name in measured}
+    return {**split, "other": total - sum(split.values())}
+
+
+def _speed(job: Job, seconds: Sequence[float], device: torch.device) -> dict[str, Any]:
+    batch = job.batch_sizes.batch_size(0)
+    median = statistics.median(seconds)
+    flops = job.task.step_flops(job.run, job.vocab_size, batch) / job.layout.world_size
+    causal = job.task.causal_flops
+    reached = flops / median
+    matmul = measure_matmul_flops(device, getattr(torch, compute_dtype(job.run)))
+    peak = job.interval.peak_flops
+    return {
+        "tokens_per_second": batch * job.task.num_places(job.run) / median,
+        "step_seconds": median,
+        "step_seconds_lowest": min(seconds),
+        "step_seconds_highest": max(seconds),
+        "step_seconds_quartiles": statistics.quantiles(seconds, n=4)[::2] if len(seconds) > 1 else [median, median],
+        "timed_steps": len(seconds),
+        "model_tflops": reached / TERA,
+        "model_tflops_causal": None
+        if causal is None
+        else causal(job.run, job.vocab_size, batch) / job.layout.world_size / median / TERA,
+        "matmul_tflops": matmul / TERA,
+        "mfu": reached / matmul,
+        "datasheet_tflops": None if peak is None else peak / TERA,
+        "mfu_datasheet": None if peak is None else reached / peak,
+    }
+
+
+def _conditions(run: Run, layout: Layout, device: torch.device) -> dict[str, Any]:
+    is_cuda = device.type == "cuda"
+    return {
+        "task": run.task,
+        "num_layers": run.model.num_layers,
+        "hidden_size": run.model.hidden_size,
+        "sequence_length": run.data.seq_length or run.data.encoder_seq_length,
+        "micro_batch_size": run.optimizer.micro_batch_size,
+        "global_batch_size": global_batch_size(run, layout.data),
+        "dtype": compute_dtype(run),
+        "ranks": layout.world_size,
+        "layout": {axis: size for axis, size in layout.sizes.items() if size > 1},
+        "device": torch.cuda.get_device_name(device) if is_cuda else _processor(),
+        "threads": None if is_cuda else torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "megalith": __version__,
+    }
+
+
+def _processor() -> str:
+    """The processor's name, as Linux tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures for a person."""
+    step = figures["step_seconds"]
+    low, high = figures["step_seconds_quartiles"]
+    memory, datasheet = figures["peak_memory_bytes"], figures["mfu_datasheet"]
+    rows = [
+        ("device", f"{figures['device']}, torch {figures['torch']}"),
+        ("tokens per second", f"{figures['tokens_per_second']:,.0f}"),
+        ("step", f"{step:.4f} s (median of {figures['timed_steps']}; quartiles {low:.4f} to {high:.4f})"),
+        *((f"  {name}", f"{s:.4f} s  {100 * s / step:5.1f} %") for name, s in figures["split_seconds"].items()),
+        ("first step after", f"{figures['first_step_seconds']:.1f} s"),
+        ("peak memory", "unknown" if memory is None else f"{memory / 2**20:,.0f} MiB"),
+        ("model TFLOP/s", f"{figures['model_tflops']:.3f} (Megatron's convention)"),
+    ]
+    if figures["model_tflops_causal"] is not None:
+        rows.append(("", f"{figures['model_tflops_causal']:.3f} (causal)"))
+    rows.append(("MFU", f"{100 * figures['mfu']:.1f} % of a measured {figures['matmul_tflops']:.3f} TFLOP/s"))
+    if datasheet is not None:
+        rows.append(("", f"{100 * datasheet:.1f} % of the data sheet's {figures['datasheet_tflops']:.0f} TFLOP/s"))
+    return "\n".join(f"{name:<24}{value}" for name, value in rows)

@@ -1,0 +1,92 @@
+"""`megalith bench` measures the step that pretrain takes, without data."""
+
+import json
+import math
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+
+import tests.early  # noqa: F401 - for its effect
+from megalith.bench import made_for_measuring, measure
+from megalith.check import check
+from megalith.data.mock import MockRows
+from megalith.sources import read_command_line
+from tests.layouts.runs import configured
+from tests.ranks import run_ranks
+
+MODEL = """
+    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --micro-batch-size 2 --vocab-size 60
+    --make-vocab-size-divisible-by 8 --device cpu
+""".split()
+
+
+def test_one_json_object_is_printed() -> None:
+    words = ["bench", *MODEL, "--steps", "3", "--warmup", "1", "--json"]
+    done = subprocess.run([sys.executable, "-m", "megalith", *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["tokens_per_second"] == pytest.approx(2 * 16 / found["step_seconds"])
+    assert found["step_seconds_lowest"] <= found["step_seconds"] <= found["step_seconds_highest"]
+    assert found["timed_steps"] == 3
+    # 72 B s l h^2 (1 + s/(6h) + V/(12 l h)) with the vocabulary padded to 64.
+    model = 72 * 2 * 16 * 2 * 32**2 * (1 + 16 / (6 * 32) + 64 / (12 * 2 * 32))
+    assert found["model_tflops"] * 1e12 * found["step_seconds"] == pytest.approx(model)
+    assert found["model_tflops_causal"] < found["model_tflops"]
+    assert found["mfu"] == pytest.approx(found["model_tflops"] / found["matmul_tflops"])
+    assert found["peak_memory_bytes"] > 50 * 2**20
+    assert {"data", "forward", "backward", "optimizer"} <= found["split_seconds"].keys()
+    assert found["first_loss"] == pytest.approx(math.log(60), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--micro-batch-siz", "3"], "did you mean --micro-batch-size?"),
+        (["--steps", "0"], "--steps = 0"),
+        (["--steps", "many"], "invalid int value"),
+        ([], "--num-layers: is required"),
+    ],
+)
+def test_a_mistake_is_one_sentence(words: list[str], said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "megalith", "bench", *words], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and said.lower() in done.stderr.lower() and "Traceback" not in done.stderr
+
+
+def measure_on(rank: int, *, world_size: int, words: list[str]) -> float:
+    run = made_for_measuring(
+        configured(rank, world_size, [*words, "--mock-data", "--lr", "1e-3", "--train-iters", "9"]), steps=9
+    )
+    assert not check(run, world_size)
+    return float(measure(run, warmup=1, steps=3, started=0.0)["last_loss"])
+
+
+@pytest.mark.parametrize("layout", [[], ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]])
+def test_every_layout_measures_the_same_run(layout: list[str]) -> None:
+    words = [*MODEL, "--max-position-embeddings", "16", "--global-batch-size", "4"]
+    alone = run_ranks(partial(measure_on, world_size=1, words=words), 1, timeout=100)[0]
+    losses = run_ranks(partial(measure_on, world_size=2, words=[*words, *layout]), 2, timeout=100)
+    assert losses == pytest.approx([alone, alone], rel=1e-5)
+
+
+def test_a_preset_needs_no_files_when_it_is_measured() -> None:
+    run = made_for_measuring(read_command_line(["--preset", "quickstart"]), steps=7)
+    assert check(run, 1) == []
+    assert run.checkpoint.save is None and run.train.train_iters == 7
+
+
+def test_made_up_tokens_are_the_same_for_the_same_seed_and_evenly_distributed() -> None:
+    rows = MockRows(1000, sequence_length=99, vocab_size=50, seed=3)
+    tokens = rows.batch(np.arange(1000))
+    assert tokens.shape == (1000, 100)
+    assert (rows.batch(np.array([7, 2])) == tokens[[7, 2]]).all()
+    counts = np.bincount(tokens.ravel(), minlength=50)
+    assert len(counts) == 50
+    # 100,000 draws over 50 ids: chi-squared with 49 degrees of freedom, of which 90 is the 99.97th percentile.
+    assert ((counts - 2000) ** 2 / 2000).sum() < 90
+    other = MockRows(1000, sequence_length=99, vocab_size=50, seed=4)
+    assert (other.batch(np.arange(10)) != tokens[:10]).mean() > 0.9
