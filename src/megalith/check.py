@@ -28,6 +28,7 @@ def check(run: Run, world_size: int) -> list[Fault]:
         *_data(run),
         *task_faults(run),
         *_checkpoint(run),
+        *_profile(run),
     ]
 
 
@@ -63,7 +64,7 @@ def _positive(run: Run) -> Iterator[Fault]:
         "parallel": "tensor_model_parallel_size pipeline_model_parallel_size checkpoint_num_layers nproc "
         "num_layers_per_virtual_pipeline_stage context_parallel_size data_parallel_shard_size",
         "checkpoint": "save_interval keep_last keep_every adlr_autoresume_interval",
-        "monitor": "log_interval tensorboard_log_interval tensorboard_queue_size",
+        "monitor": "profile_step_start profile_step_end log_interval tensorboard_log_interval tensorboard_queue_size",
         "evaluate": "eval_interval",
         "train": "train_iters train_samples exit_interval exit_duration_in_mins seed",
     }
@@ -280,3 +281,17 @@ def _checkpoint(run: Run) -> Iterator[Fault]:
         yield fault("finetune", None, "needs --load, the checkpoint to start from", "Add --load DIR")
     if checkpoint.keep_every is not None and checkpoint.keep_last is None:
         yield fault("keep_every", checkpoint.keep_every, "needs --keep-last", "Add --keep-last N")
+
+
+def _profile(run: Run) -> Iterator[Fault]:
+    monitor, steps = run.monitor, run.train.train_iters
+    if not monitor.profile:
+        return
+    if monitor.profile_dir is None and run.checkpoint.save is None:
+        yield fault("profile", None, "needs a place to write to", "Add --profile-dir DIR, or --save DIR")
+    if monitor.profile_step_end < monitor.profile_step_start:
+        rule = f"is before --profile-step-start = {monitor.profile_step_start}"
+        yield fault("profile_step_end", monitor.profile_step_end, rule, "Raise it")
+    if steps is not None and monitor.profile_step_start > steps:
+        rule = f"is after the last step, {steps}"
+        yield fault("profile_step_start", monitor.profile_step_start, rule, "Lower it")

@@ -1,11 +1,23 @@
 """What is told of the steps that were taken: figures of the machine, the interval's line, timers and memory."""
 
 import time
+from pathlib import Path
 
 from megalith.job import Job
 from megalith.monitor.events import MemoryReported, RankMemory, StepDone, TimersReported
 from megalith.monitor.memory import MemoryUse
+from megalith.monitor.profile import Profile
 from megalith.monitor.timers import STEP_TIMERS
+
+
+def open_profile(job: Job) -> Profile | None:
+    """What traces the steps that --profile names, on the first rank."""
+    monitor, save = job.run.monitor, job.run.checkpoint.save
+    if not monitor.profile or job.layout.rank:
+        return None
+    folder = Path(monitor.profile_dir) if monitor.profile_dir is not None else Path(str(save)) / "profile"
+    first, last = monitor.profile_step_start, monitor.profile_step_end
+    return Profile(folder, job.device, first=first, last=last, tell=job.log.line)
 
 
 def report_interval(job: Job, last: StepDone) -> None:

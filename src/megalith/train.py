@@ -28,7 +28,7 @@ from megalith.optim.schedule import learning_rate
 from megalith.parallel.context import cut_tokens
 from megalith.parallel.mesh import choose_device, joined, make_layout
 from megalith.parallel.step import Batch, mean_losses
-from megalith.report import report_interval
+from megalith.report import open_profile, report_interval
 from megalith.resume import Keeper, resume, try_save_directory
 from megalith.sources import write_run_file
 
@@ -105,9 +105,14 @@ def run_steps(job: Job, keeper: Keeper, signals: StopSignals) -> str | None:
     log.report(PlaceReached("before the start of training step"))
     if run.evaluate.eval_first and progress.step == 0:
         evaluate(job, "valid")
+    profile = open_profile(job)
     while progress.step < job.last_step:
+        if profile is not None:
+            profile.before_step(progress.step + 1)
         with job.ledger.spend("step"):
             done = take_step(job, keeper)
+        if profile is not None:
+            profile.after_step(progress.step)
         log.report(done)
         keeper.poll()
         job.interval.add(done)

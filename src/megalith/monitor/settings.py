@@ -32,6 +32,15 @@ class MonitorConfig:
         False, "write validation perplexity", section="logging", switch="on"
     )
     log_memory_to_tensorboard: bool = setting(False, "write allocator scalars", section="logging", switch="on")
+    profile: bool = setting(
+        False,
+        "trace a few steps: a Chrome trace, a memory snapshot, the costliest things",
+        section="logging",
+        switch="on",
+    )
+    profile_step_start: int = setting(10, "first step that --profile traces", section="logging", unit="step")
+    profile_step_end: int = setting(12, "last step that --profile traces", section="logging", unit="step")
+    profile_dir: str | None = setting(None, "where --profile writes; RUN/profile if not set", section="logging")
     log_format: str = setting(
         "auto",
         "reference: Megatron-LM's lines; rich: a progress bar; json: an object a line; auto: rich on a terminal",

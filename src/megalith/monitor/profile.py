@@ -1,0 +1,140 @@
+"""--profile: where a few steps spend time and memory, as a Chrome trace, a memory snapshot and one screen of text.
+
+The steps are traced by torch.profiler, which slows them; nothing is traced before or after.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megalith.files import write_whole
+
+if TYPE_CHECKING:
+    import torch
+
+COSTLIEST = 10  # rows of the summary
+TRACE = "trace.json"
+MEMORY = "memory.json"
+SUMMARY = "summary.txt"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an operation took over the traced steps."""
+
+    name: str
+    seconds: float  # of its own, without what it called; on the device if there is one
+    calls: int
+    bytes_taken: int  # memory it took and did not give back itself
+
+
+class Profile:
+    """Traces the steps first to last (numbered from 1) and writes what it saw into a folder.
+
+    Call before_step and after_step around every step; both return at once outside of those steps. tell: takes the lines
+    of the summary.
+    """
+
+    def __init__(
+        self, folder: Path, device: "torch.device", *, first: int, last: int, tell: Callable[[str], None]
+    ) -> None:
+        self.folder = folder
+        self._device = device
+        self._first, self._last = first, last
+        self._tell = tell
+        self._tracer: Any = None
+
+    def before_step(self, step: int) -> None:
+        """Begin with the first of the steps."""
+        if step == self._first:
+            self._start()
+
+    def after_step(self, step: int) -> None:
+        """End with the last of them, and write."""
+        if self._tracer is not None and step >= self._last:
+            self.close()
+
+    def close(self) -> None:
+        """End now, if it runs, and write what was traced."""
+        if self._tracer is None:
+            return
+        tracer, self._tracer = self._tracer, None
+        self._synchronize()
+        tracer.__exit__(None, None, None)
+        self._write(tracer)
+
+    def _start(self) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        activities = [ProfilerActivity.CPU]
+        if self._device.type == "cuda":
+            import torch
+
+            activities.append(ProfilerActivity.CUDA)
+            torch.cuda.memory._record_memory_history(max_entries=100_000)
+        self._synchronize()
+        self._tracer = profile(activities=activities, profile_memory=True)
+        self._tracer.__enter__()
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self._device)
+
+    def _write(self, tracer: Any) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self.folder / f".{TRACE}"
+        tracer.export_chrome_trace(str(unfinished))
+        unfinished.replace(self.folder / TRACE)
+        write_whole(self.folder / MEMORY, json.dumps(self._memory(tracer)))
+        costs = costs_of(tracer.key_averages(), on_device=self._device.type == "cuda")
+        text = summary(costs, first=self._first, last=self._last)
+        write_whole(self.folder / SUMMARY, text + "\n")
+        for line in text.splitlines():
+            self._tell(line)
+        self._tell(f"the trace lies in {self.folder / TRACE} (open it at chrome://tracing or ui.perfetto.dev)")
+
+    def _memory(self, tracer: Any) -> dict[str, Any]:
+        """What is held, as JSON: of a CUDA device every block and where it was taken; else the bytes by operation."""
+        if self._device.type == "cuda":
+            import torch
+
+            snapshot: dict[str, Any] = torch.cuda.memory._snapshot(self._device)
+            torch.cuda.memory._record_memory_history(enabled=None)
+            return {"segments": snapshot["segments"]}
+        taken = {cost.name: cost.bytes_taken for cost in costs_of(tracer.key_averages(), on_device=False)}
+        return {
+            "bytes_taken": {name: count for name, count in sorted(taken.items(), key=lambda item: -item[1]) if count}
+        }
+
+
+def costs_of(averages: Iterable[Any], *, on_device: bool) -> list[Cost]:
+    """The operations, costliest first."""
+    costs = [
+        Cost(
+            name=str(event.key),
+            seconds=(event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e6,
+            calls=int(event.count),
+            bytes_taken=int(event.self_device_memory_usage if on_device else event.self_cpu_memory_usage),
+        )
+        for event in averages
+    ]
+    return sorted(costs, key=lambda cost: -cost.seconds)
+
+
+def summary(costs: list[Cost], *, first: int, last: int) -> str:
+    """The costliest operations on one screen."""
+    total = sum(cost.seconds for cost in costs)
+    num_steps = last - first + 1
+    lines = [f"the {COSTLIEST} costliest of steps {first} to {last} (operations by themselves, seconds of one step):"]
+    for cost in costs[:COSTLIEST]:
+        share = 100 * cost.seconds / total if total else 0.0
+        lines.append(
+            f"  {share:5.1f} %  {cost.seconds / num_steps:9.4f} s  {cost.calls // num_steps:6} calls  {cost.name[:72]}"
+        )
+    rest = sum(cost.seconds for cost in costs[COSTLIEST:])
+    lines.append(f"  {100 * rest / total if total else 0.0:5.1f} %  {rest / num_steps:9.4f} s  the rest")
+    return "\n".join(lines)

@@ -1,0 +1,56 @@
+"""--profile writes a trace, a memory snapshot and what costs most."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalith.config import ConfigError
+from megalith.monitor.profile import COSTLIEST, Cost, Profile, summary
+from tests.layouts.runs import run_on, write_data
+
+
+def test_the_steps_asked_for_are_traced_and_no_others(tmp_path: Path) -> None:
+    told: list[str] = []
+    profile = Profile(tmp_path / "profile", torch.device("cpu"), first=2, last=3, tell=told.append)
+    square = torch.ones(300, 300)
+    for step in range(1, 6):
+        profile.before_step(step)
+        square @ square
+        if step > 3:
+            torch.linalg.inv(torch.eye(3))
+        profile.after_step(step)
+    events = json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
+    names = [event.get("name") for event in events]
+    assert names.count("aten::mm") == 2 and "aten::linalg_inv" not in names
+    assert "aten::mm" in (tmp_path / "profile" / "summary.txt").read_text().splitlines()[1]
+    assert json.loads((tmp_path / "profile" / "memory.json").read_text())["bytes_taken"]["aten::mm"] == 2 * 4 * 300**2
+    assert "aten::mm" in told[1] and str(tmp_path) in told[-1]
+
+
+def test_the_summary_is_one_screen_and_its_shares_add_up() -> None:
+    costs = [Cost(f"operation {n}", float(20 - n), 4, 0) for n in range(20)]
+    lines = summary(costs, first=5, last=6).splitlines()
+    assert len(lines) == COSTLIEST + 2
+    assert sum(float(line.split("%")[0]) for line in lines[1:]) == pytest.approx(100, abs=1)
+    assert lines[1].split() == ["9.5", "%", "10.0000", "s", "2", "calls", "operation", "0"]
+
+
+def test_a_run_is_profiled_into_its_directory(tmp_path: Path) -> None:
+    words = ["--train-iters", "4", "--profile", "--profile-step-start", "2", "--profile-step-end", "3"]
+    assert run_on(1, words, tmp_path / "run", write_data(tmp_path)) == 0
+    assert {path.name for path in (tmp_path / "run" / "profile").iterdir()} == {
+        "trace.json",
+        "memory.json",
+        "summary.txt",
+    }
+
+
+def test_steps_that_never_come_are_refused(tmp_path: Path) -> None:
+    words = ["--train-iters", "4", "--profile", "--profile-step-start", "9", "--profile-step-end", "8"]
+    with pytest.raises(BaseException) as caught:
+        run_on(1, words, tmp_path / "run", write_data(tmp_path))
+    assert "--profile-step-start = 9: is after the last step, 4" in str(caught.value)
+    assert "--profile-step-end = 8: is before" in str(caught.value)
+    assert ConfigError.__name__ in str(caught.value)
