@@ -1,0 +1,278 @@
+"""Megalith side by side with what one would have used instead: the same model, batch, precision and optimizer.
+
+    python benchmarks/peers.py                         all programs and sizes: about an hour, 8 GB of disk
+    python benchmarks/peers.py --sizes small --rounds 5
+    python benchmarks/peers.py --programs megalith hf-eager hf-eager-tcmalloc
+
+Each program is a process in a virtual environment of its own, which this script makes (and keeps in --directory). The
+programs of a size stand side by side and take their steps in turns, A B C A B C, so that whatever else the machine does
+meets all alike; a ratio is the median over rounds of (this program's tokens per second / those of hf-eager in the same
+round). fp32, AdamW (fused), clipping at 1.0, no dropout, random tokens, all cores.
+
+first step: seconds from starting the process to the end of its first step, alone on the machine. peak: high-water mark
+of resident memory. Programs with -tcmalloc have that allocator preloaded (Debian: libtcmalloc-minimal4).
+"""
+
+import argparse
+import ctypes.util
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PROGRAMS_FOLDER = Path(__file__).parent / "peers_programs"
+TORCH = "torch>=2.11,<2.14"
+VOCABULARY = 50304
+# What the ratios are to.
+YARDSTICK = "hf-eager"
+
+
+@dataclass(frozen=True)
+class Program:
+    script: str
+    environment: str
+    mode: str = "eager"
+    tcmalloc: bool = False
+
+
+PROGRAMS = {
+    "megalith": Program("megalith_program.py", "megalith"),
+    "hf-eager": Program("hugging_face_loop.py", "hugging-face"),
+    "hf-eager-tcmalloc": Program("hugging_face_loop.py", "hugging-face", tcmalloc=True),
+    "hf-compiled": Program("hugging_face_loop.py", "hugging-face", mode="compiled"),
+    "hf-trainer": Program("hugging_face_trainer.py", "hugging-face"),
+    "megatron-core": Program("megatron_core_program.py", "megatron-core"),
+    "litgpt": Program("litgpt_program.py", "litgpt"),
+    "megalith-tcmalloc": Program("megalith_program.py", "megalith", tcmalloc=True),
+    "megalith-compiled": Program("megalith_program.py", "megalith", mode="compiled"),
+}
+# What is installed beside torch, by environment.
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "megalith": (str(ROOT),),
+    "hugging-face": ("transformers", "accelerate>=1.1"),
+    "megatron-core": ("megatron-core", "einops"),
+    "litgpt": ("litgpt",),
+}
+# (layers, width, heads, sequence, batch, steps of a round)
+SIZES = {
+    "small": (6, 384, 6, 256, 8, 3),
+    "124m-512": (12, 768, 12, 512, 2, 2),
+    "124m-1024": (12, 768, 12, 1024, 1, 2),
+}
+
+
+@dataclass
+class Measured:
+    """What came of a program at a size."""
+
+    first_step: float = 0.0  # seconds
+    num_parameters: int = 0
+    threads: int = 0
+    peak: int = 0  # bytes
+    tokens_per_second: list[float] = field(default_factory=list)  # by round
+    tokens_per_cpu_second: list[float] = field(default_factory=list)
+    failed: str = ""
+
+
+def main() -> int:
+    options = parse()
+    names = [*options.programs]
+    if YARDSTICK not in names:
+        names.insert(0, YARDSTICK)
+    allocator = ctypes.util.find_library("tcmalloc_minimal")
+    for name in list(names):
+        if PROGRAMS[name].tcmalloc and allocator is None:
+            print(f"{name}: left out, tcmalloc is not installed on this machine", flush=True)
+            names.remove(name)
+    for environment in sorted({PROGRAMS[name].environment for name in names}):
+        make_environment(options.directory, environment)
+    results: dict[str, dict[str, Measured]] = {}
+    for size in options.sizes:
+        results[size] = measure_size(size, names, options)
+        print_table(size, results[size])
+    print(conditions(options.directory))
+    if options.json:
+        plain = {size: {n: dataclasses.asdict(m) for n, m in measured.items()} for size, measured in results.items()}
+        Path(options.json).write_text(json.dumps({"conditions": conditions(options.directory), "sizes": plain}))
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each program [7]")
+    parser.add_argument(
+        "--directory", type=Path, default=Path("peers-environments"), help="where environments are kept"
+    )
+    parser.add_argument("--json", help="write all figures to this file")
+    return parser.parse_args()
+
+
+def make_environment(directory: Path, name: str) -> None:
+    """A virtual environment with torch and the packages of that name; made once, Megalith itself anew each time."""
+    folder = directory / name
+    python = folder / "bin" / "python"
+    if not (folder / "complete").exists():
+        print(f"making the environment {name} ...", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        # torch first and by itself: some packages would pull another build.
+        _pip(python, TORCH, "numpy")
+        _pip(python, *PACKAGES[name])
+        (folder / "complete").touch()
+    elif name == "megalith":
+        _pip(python, "--force-reinstall", "--no-deps", *PACKAGES[name])
+
+
+def _pip(python: Path, *words: str) -> None:
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    words = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", *words)
+    subprocess.run([python, *words], check=True, env=clean)
+
+
+class Running:
+    """A program that waits for rounds."""
+
+    def __init__(self, name: str, size: str, directory: Path) -> None:
+        program = PROGRAMS[name]
+        layers, width, heads, length, batch, _ = SIZES[size]
+        model = {
+            "num_layers": layers,
+            "hidden_size": width,
+            "num_heads": heads,
+            "sequence_length": length,
+            "batch_size": batch,
+            "vocab_size": VOCABULARY,
+            "seed": 1234,
+            "mode": program.mode,
+        }
+        environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "LD_PRELOAD")}
+        environment["PYTHONDONTWRITEBYTECODE"] = ""
+        if program.tcmalloc:
+            environment["LD_PRELOAD"] = str(ctypes.util.find_library("tcmalloc_minimal"))
+        self.errors = (directory / f"{name}-{size}.errors").open("w+", encoding="utf-8")
+        self.began = time.perf_counter()
+        self.process = subprocess.Popen(
+            [directory / program.environment / "bin" / "python", PROGRAMS_FOLDER / program.script, json.dumps(model)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            env=environment,
+            text=True,
+        )
+
+    def answer(self) -> dict[str, Any]:
+        """What it says next. Raises RuntimeError with the end of its errors if it says nothing more."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.errors.seek(0)
+            last = [text for text in self.errors.read().splitlines() if text.strip()][-1:]
+            raise RuntimeError(last[0] if last else f"it ended with status {self.process.returncode}")
+        return dict(json.loads(line))
+
+    def take(self, steps: int) -> dict[str, Any]:
+        """Let it take steps."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.errors.close()
+
+
+def measure_size(size: str, names: Sequence[str], options: argparse.Namespace) -> dict[str, Measured]:
+    """All programs at a size: first steps one after the other, then rounds in turns."""
+    _, _, _, length, batch, steps = SIZES[size]
+    measured = {name: Measured() for name in names}
+    running: dict[str, Running] = {}
+    for name in names:
+        program = running[name] = Running(name, size, options.directory)
+        try:
+            said = program.answer()
+            measured[name].first_step = time.perf_counter() - program.began
+            measured[name].num_parameters, measured[name].threads = said["num_parameters"], said["threads"]
+            program.take(steps)  # The second step still meets much for the first time.
+        except RuntimeError as error:
+            measured[name].failed = str(error)
+            running.pop(name).end()
+            print(f"{size} {name}: failed: {error}", flush=True)
+    for _ in range(options.rounds):
+        for name, program in running.items():
+            said = program.take(steps)
+            tokens = steps * batch * length
+            measured[name].tokens_per_second.append(tokens / said["seconds"])
+            measured[name].tokens_per_cpu_second.append(tokens / said["cpu_seconds"])
+            measured[name].peak = said["peak"]
+    for program in running.values():
+        program.end()
+    return measured
+
+
+def print_table(size: str, measured: dict[str, Measured]) -> None:
+    """Figures and ratios of a size, as Markdown."""
+    layers, width, heads, length, batch, steps = SIZES[size]
+    rounds = len(measured[YARDSTICK].tokens_per_second)
+    print(
+        f"\n{size}: {layers} layers x {width}, {heads} heads, sequence {length}, batch {batch}, vocabulary "
+        f"{VOCABULARY}; {rounds} rounds of {steps} steps\n\n"
+        "| program | tokens/s | x (wall), quartiles | x (CPU time) | peak MB | x | first step s | x | parameters |\n"
+        "|---|---|---|---|---|---|---|---|---|"
+    )
+    base = measured[YARDSTICK]
+    for name, found in measured.items():
+        if found.failed:
+            print(f"| {name} | failed: {found.failed[:80]} | | | | | | | |")
+            continue
+        ratios = [a / b for a, b in zip(found.tokens_per_second, base.tokens_per_second, strict=True)]
+        busy = [a / b for a, b in zip(found.tokens_per_cpu_second, base.tokens_per_cpu_second, strict=True)]
+        low, high = statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else (ratios[0], ratios[0])
+        print(
+            f"| {name} | {statistics.median(found.tokens_per_second):,.0f} | {statistics.median(ratios):.2f}, "
+            f"{low:.2f} to {high:.2f} | {statistics.median(busy):.2f} | {found.peak / 1e6:,.0f} | "
+            f"{found.peak / base.peak:.2f} | {found.first_step:.1f} | {found.first_step / base.first_step:.2f} | "
+            f"{found.num_parameters:,} |",
+            flush=True,
+        )
+
+
+def conditions(directory: Path) -> str:
+    """Machine, versions and commit."""
+    model = "unknown processor"
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    versions = []
+    for name, packages in PACKAGES.items():
+        python = directory / name / "bin" / "python"
+        wanted = [package.split(">")[0] for package in packages if not package.startswith("/")] + ["torch"]
+        code = f"import importlib.metadata as m; print(', '.join(p + ' ' + m.version(p) for p in {wanted!r}))"
+        if python.exists():
+            said = subprocess.run([python, "-c", code], capture_output=True, text=True)
+            versions.append(f"{name}: {said.stdout.strip()}")
+    return (
+        f"\n{time.strftime('%Y-%m-%d')}, {model}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"Megalith at {commit.stdout.strip() or 'an unknown commit'}; {'; '.join(versions)}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
