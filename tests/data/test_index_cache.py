@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megalith.data import index_cache
+from megalith.data import kept_arrays
 from megalith.data.index_cache import ARRAYS, IndexMapsReport, load_or_build_index_maps
 from megalith.data.index_maps import IndexMaps, build_index_maps
 from megalith.files import DISK, Disk
@@ -323,7 +323,7 @@ def test_a_lock_whose_file_was_removed_is_not_taken(tmp_path: Path, monkeypatch:
         real(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", remove_first)
-    with index_cache._lock(tmp_path / f"{BASE}.lock") as owned:
+    with kept_arrays._lock(tmp_path / f"{BASE}.lock", "index maps") as owned:
         assert not owned
-    with index_cache._lock(tmp_path / f"{BASE}.lock") as owned:
+    with kept_arrays._lock(tmp_path / f"{BASE}.lock", "index maps") as owned:
         assert owned

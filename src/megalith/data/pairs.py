@@ -1,0 +1,131 @@
+"""BERT's samples: two runs of sentences of a document, in their order or swapped, with some tokens masked.
+
+They are Megatron-LM's, token by token (Devlin et al. 2019, with the sentence order task of Lan et al. 2020,
+arXiv:1909.11942, in place of the next sentence task).
+
+Shape letters: B batch, T sequence length.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megalith.data.masking import Pieces, SpanRule, mask_tokens, random_of
+from megalith.data.sentence_rows import SentenceRows
+
+SPECIAL_TOKENS = 3  # [CLS] and two [SEP]
+SWAP_SHARE = 0.5  # of the samples whose two parts are swapped
+
+
+@dataclass(frozen=True, eq=False)
+class PairRule:
+    """What all samples have in common. binary_head: whether a sample has two parts."""
+
+    length: int  # tokens of a sample, with special ones and padding
+    pieces: Pieces
+    cls: int
+    sep: int
+    mask: int
+    pad: int
+    masking: SpanRule
+    binary_head: bool
+
+
+@dataclass(frozen=True)
+class PairSample:
+    """One sample, T entries each."""
+
+    tokens: NDArray[np.int64]
+    types: NDArray[np.int64]  # 0 for the first part, 1 for the second; padding has the id of [PAD], as in Megatron-LM
+    labels: NDArray[np.int64]  # the token that was there, where one is masked, else -1
+    swapped: bool  # the second part stood first in the document
+    num_tokens: int  # without padding
+
+
+def make_pair(
+    sentences: Sequence[NDArray[Any]], target: int, rule: PairRule, random: np.random.RandomState
+) -> PairSample:
+    """The sample of some sentences of a document; target: tokens without special ones to which it is cut."""
+    first, second, swapped = (
+        _halves(sentences, random) if rule.binary_head else (np.concatenate(sentences), None, False)
+    )
+    first, second = _cut(first, np.empty(0, first.dtype) if second is None else second, target, random)
+    parts: list[Any] = [[rule.cls], first, [rule.sep]]
+    if len(second):
+        parts += [second, [rule.sep]]
+    tokens = np.concatenate(parts).astype(np.int64)
+    masked, labels = mask_tokens(tokens, rule.pieces, rule.masking, rule.masking.share * target, rule.mask, random)
+    count = len(tokens)
+    types = np.zeros(count, np.int64)
+    types[len(first) + 2 :] = 1
+    return PairSample(
+        _filled(masked, rule.length, rule.pad),
+        _filled(types, rule.length, rule.pad),
+        _filled(labels, rule.length, -1),
+        swapped,
+        count,
+    )
+
+
+def _halves(
+    sentences: Sequence[NDArray[Any]], random: np.random.RandomState
+) -> tuple[NDArray[Any], NDArray[Any], bool]:
+    count = len(sentences)
+    cut = random.randint(1, count) if count >= 3 else 1
+    first, second = np.concatenate(sentences[:cut]), np.concatenate(sentences[cut:])
+    if random.random_sample() < SWAP_SHARE:
+        return second, first, True
+    return first, second, False
+
+
+def _cut(
+    first: NDArray[Any], second: NDArray[Any], target: int, random: np.random.RandomState
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Both parts, together at most target tokens long: one token after the other is taken from the longer part (the
+    second if they are equal), from its front or its end."""
+    sizes = [len(first), len(second)]
+    fronts = [0, 0]
+    for at_front in random.random_sample(max(0, sum(sizes) - target)) < 0.5:
+        longer = 0 if sizes[0] > sizes[1] else 1
+        sizes[longer] -= 1
+        fronts[longer] += int(at_front)
+    return first[fronts[0] : fronts[0] + sizes[0]], second[fronts[1] : fronts[1] + sizes[1]]
+
+
+def _filled(values: NDArray[np.int64], length: int, filling: int) -> NDArray[np.int64]:
+    if len(values) > length:
+        raise ValueError(f"a sample of {len(values)} tokens: it has room for {length}; remove the sentence maps")
+    row = np.full(length, filling, np.int64)
+    row[: len(values)] = values
+    return row
+
+
+class PairRows:
+    """The samples of a map as rows of numbers, as a blend mixes them: tokens, types and labels (T each), whether the
+    parts are swapped, and how many tokens are no padding."""
+
+    def __init__(self, sentences: SentenceRows, rule: PairRule) -> None:
+        self.sentences = sentences
+        self.rule = rule
+
+    def __len__(self) -> int:
+        return len(self.sentences)
+
+    def sample(self, index: int) -> PairSample:
+        """The sample at this place of the map."""
+        sentences, target = self.sentences.read(index)
+        return make_pair(sentences, target, self.rule, random_of(self.sentences.seed, index))
+
+    def batch(self, indices: NDArray[np.int64]) -> NDArray[Any]:
+        """[B, 3 T + 2]"""
+        length = self.rule.length
+        rows = np.empty((len(indices), 3 * length + 2), np.int64)
+        for row, index in zip(rows, indices, strict=True):
+            sample = self.sample(int(index))
+            row[:length], row[length : 2 * length] = sample.tokens, sample.types
+            row[2 * length : 3 * length] = sample.labels
+            row[-2], row[-1] = sample.swapped, sample.num_tokens
+        return rows
