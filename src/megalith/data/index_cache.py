@@ -92,7 +92,8 @@ def load_or_build_index_maps(
         yield "shuffle_idx", shuffle_samples(plan, random)
 
     kept = load_or_build(wanted, build, wait_seconds=wait_seconds)
-    maps = IndexMaps(*(kept.arrays[name] for name in ARRAYS), plan, sequence_length)
+    doc_idx, sample_idx, shuffle_idx = (kept.arrays[name] for name in ARRAYS)
+    maps = IndexMaps(doc_idx, sample_idx, shuffle_idx, plan, sequence_length)
     paths = dict(wanted.paths)
     return maps, IndexMapsReport(paths, kept.rebuilt_because, kept.seconds, plan, len(documents), sequence_length)
 

@@ -111,8 +111,9 @@ def _thresholds(rule: SpanRule) -> NDArray[np.float64]:
     choice."""
     weights = 1.0 / np.arange(1, rule.longest + 1)
     shares = weights / weights.sum()
-    sums = np.cumsum(shares / shares.sum())
-    return sums / sums[-1]
+    sums: NDArray[np.float64] = np.cumsum(shares / shares.sum())
+    sums /= sums[-1]
+    return sums
 
 
 def mask_tokens(

@@ -183,7 +183,7 @@ def shuffle_rows(rows: NDArray[Any], seed: int) -> None:
     """Shuffle the rows of a map in place, as Megatron-LM's C++ does: with mt19937_64(seed + 1), from the end."""
     random = Twister64(seed + 1)
     order = np.arange(len(rows), dtype=np.int64)
-    places = memoryview(order)
+    places = order.data
     for high in range(len(rows) - 1, 0, -BLOCK):
         low = max(high - BLOCK, 0)
         divisors = np.arange(high + 1, low + 1, -1, dtype=np.uint64)
