@@ -22,9 +22,11 @@ from megalith.layers.feedforward import FeedForward
 from megalith.layers.linear import Linear
 from megalith.layers.norm import LayerNorm
 from megalith.models.decoder import Decoder
+from megalith.models.vit import VisionTransformer
 from megalith.parallel.collectives import (
     Group,
     copy_to_group,
+    gather_copies,
     gather_for_product,
     rank_in,
     reduce_from_group,
@@ -147,6 +149,16 @@ def _cut_decoder(module: Decoder, path: str, cutter: Cutter) -> None:
     module.cross_entropy = partial(cut_cross_entropy, group=cutter.group, sequence=cutter.sequence)
 
 
+def _cut_vision_transformer(module: VisionTransformer, path: str, cutter: Cutter) -> None:
+    """What is outside the blocks is small, and every rank holds all of it and computes it for all places alike."""
+    for name, parameter in module.named_parameters():
+        if not name.startswith(("layers.", "final_norm.")):
+            cutter.cuts[name] = Cut(tuple(parameter.shape), (0,) * parameter.dim(), is_copy=True)
+    if cutter.sequence:
+        module.cut = partial(scatter_copies, dim=TOKENS, group=cutter.group)
+        module.joined = partial(gather_copies, dim=TOKENS, group=cutter.group)
+
+
 def cut_vocabulary(table: Embedding, path: str, cutter: Cutter) -> None:
     """Each rank holds the rows of some tokens; a token's row is summed from the one rank that has it."""
     first, _ = cutter.rows_of(table.weight.shape[0])
@@ -174,6 +186,7 @@ SPLITS: dict[type[nn.Module], Callable[[Any, str, Cutter], None]] = {
     LayerNorm: _copy_norm,
     Block: _cut_block,
     Decoder: _cut_decoder,
+    VisionTransformer: _cut_vision_transformer,
 }
 
 
