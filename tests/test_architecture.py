@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "megalith"
 
 # Who may import whom: a module imports only from strictly lower levels, or from its own part.
 LEVELS = [
-    {"fields", "files"},
+    {"allocator", "fields", "files"},
     {"layers", "data", "optim", "monitor"},
     {"models"},
     {"parallel", "checkpoint"},
@@ -21,6 +21,7 @@ LEVELS = [
         "check",
         "check_layout",
         "check_tasks",
+        "check_vit",
         "notices",
         "datasets",
         "corpora",
@@ -29,6 +30,7 @@ LEVELS = [
         "tasks",
     },
     {
+        "adopt",
         "bench",
         "job",
         "resume",

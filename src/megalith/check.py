@@ -239,8 +239,9 @@ def _data(run: Run) -> Iterator[Fault]:
             yield fault("corpus", data.corpus, "needs --save, where its text and tokenizer are kept", "Add --save DIR")
         return
     if not data.data_path:
-        yield fault("data_path", None, "is required and was not given", "Add --data-path PREFIX, or --corpus python")
-    elif len(data.data_path) > 1 and len(data.data_path) % 2:
+        given = "FOLDER, or --corpus shapes" if run.task == "vit" else "PREFIX, or --corpus python"
+        yield fault("data_path", None, "is required and was not given", f"Add --data-path {given}")
+    elif run.task != "vit" and len(data.data_path) > 1 and len(data.data_path) % 2:
         yield fault(
             "data_path",
             " ".join(data.data_path),

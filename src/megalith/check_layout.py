@@ -88,7 +88,7 @@ def _sequence(run: Run) -> Iterator[Fault]:
     """What is cut along the tokens: over context ranks, and the stream between blocks over tensor ranks."""
     name = "seq_length" if run.data.seq_length is not None else "encoder_seq_length"
     length: int | None = getattr(run.data, name)
-    if length is None or length < 1:
+    if length is None or length < 1 or run.task == "vit":  # a vit's places are checked with its patches
         return
     context, tensor = run.parallel.context_parallel_size, run.parallel.tensor_model_parallel_size
     if context > 1 and length % (2 * context):

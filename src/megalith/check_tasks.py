@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 
+from megalith.check_vit import vit_faults
 from megalith.config import Fault, Run, flag_of
 
 
 def task_faults(run: Run) -> list[Fault]:
     """Every fault of the settings of the run's task."""
     rules = RULES.get(run.task)
-    return [*_layouts(run), *_mock_data(run), *(() if rules is None else rules(run))]
+    return [*_layouts(run), *_mock_data(run), *_corpus(run), *(() if rules is None else rules(run))]
 
 
 def _layouts(run: Run) -> Iterator[Fault]:
@@ -25,7 +26,15 @@ def _mock_data(run: Run) -> Iterator[Fault]:
         yield Fault(flag_of("mock_data"), None, rule, "Give real data, or --corpus")
 
 
+def _corpus(run: Run) -> Iterator[Fault]:
+    """A corpus is of text or of images."""
+    corpus = run.data.corpus
+    if corpus is not None and (corpus == "shapes") != (run.task == "vit"):
+        fits = "shapes" if run.task == "vit" else "python"
+        yield Fault(flag_of("corpus"), corpus, f"is no data for {run.task}", f"Use --corpus {fits}")
+
+
 # Tasks whose rows can make up data.
-MOCKED = ("gpt",)
+MOCKED = ("gpt", "vit")
 # What is checked for one task alone.
-RULES: dict[str, Callable[[Run], Iterator[Fault]]] = {}
+RULES: dict[str, Callable[[Run], Iterator[Fault]]] = {"vit": vit_faults}

@@ -21,6 +21,8 @@ def prepare_corpus(run: Run, layout: Layout, log: RunLog) -> Run:
     """
     if run.data.corpus is None:
         return run
+    if run.data.corpus == "shapes":
+        return prepare_shapes(run, layout, log)
     prefix = corpus_prefix(run)
     if layout.rank == 0 and not idx_path(prefix).exists():
         log.line("making a corpus of this Python installation's documentation and sources ...")
@@ -37,6 +39,27 @@ def prepare_corpus(run: Run, layout: Layout, log: RunLog) -> Run:
         merge_file=os.fspath(tokenizer_folder(prefix) / "merges.txt"),
     )
     return dataclasses.replace(run, data=data)
+
+
+def prepare_shapes(run: Run, layout: Layout, log: RunLog) -> Run:
+    """The run with a folder of drawn images as its data."""
+    folder = shapes_folder(run)
+    if layout.rank == 0 and not folder.exists():
+        log.line("drawing a set of images ...")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Pillow is there for image tasks only.
+        from megalith.data.shapes import draw_set
+
+        draw_set(folder)
+    if layout.world_size > 1:
+        dist.barrier()
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, corpus=None, data_path=(os.fspath(folder),)))
+
+
+def shapes_folder(run: Run) -> Path:
+    """Where the drawn images of a run lie."""
+    assert run.checkpoint.save is not None, "check.py saw to it"
+    return Path(run.checkpoint.save) / "corpus" / "shapes"
 
 
 def corpus_prefix(run: Run) -> Path:

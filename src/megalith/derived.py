@@ -102,6 +102,7 @@ OURS = (
     "mock_data",
     "vocab_size",
     "corpus_vocab_size",
+    "image_augmentation",
     "recompute_granularity",
     "device",
     "nproc",

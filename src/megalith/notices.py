@@ -26,7 +26,7 @@ REPLACED = {
     "distributed_backend": "the backend follows the device: NCCL with GPUs, gloo without",
     "DDP_impl": "one reduction of gradients serves all layouts",
     "data_impl": "lazy and cached name the same older format, and every file is memory-mapped",
-    "num_workers": "samples are cut by one background thread, which no step waits for",
+    "num_workers": "one background thread makes samples, which no step waits for; images are decoded by so many",
     "block_data_path": "no program reads it, in Megatron-LM neither",
     "no_save_rng": "there is no generator state to save: everything random is derived from the seed and the step",
     "no_load_rng": "there is no generator state to load: everything random is derived from the seed and the step",

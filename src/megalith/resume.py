@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megalith import __version__
+from megalith.adopt import Adoption
 from megalith.checkpoint.directory import CheckpointError, list_checkpoints, try_run_directory
 from megalith.checkpoint.index import Index
 from megalith.checkpoint.pieces import Piece
@@ -222,15 +223,19 @@ def resume(job: Job) -> None:
     job.log.report(LoadStarted(str(source.directory), list_checkpoints(source.directory)[-1].step))
     fresh = job.run.checkpoint.finetune and not source.is_own
     with_optimizer = not fresh and (source.is_own or not job.run.checkpoint.no_load_optim)
+    fit = job.task.fit if fresh else None
+    adoption = None if fit is None else Adoption(job.laid.trained.held, fit, prefix=WEIGHT)
     try:
         loaded = load_latest(
             source.directory,
-            lambda index: wanted(job, index, with_optimizer=with_optimizer),
-            may_stay_unread=lambda name: not with_optimizer and not name.startswith(WEIGHT),
+            lambda index: wanted(job, index, with_optimizer=with_optimizer, adoption=adoption),
+            may_stay_unread=lambda name: not with_optimizer and (adoption is not None or not name.startswith(WEIGHT)),
         )
     except CheckpointError as error:
         raise ValueError(str(error)) from error
     assert loaded is not None, "its checkpoints were listed"
+    if adoption is not None:
+        adoption.finish()
     # Replicas that share out the optimizer have loaded their own rows only.
     job.laid.reduction.after_update()
     for message in loaded.messages():
@@ -244,15 +249,18 @@ def resume(job: Job) -> None:
     )
 
 
-def wanted(job: Job, index: Index, *, with_optimizer: bool) -> dict[str, Piece]:
-    """The pieces to fill, once it is seen that the checkpoint is of this model."""
+def wanted(job: Job, index: Index, *, with_optimizer: bool, adoption: Adoption | None = None) -> dict[str, Piece]:
+    """The pieces to fill, once it is seen that the checkpoint is of this model, or as near as a fine-tuning needs."""
+    may_differ = () if adoption is None else adoption.fit.may_differ
     faults = [
         f"{name} is {index.state['model'].get(name)} in the checkpoint and {value} in this run"
         for name, value in identity_of(job).items()
-        if index.state["model"].get(name) != value
+        if index.state["model"].get(name) != value and name not in may_differ
     ]
     if faults:
         raise ValueError(f"the checkpoint of step {index.step} is of another model: {'; '.join(faults)}")
+    if adoption is not None:
+        return adoption.pieces(index)
     if not with_optimizer:
         return weight_pieces(job)
     pieces = optimizer_pieces(job)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megalith.config import Run
 from megalith.data.loader import BatchSource
@@ -21,6 +22,16 @@ class Baseline:
     value: float
     title: str  # "unigram entropy"
     meaning: str  # "the loss of knowing how often each token occurs and nothing else"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How --finetune takes over the weights of another run of the task."""
+
+    may_differ: tuple[str, ...]  # of what weights depend on: the checkpoint's and the run's need not be the same
+    begins_anew: Callable[[str], bool]  # by a parameter's name: it keeps its first values
+    # Of a weight with other rows: (name, as it is stored, shape wanted) -> as it begins. Raises ValueError.
+    resized: Callable[[str, Tensor, tuple[int, ...]], Tensor]
 
 
 def no_baseline(run: Run, source: BatchSource) -> Baseline | None:
@@ -71,5 +82,6 @@ class Task:
     baseline: Callable[[Run, BatchSource], Baseline | None] = no_baseline
     # What a checkpoint's weights depend on beside the sizes of the transformer, by name of the setting.
     identity: Callable[[Run], dict[str, Any]] = same_identity
+    fit: Fit | None = None  # None: --finetune takes the very same model only
     # Commands to go on with at the end of a run: (word, command with {save}).
     next_commands: tuple[tuple[str, str], ...] = field(default=())

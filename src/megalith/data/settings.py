@@ -70,10 +70,17 @@ class DataConfig:
     )
     corpus: str | None = setting(
         None,
-        "train on text that is already on this machine, with a tokenizer trained on it",
+        "train on text that is already on this machine, with a tokenizer trained on it (python), or on drawn images",
         section="data and dataloader",
-        choices=("python",),
+        choices=("python", "shapes"),
     )
     corpus_vocab_size: int = setting(
         4096, "size of the tokenizer trained on --corpus", section="data and dataloader", unit="tokens"
+    )
+    image_augmentation: str = setting(
+        "all",
+        "what is random in a training image: crop, flip and colours, the first two, or nothing",
+        section="vit",
+        choices=("all", "crop", "none"),
+        task="vit",
     )

@@ -5,8 +5,10 @@ of them can be told apart at a glance, but not by any single pixel.
 """
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +17,13 @@ from PIL import Image, ImageDraw
 from megalith.data.augment import Draws
 from megalith.data.images import SHAPES
 from megalith.data.mock import mix_words
+from megalith.files import DISK, sync_directory
 
 SIDE = 32  # pixels
 FINER = 4  # drawn so many times as large, for smooth edges
 NOISE = 24  # the most that a pixel is off, of 255
 SEED = 2718
+TRAINED, VALIDATED = 500, 50  # pictures of each shape
 
 Points = list[tuple[float, float]]
 
@@ -46,6 +50,21 @@ OUTLINES: dict[str, tuple[Points, Points]] = {
     "star": (_ring_of(10, [1.1, 0.45]), []),
     "triangle": (_ring_of(3, [1.1]), []),
 }
+
+
+def draw_set(folder: Path) -> None:
+    """Draw all pictures into folder/train/SHAPE and folder/val/SHAPE; the folder gets its name when all are there."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    for part, first, count in (("train", 0, TRAINED), ("val", TRAINED, VALIDATED)):
+        for shape in SHAPES:
+            of_shape = unfinished / part / shape
+            of_shape.mkdir(parents=True)
+            for number in range(first, first + count):
+                (of_shape / f"{number:04}.png").write_bytes(draw_shape(shape, number))
+    DISK.rename(unfinished, folder)
+    sync_directory(folder.parent)
 
 
 def draw_shape(shape: str, number: int) -> bytes:
