@@ -38,6 +38,7 @@ LEVELS = [
         "closing",
         "train",
         "trained",
+        "trained_images",
         "convert",
         "convert_from_megatron",
         "convert_to_megatron",

@@ -132,13 +132,17 @@ def generate(words: Sequence[str], started: float) -> int:
 
 
 def evaluate(words: Sequence[str], started: float) -> int:
-    """Loss and perplexity of a trained model on a split of its data, or on text files."""
+    """Loss and perplexity of a trained model on a split of its data or on text files; of a vit, its accuracy."""
     parser = _Parser(prog="megalith evaluate", description=evaluate.__doc__)
     parser.add_argument("run", help="run directory (what --save named)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--split", choices=("train", "valid", "test"), help="a split of the run's data [valid]")
     what.add_argument(
-        "--file", nargs="+", default=[], metavar="FILE", help="text, JSON lines, or prefixes of token files"
+        "--file",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="text, JSON lines, or prefixes of token files; for a vit a folder of images",
     )
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use [the newest]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -147,8 +151,10 @@ def evaluate(words: Sequence[str], started: float) -> int:
 
     import json
 
-    from megalith.trained import measure
+    from megalith.trained import measure, run_of
 
+    if run_of(options.run).task == "vit":
+        from megalith.trained_images import measure_images as measure
     report = measure(options.run, split=options.split, files=options.file, step=options.step, device=options.device)
     if options.json:
         print(json.dumps(report))

@@ -1,14 +1,15 @@
 """A trained model from its run directory, and what can be asked of it: text, and the loss of other text."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from megalith.checkpoint.index import Index
 from megalith.checkpoint.pieces import Piece
@@ -29,6 +30,8 @@ from megalith.parallel.mesh import choose_device
 from megalith.resume import WEIGHT
 from megalith.sources import read_run_file
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 @dataclass(frozen=True)
 class TrainedModel:
@@ -45,41 +48,61 @@ def open_trained(directory: str, *, step: int | None, device: str) -> TrainedMod
 
     Raises ValueError if there is none, or it is not a GPT.
     """
-    folder = Path(directory)
-    if not (folder / "run.toml").is_file():
-        raise ValueError(f"{directory}: is not a run directory (it has no run.toml). Name what --save named.")
-    values, faults = read_run_file(folder / "run.toml")
-    if faults:
-        raise ConfigError(faults)
-    run = compose(values.pop("task", "gpt"), values)
+    run = run_of(directory)
     if run.task != "gpt":
         raise ValueError(f"{directory}: holds a {run.task} model; only a gpt continues text.")
-    tokenizer = load_saved_tokenizer(folder / "tokenizer")
-    made: list[Decoder] = []
+    tokenizer = load_saved_tokenizer(Path(directory) / "tokenizer")
+    model, found_step = load_weights(
+        directory,
+        lambda index: empty_model(run, int(index.state["model"]["padded_vocab_size"]), device),
+        step=step,
+    )
+    return TrainedModel(run, found_step, tokenizer, model)
+
+
+def run_of(directory: str) -> Run:
+    """The run that made a run directory. Raises ValueError if it is none."""
+    file = Path(directory) / "run.toml"
+    if not file.is_file():
+        raise ValueError(f"{directory}: is not a run directory (it has no run.toml). Name what --save named.")
+    values, faults = read_run_file(file)
+    if faults:
+        raise ConfigError(faults)
+    return compose(values.pop("task", "gpt"), values)
+
+
+def load_weights(directory: str, build: Callable[[Index], Model], *, step: int | None) -> tuple[Model, int]:
+    """A model with the weights of the newest checkpoint that verifies, or of a step; and which step it was.
+
+    build: makes the model, with memory for its weights. Raises ValueError if there is no checkpoint.
+    """
+    made: list[Model] = []
 
     def wanted(index: Index) -> dict[str, Piece]:
-        model = empty_model(run, int(index.state["model"]["padded_vocab_size"]), device)
-        made[:] = [model]
-        return {WEIGHT + n: Piece(p.data, tuple(p.shape), (0,) * p.dim()) for n, p in model.named_parameters()}
+        made[:] = [build(index)]
+        return {WEIGHT + n: Piece(p.data, tuple(p.shape), (0,) * p.dim()) for n, p in made[0].named_parameters()}
 
-    loaded = load_latest(folder, wanted, step=step, may_stay_unread=lambda name: not name.startswith(WEIGHT))
+    loaded = load_latest(directory, wanted, step=step, may_stay_unread=lambda name: not name.startswith(WEIGHT))
     if loaded is None:
         raise ValueError(f"{directory}: holds no checkpoint yet. Wait for one, or train longer.")
     for message in loaded.messages():
         print(f"warning: {message}", file=sys.stderr)
-    return TrainedModel(run, loaded.index.step, tokenizer, made[0])
+    return made[0], loaded.index.step
 
 
 def empty_model(run: Run, vocab_size: int, device: str) -> Decoder:
     """The model of a run with memory for its weights."""
-    dtype = getattr(torch, compute_dtype(run))
-    chosen = choose_device(device, 0)
-    if chosen.type == "cpu":
-        # 16-bit products are emulated on most processors.
-        dtype = torch.float32
+    chosen, dtype = compute_type(run, device)
     untied = run.model.untie_embeddings_and_output_weights
     model = Decoder(run.model, vocab_size, dtype=dtype, untie_embeddings_and_output_weights=untied, device="meta")
     return model.to_empty(device=chosen).eval()
+
+
+def compute_type(run: Run, device: str) -> tuple[torch.device, torch.dtype]:
+    """The device chosen, and the type in which a run's model computes there."""
+    chosen = choose_device(device, 0)
+    # 16-bit products are emulated on most processors.
+    return chosen, torch.float32 if chosen.type == "cpu" else getattr(torch, compute_dtype(run))
 
 
 def talk(
