@@ -14,7 +14,9 @@ def vit_faults(run: Run) -> Iterator[Fault]:
     if run.data.mock_data:
         return
     if not has_pillow():
-        yield Fault("vit", None, "reads images with Pillow, which is not installed", "pip install 'megalith[vision]'")
+        yield Fault(
+            "vit", None, "reads images with Pillow, which is not installed", "Run pip install 'megalith[vision]'"
+        )
     if run.data.corpus == "shapes":
         yield from _classes(run, len(SHAPES), "--corpus shapes")
     elif run.data.data_path:
