@@ -230,3 +230,21 @@ def test_the_flags_of_megatrons_program_train_two_steps(tmp_path: Path) -> None:
     assert [number for number, _, _ in steps] == ["1", "2"], done.stdout
     assert all(0.5 < float(loss) < 2.0 for _, loss, _ in steps)
     assert "building VIT model ..." in done.stdout and "> finished creating VIT datasets ..." in done.stdout
+
+
+def test_the_preset_learns_and_tells_what_chance_would_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("megalith.data.shapes.TRAINED", 40)
+    monkeypatch.setattr("megalith.data.shapes.VALIDATED", 8)
+    words = "--preset quickstart-vit --train-iters 60 --eval-iters 1 --eval-interval 100 --log-format json --device cpu"
+    assert main(["pretrain", *words.split(), "--save", str(tmp_path / "run")]) == 0
+    first, last = events_of(tmp_path / "run", "evaluated")
+    assert first["losses"]["loss"] > 2.0 and last["losses"]["loss"] < 1.9 < math.log(8)
+    assert last["losses"]["accuracy"] > 0.2
+    said = capfd.readouterr().out
+    assert "validation accuracy: " in said and "chance: 2.079, the loss of guessing among 8 classes" in said
+    # A second start finds the images and the run where they are.
+    assert main(["pretrain", *words.split(), "--save", str(tmp_path / "run")]) == 0
+    assert "drawing a set of images" not in capfd.readouterr().out
+    assert measure_images(str(tmp_path / "run"), split=None, files=(), step=None, device="cpu")["images"] == 64

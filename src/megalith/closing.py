@@ -36,18 +36,15 @@ def tell_what_next(job: Job, reason: str | None) -> None:
 
 
 def _tell_losses(job: Job) -> None:
-    """The validation loss before and after, and what the best predictor without context pays."""
+    """The validation figures before and after, and what a predictor pays that has learnt almost nothing."""
     if not job.run.evaluate.unigram_baseline or not job.validations:
         return
     (first_step, first), (last_step, last) = job.validations[0], job.validations[-1]
     baseline = job.task.baseline(job.run, job.loaders["valid"].source)
     name = job.task.losses[0] if baseline is None else baseline.loss
-    if last_step > first_step:
-        job.log.line(
-            f"validation {_spoken(name)}: {first[name]:.3f} at step {first_step}, {last[name]:.3f} at step {last_step}"
-        )
-    else:
-        job.log.line(f"validation {_spoken(name)}: {last[name]:.3f} at step {last_step}")
+    for figure in [name, *(other for other in job.task.losses if other != name)]:
+        before = f"{first[figure]:.3f} at step {first_step}, " if last_step > first_step else ""
+        job.log.line(f"validation {_spoken(figure)}: {before}{last[figure]:.3f} at step {last_step}")
     if baseline is not None:
         job.log.line(
             f"{baseline.title}: {baseline.value:.3f}, {baseline.meaning}; "

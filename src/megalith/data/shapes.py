@@ -22,8 +22,9 @@ from megalith.files import DISK, sync_directory
 SIDE = 32  # pixels
 FINER = 4  # drawn so many times as large, for smooth edges
 NOISE = 24  # the most that a pixel is off, of 255
+TURNED = 0.5  # the largest angle, radians
 SEED = 2718
-TRAINED, VALIDATED = 500, 50  # pictures of each shape
+TRAINED, VALIDATED = 1000, 50  # pictures of each shape
 
 Points = list[tuple[float, float]]
 
@@ -74,7 +75,7 @@ def draw_shape(shape: str, number: int) -> bytes:
     behind, front = _colours(draws)
     radius = draws.uniform(0.2, 0.42) * size
     x, y = (draws.uniform(radius, size - radius) for _ in range(2))
-    angle = draws.uniform(0, 2 * math.pi)
+    angle = draws.uniform(-TURNED, TURNED)
     placed = _placing(x, y, radius, angle)
     stencil = Image.new("L", (size, size), 0)
     drawing = ImageDraw.Draw(stencil)
