@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "megalith"
 
 # Who may import whom: a module imports only from strictly lower levels, or from its own part.
 LEVELS = [
-    {"allocator", "fields", "files"},
+    {"allocator", "fields", "files", "launch"},
     {"layers", "data", "optim", "monitor"},
     {"models"},
     {"parallel", "checkpoint"},
@@ -39,6 +39,7 @@ LEVELS = [
         "train",
         "trained",
         "trained_images",
+        "watching",
         "convert",
         "convert_from_megatron",
         "convert_to_megatron",

@@ -24,6 +24,8 @@ torch.cuda.set_device = nothing()
 torch.cuda.manual_seed = nothing()
 torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
 torch.cuda.set_rng_state = nothing()
+torch.cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+torch.cuda.random.set_rng_state = nothing()
 torch.cuda.synchronize = nothing()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402

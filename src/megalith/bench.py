@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TextIO
 import torch
 
 from megalith import __version__
+from megalith.allocator import keep_freed_memory
 from megalith.check import check
 from megalith.config import ConfigError, Run
 from megalith.derived import compute_dtype, global_batch_size
@@ -118,6 +119,8 @@ def measure(run: Run, *, warmup: int, steps: int, started: float) -> dict[str, A
     )
     with ExitStack() as stack:
         device = choose_device(run.parallel.device, layout.local_rank)
+        if device.type == "cpu":
+            keep_freed_memory()
         stack.enter_context(joined(layout, device))
         silent: TextIO = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         log = stack.enter_context(RunLog("json", silent, is_printing_rank=False))

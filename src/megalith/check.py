@@ -62,7 +62,7 @@ def _positive(run: Run) -> Iterator[Fault]:
         "optimizer": "micro_batch_size global_batch_size hysteresis loss_scale_window loss_scale initial_loss_scale "
         "min_loss_scale lr_decay_iters lr_decay_samples",
         "parallel": "tensor_model_parallel_size pipeline_model_parallel_size checkpoint_num_layers nproc "
-        "num_layers_per_virtual_pipeline_stage context_parallel_size data_parallel_shard_size",
+        "num_layers_per_virtual_pipeline_stage context_parallel_size data_parallel_shard_size join_timeout",
         "checkpoint": "save_interval keep_last keep_every adlr_autoresume_interval",
         "monitor": "profile_step_start profile_step_end log_interval tensorboard_log_interval tensorboard_queue_size",
         "evaluate": "eval_interval",
@@ -77,6 +77,7 @@ def _positive(run: Run) -> Iterator[Fault]:
         "optimizer": "lr min_lr weight_decay clip_grad adam_eps lr_warmup_iters lr_warmup_samples",
         "data": "num_workers vocab_extra_ids",
         "evaluate": "eval_iters",
+        "parallel": "max_restarts stop_grace hang_timeout",
     }
     for part, names in not_negative.items():
         for name in names.split():

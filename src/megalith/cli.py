@@ -8,7 +8,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+from megalith.launch import PEER_LOST, PeerLostError, end_with_parent
+
+if TYPE_CHECKING:
+    from megalith.config import Run
 
 FAULT = 2  # exit status of a command that could not start
 
@@ -38,6 +43,9 @@ def main(words: Sequence[str] | None = None) -> int:
         # The reader of our output went away; a second write at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except PeerLostError as error:
+        print(f"megalith: rank {os.environ.get('RANK', '0')} ends: {error}", file=sys.stderr)
+        return PEER_LOST
     except (ValueError, OSError) as error:
         for line in str(error).splitlines():
             print(f"megalith: {line}", file=sys.stderr)
@@ -59,7 +67,10 @@ def pretrain(words: Sequence[str], started: float) -> int:
         return 0
     run = read_command_line(words)
     if run.parallel.nproc is not None and "RANK" not in os.environ:
-        return start_ranks(words, run.parallel.nproc)
+        return start_ranks(words, run)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun leaves its ranks behind when it is killed.
+        end_with_parent()
 
     from megalith.check import check
     from megalith.config import ConfigError
@@ -77,13 +88,16 @@ def pretrain(words: Sequence[str], started: float) -> int:
     return train(run, started=started)
 
 
-def start_ranks(words: Sequence[str], nproc: int) -> int:
-    """Become torchrun with that many processes on this machine."""
-    rest = list(words)
-    at = next(i for i, word in enumerate(rest) if word.split("=")[0] == "--nproc")
-    del rest[at : at + (1 if "=" in rest[at] else 2)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-    os.execv(sys.executable, [sys.executable, *torchrun, "-m", "megalith", "pretrain", *rest])
+def start_ranks(words: Sequence[str], run: "Run") -> int:
+    """Start that many processes on this machine, and end with their status."""
+    from megalith.launch import launch
+
+    parallel = run.parallel
+    assert parallel.nproc is not None
+    if parallel.nproc < 1:
+        raise ValueError(f"--nproc = {parallel.nproc}: must be greater than 0. Give a positive number")
+    command = [sys.executable, "-m", "megalith", "pretrain", *words]
+    return launch(command, parallel.nproc, stop_grace=parallel.stop_grace, max_restarts=parallel.max_restarts)
 
 
 def preprocess(words: Sequence[str], started: float) -> int:

@@ -41,8 +41,9 @@ from megalith.monitor.events import (
 )
 from megalith.monitor.flops import datasheet_flops
 from megalith.monitor.interval import Interval
-from megalith.monitor.ledger import Ledger
+from megalith.monitor.ledger import Ledger, LedgerFile
 from megalith.monitor.log import RunLog, choose_format
+from megalith.monitor.peers import seconds_of_life
 from megalith.monitor.scalars import Scalars
 from megalith.monitor.timers import SETUP_TIMERS, Timers
 from megalith.notices import notes, overridden, padding_warning, warnings_of
@@ -98,6 +99,7 @@ class Job:
     # Nothing is measured of an evaluation: the timers line speaks of steps.
     untimed: Timers = field(default_factory=Timers)
     loaders: dict[str, Loader] = field(default_factory=dict)  # by part of the data
+    book: LedgerFile | None = None  # on the rank that keeps the ledger in the run directory
 
 
 def open_log(run: Run, layout: Layout) -> RunLog:
@@ -127,7 +129,7 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
     Raises ValueError, naming what is wrong, for whatever of the user's is found missing or unfit.
     """
     task = task_of(run)
-    ledger = Ledger()
+    ledger = Ledger(age=seconds_of_life())
     timers = Timers(torch.cuda.synchronize if device.type == "cuda" and run.monitor.log_interval == 1 else None)
     batch_sizes = make_batch_sizes(run.optimizer, data_parallel=layout.data)
     announce_start(run, layout, batch_sizes, log)
@@ -185,6 +187,7 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
         batch_sizes=batch_sizes,
         last_step=last_step,
         progress=Progress(loss_scale=make_loss_scale(run.optimizer)),
+        book=LedgerFile(run.checkpoint.save) if run.checkpoint.save is not None and layout.rank == 0 else None,
         interval=Interval(time.perf_counter(), last_step=last_step, num_devices=layout.world_size, peak_flops=peak),
     )
 

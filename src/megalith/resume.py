@@ -26,10 +26,12 @@ from megalith.monitor.events import (
     LoadStarted,
     Warned,
 )
+from megalith.monitor.ledger import LedgerFile
 from megalith.optim.groups import num_updates, optimizer_tensors, set_num_updates
 from megalith.optim.schedule import resumed_schedule, schedule_to_json
 from megalith.parallel.apply import local_part
 from megalith.sources import as_toml
+from megalith.watching import NotedDisk
 
 # Tensors of a checkpoint are named after what they are, then by the parameter: weight.layers.0.... , exp_avg. ...
 WEIGHT = "weight."
@@ -60,7 +62,12 @@ class Keeper:
     def __enter__(self) -> Self:
         checkpoint = self._job.run.checkpoint
         if checkpoint.save is not None and not self._job.run.train.exit_before_training:
-            self._saver = AsyncSaver(checkpoint.save, keep_last=checkpoint.keep_last, keep_every=checkpoint.keep_every)
+            self._saver = AsyncSaver(
+                checkpoint.save,
+                keep_last=checkpoint.keep_last,
+                keep_every=checkpoint.keep_every,
+                disk=NotedDisk(self._job.ledger),
+            )
         return self
 
     def __exit__(
@@ -217,7 +224,9 @@ def resume(job: Job) -> None:
     Raises ValueError for a checkpoint of another model, or if all are damaged.
     """
     source = source_of(job)
+    book = LedgerFile(job.run.checkpoint.save).read() if job.run.checkpoint.save is not None else None
     if source is None or job.run.train.exit_before_training:
+        job.ledger.restore(None, book)
         return
     started = time.monotonic()
     job.log.report(LoadStarted(str(source.directory), list_checkpoints(source.directory)[-1].step))
@@ -242,6 +251,7 @@ def resume(job: Job) -> None:
         job.log.report(Warned(message))
     if not fresh:
         restore(job, loaded, with_optimizer=with_optimizer)
+    job.ledger.restore(None if fresh else loaded.index.notes["ledger"], book)
     job.log.report(
         CheckpointLoaded(
             str(source.directory), job.progress.step, time.monotonic() - started, loaded.index.notes["megalith"]
@@ -291,4 +301,3 @@ def restore(job: Job, loaded: Loaded, *, with_optimizer: bool) -> None:
         for line in spoken:
             job.log.line(line, detail=True)
     job.interval.restore(loaded.index.notes["interval"], time.perf_counter())
-    job.ledger.restore(loaded.index.notes["ledger"])

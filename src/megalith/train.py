@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megalith.allocator import keep_freed_memory
 from megalith.closing import tell_what_next
 from megalith.config import Run
 from megalith.corpora import prepare_corpus
@@ -31,6 +32,7 @@ from megalith.parallel.step import Batch, mean_losses
 from megalith.report import open_profile, report_interval
 from megalith.resume import Keeper, resume, try_save_directory
 from megalith.sources import write_run_file
+from megalith.watching import Places, collective_timeout, open_watch
 
 # Exit statuses beside 0: done, or stopped where --exit-interval or --exit-duration-in-mins said.
 NOT_SAVED = 74  # the last checkpoint could not be written
@@ -51,12 +53,17 @@ def train(run: Run, *, started: float) -> int:
     )
     with ExitStack() as stack:
         device = choose_device(run.parallel.device, layout.local_rank)
-        stack.enter_context(joined(layout, device))
+        if device.type == "cpu":
+            keep_freed_memory()
+        meeting = joined(layout, device, join_timeout=run.parallel.join_timeout, timeout=collective_timeout(run))
+        company = stack.enter_context(meeting)
+        watch = stack.enter_context(open_watch(run, layout, company))
         try_save_directory(run)
         log = stack.enter_context(open_log(run, layout))
         signals = stack.enter_context(StopSignals())
         asked, run = run, prepare_corpus(run, layout, log)
         job = build_job(run, layout, device, log, started=started)
+        watch.follow(Places(job))
         keeper = stack.enter_context(Keeper(job))
         with job.timers("model-and-optimizer-setup"):
             resume(job)
@@ -83,6 +90,9 @@ def train(run: Run, *, started: float) -> int:
             )
         )
         tell_what_next(job, reason)
+        log.line(job.ledger.told())
+        if job.book is not None:
+            job.book.write(job.ledger, ended=reason is None or reason.startswith("exit-"))
     if keeper.failed:
         return NOT_SAVED
     if reason is None or reason.startswith("exit-"):
@@ -106,6 +116,7 @@ def run_steps(job: Job, keeper: Keeper, signals: StopSignals) -> str | None:
     if run.evaluate.eval_first and progress.step == 0:
         evaluate(job, "valid")
     profile = open_profile(job)
+    job.ledger.switch("other")
     while progress.step < job.last_step:
         if profile is not None:
             profile.before_step(progress.step + 1)
@@ -115,6 +126,8 @@ def run_steps(job: Job, keeper: Keeper, signals: StopSignals) -> str | None:
             profile.after_step(progress.step)
         log.report(done)
         keeper.poll()
+        if job.book is not None:
+            job.book.write_if_due(job.ledger)
         job.interval.add(done)
         if every(progress.step, run.monitor.log_interval):
             report_interval(job, done)
@@ -250,6 +263,7 @@ def evaluate(job: Job, part: str, *, final: bool = False) -> None:
     with job.ledger.spend("evaluation"), torch.no_grad():
         consumed = progress.consumed_valid_samples if part == "valid" else 0
         for number in range(1, iterations + 1):
+            job.ledger.move()
             microbatches = job.loaders[part].step_batch(consumed, num_microbatches)
             losses = run_microbatches(job, microbatches, scale=1.0, backward=False)
             consumed += job.batch_sizes.batch_size(progress.consumed_train_samples)

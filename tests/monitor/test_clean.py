@@ -80,10 +80,8 @@ def test_checkpoints_say_where_and_how_long() -> None:
         ("SIGTERM", "stopped by SIGTERM at step 7 after 1:30"),
     ],
 )
-def test_the_end_says_why_and_where_the_time_went(reason: str, said: str) -> None:
+def test_the_end_says_why(reason: str, said: str) -> None:
     assert clean_lines(events.RunEnded(7, reason, 1.5, {})) == [said]
-    spent = {"step": 80.0, "data": 0.2, "other": 10.0}
-    assert clean_lines(events.RunEnded(7, reason, 1.5, spent))[1] == "time: step 1:20, other 10 s"
 
 
 def test_every_kind_of_event_is_known_and_none_is_left_out_by_accident() -> None:

@@ -1,5 +1,6 @@
 """Memory figures come from the system, and mean what they say."""
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,10 @@ def test_a_system_that_does_not_say_gives_no_figures(tmp_path: Path, monkeypatch
 @pytest.mark.skipif(not memory.PROCESS_STATUS.exists(), reason="only Linux has /proc")
 def test_memory_that_is_used_is_seen() -> None:
     before = memory_use(torch.device("cpu"))
-    held = torch.ones(16 << 20, dtype=torch.uint8)
-    after = memory_use(torch.device("cpu"))
+    # Straight from the kernel: the allocator may have memory left from earlier tests.
+    with mmap.mmap(-1, 64 << 20) as held:
+        held.write(b"x" * (64 << 20))
+        after = memory_use(torch.device("cpu"))
     assert before is not None and after is not None
-    assert after.allocated - before.allocated > 12 << 20
+    assert after.allocated - before.allocated > 48 << 20
     assert after.max_allocated >= after.allocated > 0 and after.max_reserved >= after.reserved >= after.allocated
-    assert held.numel() == 16 << 20

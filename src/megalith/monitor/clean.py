@@ -88,11 +88,7 @@ def run_ended(event: events.RunEnded) -> list[str]:
         "exit-interval": "stopped by --exit-interval",
         "exit-duration": "stopped by --exit-duration-in-mins",
     }.get(event.reason, f"stopped by {event.reason}")
-    spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in event.spent.items() if seconds >= 0.5)
-    return [
-        f"{why} at step {event.step:,} after {duration(60.0 * event.minutes)}",
-        *([f"time: {spent}"] if spent else []),
-    ]
+    return [f"{why} at step {event.step:,} after {duration(60.0 * event.minutes)}"]
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

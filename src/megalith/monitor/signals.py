@@ -1,12 +1,19 @@
 """Stopping a run from outside: a first SIGTERM, SIGINT or SIGUSR1 asks for a stop after the step, a second stops now.
 
 A handler only writes the signal down; the train loop looks at it between steps and agrees with the other ranks.
+
+One request may arrive twice: a scheduler or a terminal signals every process of a job, and the launcher hands on what
+it got. So what follows within a second is the same request.
 """
 
 import os
 import signal
+import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
+
+from megalith.launch import SECONDS_OF_ONE_REQUEST
 
 WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -14,8 +21,10 @@ WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopSignals:
     """While entered, the watched signals set `received` instead of ending the process; a second one ends it at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.received: signal.Signals | None = None
+        self._at = 0.0
+        self._clock = clock
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
@@ -30,7 +39,8 @@ class StopSignals:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self._at = signal.Signals(number), self._clock()
+        elif self._clock() - self._at > SECONDS_OF_ONE_REQUEST:
             # What was committed is whole whatever happens now; nothing here may wait.
             os._exit(128 + number)
-        self.received = signal.Signals(number)

@@ -44,6 +44,10 @@ class Timer:
         self._sum = 0.0
         self._started: float | None = None
 
+    @property
+    def runs(self) -> bool:
+        return self._started is not None
+
     def start(self) -> None:
         assert self._started is None, f"timer {self.name} runs already"
         self._synchronize()
@@ -96,6 +100,10 @@ class Timers:
         if name not in self._timers:
             self._timers[name] = Timer(name, self._synchronize, self._clock)
         return self._timers[name]
+
+    def running(self) -> list[str]:
+        """The timers that run now, in the order of their first use; any thread may ask."""
+        return [timer.name for timer in list(self._timers.values()) if timer.runs]
 
     def elapsed(self, names: Iterable[str], *, reset: bool = True) -> dict[str, float]:
         """Seconds of those timers among names that have been used, in the order of names."""

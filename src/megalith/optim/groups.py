@@ -1,10 +1,11 @@
 """The optimizer: which weights decay, how each step changes them, and its state under the names of the parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from megalith.optim.compact import CompactAdamW
 from megalith.optim.settings import OptimizerConfig
 
 # The tensors that an optimizer keeps for each parameter, each of the parameter's shape.
@@ -49,6 +50,8 @@ def build_optimizer(
     fused = _can_fuse([*decaying, *constant], same_on_every_cut=same_on_every_cut)
     if config.optimizer == "adam":
         betas = (config.adam_beta1, config.adam_beta2)
+        if config.optimizer_state_dtype != "fp32":
+            return CompactAdamW(groups, betas=betas, eps=config.adam_eps, kept_in=config.optimizer_state_dtype)
         return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adam_eps, fused=fused)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=config.sgd_momentum, fused=fused)
@@ -71,13 +74,31 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     """The optimizer's own tensors for a checkpoint, by the names `exp_avg.PARAMETER`, ...; the tensors themselves.
 
     Those of parameters that were never updated are made, as zeros, which is what the optimizer would start from. So a
-    loader can fill them in place. The number of updates is not among them: see `num_updates`.
+    loader can fill them in place; `take_optimizer_tensors` must follow, for moments in fewer bits are given as copies.
+    The number of updates is not among them: see `num_updates`.
     """
+    if isinstance(optimizer, CompactAdamW):
+        return {
+            f"{moment}.{name}": optimizer.unpacked(parameter, moment)
+            for name, parameter in _updated_parameters(model, optimizer)
+            for moment in MOMENTS["adam"]
+        }
     return {
         f"{moment}.{name}": optimizer.state[parameter][moment]
         for name, parameter in _updated_parameters(model, optimizer)
         for moment in _moments_of(optimizer)
     }
+
+
+def take_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Take over what a loader has filled in of `optimizer_tensors`; those that were filled in place are left alone.
+
+    tensors: what lies here of each, by the same names.
+    """
+    if isinstance(optimizer, CompactAdamW):
+        for name, parameter in _updated_parameters(model, optimizer):
+            for moment in MOMENTS["adam"]:
+                optimizer.pack(parameter, moment, tensors[f"{moment}.{name}"])
 
 
 def num_updates(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -116,6 +137,10 @@ def _updated_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> I
     kept = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         if id(parameter) not in kept:
+            continue
+        if isinstance(optimizer, CompactAdamW):
+            optimizer.kept(parameter)
+            yield name, parameter
             continue
         state = optimizer.state[parameter]
         for moment in _moments_of(optimizer):

@@ -10,6 +10,9 @@ class OptimizerConfig:
     """How weights change from step to step."""
 
     optimizer: str = setting("adam", "adam or sgd", section="training", choices=("adam", "sgd"))
+    optimizer_state_dtype: str = setting(
+        "fp32", "type of Adam's moments: fp32, bf16 or int8", section="training", choices=("fp32", "bf16", "int8")
+    )
     lr: float | None = setting(None, "peak learning rate", section="learning rate")
     lr_decay_style: str = setting(
         "linear", "constant, linear or cosine", section="learning rate", choices=("constant", "linear", "cosine")

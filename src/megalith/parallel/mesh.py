@@ -4,15 +4,22 @@ Rank order is Megatron-LM's, with context parallelism in its place: tensor faste
 """
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import product
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megalith.launch import STORE_VARIABLE
+from megalith.monitor.peers import Peer, this_process
+from megalith.parallel.rendezvous import call_roll, on_one_host, open_store
 
 # The axes of the mesh, outermost first.
 AXES = ("pipeline", "data", "context", "tensor")
@@ -129,25 +136,45 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     return device
 
 
+@dataclass(frozen=True)
+class Company:
+    """The ranks as processes, and the store through which they met; no store where they share memory."""
+
+    peers: tuple[Peer, ...] = ()
+    store: Store | None = None
+
+
 @contextmanager
-def joined(layout: Layout, device: torch.device) -> Iterator[None]:
+def joined(
+    layout: Layout, device: torch.device, *, join_timeout: float = 300.0, timeout: float = 1860.0
+) -> Iterator[Company]:
     """While entered, this process is in the process group: NCCL with GPUs, gloo without.
 
-    A single process joins none, and a group that stands already is left as it is.
+    A single process joins none, and a group that stands already is left as it is. join_timeout: seconds that the ranks
+    wait for each other; ValueError then names the missing. timeout: seconds after which a collective fails.
     """
-    if layout.world_size == 1 or dist.is_initialized():
-        yield
+    if dist.is_initialized():
+        yield Company()
         return
-    os.environ.setdefault("MASTER_ADDR", "localhost")
-    os.environ.setdefault("MASTER_PORT", "6000")
+    if layout.world_size == 1:
+        yield Company((this_process(0),))
+        return
+    if sys.platform == "linux" and on_one_host(os.environ, layout.world_size):
+        # Else both would listen on the interface of the host's name.
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
+    store = open_store(os.environ, rank=layout.rank, world_size=layout.world_size, seconds=join_timeout)
+    peers = call_roll(store, layout.rank, layout.world_size, seconds=join_timeout)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=store,
         rank=layout.rank,
         world_size=layout.world_size,
+        timeout=timedelta(seconds=timeout),
         device_id=device if device.type == "cuda" else None,
     )
     try:
-        yield
+        yield Company(tuple(peers), None if STORE_VARIABLE in os.environ else store)
     finally:
         dist.destroy_process_group()
 

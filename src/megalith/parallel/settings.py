@@ -53,7 +53,25 @@ class ParallelConfig:
         choices=("auto", "cpu", "cuda"),
     )
     nproc: int | None = setting(
-        None, "start this many processes on this machine through torchrun", section="distributed", unit="processes"
+        None, "start this many processes on this machine", section="distributed", unit="processes"
+    )
+    max_restarts: int = setting(
+        0, "with --nproc: start lost ranks again at most so often", section="distributed", unit="restarts"
+    )
+    stop_grace: float = setting(
+        300.0,
+        "with --nproc: time for the ranks to finish their step and save after a signal to stop",
+        section="distributed",
+        unit="seconds",
+    )
+    join_timeout: float = setting(
+        300.0, "time for all ranks to come; then the missing are named", section="distributed", unit="seconds"
+    )
+    hang_timeout: float = setting(
+        600.0,
+        "time without progress of a rank, once training has begun, after which it is named and the job ends; 0: any",
+        section="distributed",
+        unit="seconds",
     )
     sequence_parallel: bool = setting(
         False, "cut the stream between blocks along the tokens over tensor ranks", section="distributed", switch="on"

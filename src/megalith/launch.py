@@ -1,0 +1,206 @@
+"""Starting the ranks of one machine, and ending them all when one is lost; it neither imports torch nor opens a port.
+
+The ranks find each other through anonymous memory that the launcher hands down (parallel/rendezvous.py), so there is
+nothing on the network and nothing is left behind, whoever is killed: each rank ends with the launcher, by order of the
+kernel. Linux only; elsewhere torchrun does the job.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+# What the launcher tells a rank: the files of anonymous memory for the rendezvous and for the beats of the watch.
+STORE_VARIABLE = "MEGALITH_STORE"
+BOARD_VARIABLE = "MEGALITH_BOARD"
+
+# Exit statuses of a rank, beside those of train.py.
+NOT_STARTED = 2  # a fault that was named
+PEER_LOST = 77  # another rank died or failed
+HUNG = 78  # no progress for --hang-timeout seconds
+
+# 0, and what train.py ends with after all ranks have agreed to: they follow, each in its time.
+ALL_END_SO = (0, 74, 75, 76)
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+SECONDS_TO_FOLLOW = 1.0  # that ranks get to end by themselves once one is lost
+# A fault that all ranks find alike is said by rank 0, which may be the last to have imported everything.
+SECONDS_TO_TELL = 30.0
+# A launcher, a scheduler and a terminal may each hand on the same signal: what follows so soon is no second request.
+SECONDS_OF_ONE_REQUEST = 1.0
+
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+
+class PeerLostError(Exception):
+    """Another rank died, failed or hangs, so this one cannot go on; the message names it."""
+
+
+def end_with_parent() -> None:
+    """From now on the kernel kills this process when its parent has died, whatever it is doing."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it has died in between
+            os._exit(128 + signal.SIGKILL)
+
+
+def launch(command: Sequence[str], num_ranks: int, *, stop_grace: float, max_restarts: int = 0) -> int:
+    """Run the command as that many ranks; return the exit status when all have ended.
+
+    A signal to stop is handed on; stop_grace: seconds that the ranks then have to end. A rank that is lost takes the
+    others with it; that is done again at most max_restarts times, unless the ranks were told to stop.
+    """
+    launcher = _Launcher(stop_grace)
+    for restarts in range(max_restarts + 1):
+        status = launcher.run(command, num_ranks)
+        lost = status in (1, PEER_LOST, HUNG) or status > 128
+        if not lost or launcher.stopping is not None or restarts == max_restarts:
+            break
+        _say(f"starting the {num_ranks} ranks again, restart {restarts + 1} of {max_restarts}")
+    return status
+
+
+@dataclass
+class _Launcher:
+    """One machine's ranks, and what has been asked of them."""
+
+    stop_grace: float
+    stopping: signal.Signals | None = None  # the first request
+    stopped_at: float = 0.0
+    ranks: list["subprocess.Popen[bytes]"] = field(default_factory=list)
+    statuses: dict[int, int] = field(default_factory=dict)  # of ended ranks, in the order in which they ended
+    killed: set[int] = field(default_factory=set)  # by us, once the job was lost
+    kill_at: float | None = None  # by time.monotonic
+
+    def run(self, command: Sequence[str], num_ranks: int) -> int:
+        self.statuses, self.killed, self.kill_at = {}, set(), None
+        memory = [os.memfd_create(name) for name in ("megalith-store", "megalith-board")]
+        # Signals wait until they are asked for: nothing here can be interrupted, and none is missed.
+        waited_for = {*STOPPING, signal.SIGCHLD}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
+        try:
+            self.ranks = [_start(command, rank, num_ranks, memory) for rank in range(num_ranks)]
+            while len(self.statuses) < num_ranks:
+                left = None if self.kill_at is None else max(0.0, self.kill_at - time.monotonic())
+                received = (
+                    signal.sigwaitinfo(waited_for) if left is None else signal.sigtimedwait(waited_for, min(left, 3600))
+                )
+                if received is not None and received.si_signo != signal.SIGCHLD:
+                    self._stop(signal.Signals(received.si_signo))
+                self._reap()
+                if self.kill_at is not None and time.monotonic() >= self.kill_at:
+                    self._kill()
+        finally:
+            self._kill()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            for descriptor in memory:
+                os.close(descriptor)
+        return self._outcome()
+
+    def _stop(self, number: signal.Signals) -> None:
+        """Hand a request on; the ranks know what a second one means."""
+        # A terminal that goes away is a reason to save and end.
+        number = signal.SIGTERM if number == signal.SIGHUP else number
+        now = time.monotonic()
+        if self.stopping is None:
+            self.stopping, self.stopped_at = number, now
+            self.kill_at = now + self.stop_grace
+            _say(f"{number.name}: the ranks finish their step, save and end; a second signal ends them at once")
+        elif now - self.stopped_at > SECONDS_OF_ONE_REQUEST:
+            self.kill_at = min(self.kill_at or now, now) + SECONDS_TO_FOLLOW
+        for rank, process in enumerate(self.ranks):
+            if rank not in self.statuses:
+                process.send_signal(number)
+
+    def _reap(self) -> None:
+        for rank, process in enumerate(self.ranks):
+            if rank in self.statuses or (status := process.poll()) is None:
+                continue
+            self.statuses[rank] = status
+            if status in ALL_END_SO or rank in self.killed:
+                continue
+            patience = SECONDS_TO_TELL if status == NOT_STARTED else SECONDS_TO_FOLLOW
+            at = time.monotonic() + patience
+            self.kill_at = at if self.kill_at is None else min(self.kill_at, at)
+
+    def _kill(self) -> None:
+        left = [rank for rank in range(len(self.ranks)) if rank not in self.statuses]
+        if left and self.stopping is not None and time.monotonic() >= self.stopped_at + self.stop_grace:
+            _say(f"{_named(left)} did not end within --stop-grace = {self.stop_grace:g} s; the last commit is whole")
+        for rank in left:
+            self.ranks[rank].kill()
+            self.killed.add(rank)
+        for rank in left:
+            self.statuses[rank] = self.ranks[rank].wait()
+
+    def _outcome(self) -> int:
+        """The status for all: that of the rank that ended the job, 128 + n if a signal n ended it."""
+        own = {rank: status for rank, status in self.statuses.items() if rank not in self.killed}
+        failed = {rank: status for rank, status in own.items() if status != 0}
+        if not failed:
+            return 128 + signal.SIGKILL if self.killed else 0
+        if HUNG in failed.values():  # which ended the others, and said so
+            return HUNG
+        # Those that only followed are not the cause.
+        causes = {r: s for r, s in failed.items() if s != PEER_LOST} or failed
+        rank, status = next(iter(causes.items()))
+        if status < 0:
+            name = signal.Signals(-status).name
+            hint = "; if memory ran out, a smaller --micro-batch-size needs less" if -status == signal.SIGKILL else ""
+            followed = "; the others were ended" if len(self.ranks) > 1 else ""
+            _say(f"rank {rank} (process {self.ranks[rank].pid}) was ended by {name}{followed}{hint}")
+            return 128 - status
+        if status in (1, PEER_LOST):
+            _say(f"rank {rank} ended with status {status}: what it printed above says why")
+        return status
+
+
+def _start(command: Sequence[str], rank: int, num_ranks: int, memory: Sequence[int]) -> "subprocess.Popen[bytes]":
+    launcher = os.getpid()
+
+    def become_rank() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        end_with_parent()
+        if os.getppid() != launcher:
+            os._exit(128 + signal.SIGKILL)
+
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        env=rank_environment(os.environ, rank, num_ranks, memory),
+        pass_fds=memory,
+        preexec_fn=become_rank,  # the launcher has one thread
+    )
+
+
+def rank_environment(
+    environment: Mapping[str, str], rank: int, num_ranks: int, memory: Sequence[int]
+) -> dict[str, str]:
+    """What a rank is told: its place, where the others are found, and to leave cores to them."""
+    store, board = (f"/proc/self/fd/{descriptor}" for descriptor in memory)
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+    threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        **environment,
+        **{name: str(value) for name, value in told.items()},
+        STORE_VARIABLE: store,
+        BOARD_VARIABLE: board,
+    }
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def _say(text: str) -> None:
+    """One line on the error stream, if anyone reads it."""
+    try:
+        os.write(2, f"megalith: {text}\n".encode())
+    except OSError:
+        return

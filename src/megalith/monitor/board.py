@@ -1,0 +1,147 @@
+"""Where each rank writes what it is doing and reads what the others do: a row of JSON a rank.
+
+The board is not the process group: a rank that hangs in a collective has one all the same. On one machine it is memory
+that the launcher hands to all ranks, so it needs nobody to answer; else it is torch's key-value store.
+"""
+
+import json
+import mmap
+import os
+import threading
+import time
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, Self
+
+ROW_BYTES = 256
+LONGEST_PHASE = 60  # characters
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank says of itself."""
+
+    beats: int = 0  # how often it has said so: grows while the process runs
+    moves: int = 0  # how often it has gone on to something else
+    idle: float = 0.0  # seconds since then
+    step: int = 0
+    phase: str = ""
+    limit: float = 0.0  # seconds that it may stay in this phase; 0: any
+    waits: bool = False  # for other ranks, as far as its stack tells
+    left: bool = False  # it is not watched any more
+    failed: bool = False  # and that because of an error of its own
+    guilty: tuple[int, ...] = ()  # the ranks on whose account it ends the job
+
+    def to_row(self) -> bytes:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {"idle": round(self.idle, 2), "phase": self.phase[:LONGEST_PHASE], "guilty": self.guilty[:8]}
+        return json.dumps(list(values.values()), separators=(",", ":")).encode()
+
+    @classmethod
+    def from_row(cls, row: bytes) -> Self | None:
+        """The beat; None for a row that is empty, or is being written."""
+        names = [field.name for field in fields(cls)]
+        try:
+            values: dict[str, Any] = dict(zip(names, json.loads(row.rstrip(b"\0")), strict=True))
+            return cls(**{**values, "guilty": tuple(values["guilty"])})
+        except (ValueError, TypeError):
+            return None
+
+
+class Board(Protocol):
+    """Rows of all ranks; no method waits for anyone."""
+
+    reads_all: bool  # at no cost, on every rank
+
+    def write(self, row: bytes) -> None: ...
+    def read(self) -> dict[int, bytes]: ...
+    def seconds_unanswered(self) -> float: ...
+    def close(self) -> None: ...
+
+
+class MemoryBoard:
+    """A board in a file that all ranks map; path: of an empty file, or of one that other ranks have made a board."""
+
+    reads_all = True
+
+    def __init__(self, path: str, rank: int, world_size: int) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.truncate(descriptor, ROW_BYTES * world_size)
+            self._memory = mmap.mmap(descriptor, ROW_BYTES * world_size)
+        finally:
+            os.close(descriptor)
+
+    def write(self, row: bytes) -> None:
+        begin = self._rank * ROW_BYTES
+        self._memory[begin : begin + ROW_BYTES] = row[:ROW_BYTES].ljust(ROW_BYTES, b"\0")
+
+    def read(self) -> dict[int, bytes]:
+        rows = range(self._world_size)
+        return {rank: self._memory[rank * ROW_BYTES : (rank + 1) * ROW_BYTES] for rank in rows}
+
+    def seconds_unanswered(self) -> float:
+        return 0.0
+
+    def close(self) -> None:
+        self._memory.close()
+
+
+class StoreBoard:
+    """A board in a key-value store of torch's, through a connection and a thread of its own.
+
+    A request to a store whose process is stopped never returns, whatever its timeout, so nobody but that thread waits
+    for one. Rank 0 reads all ranks, the others rank 0. interval: seconds between two looks.
+    """
+
+    reads_all = False
+
+    def __init__(self, store: Any, rank: int, world_size: int, *, interval: float) -> None:
+        self._store = store
+        self._rank = rank
+        self._watched = list(range(world_size)) if rank == 0 else [0]
+        self._row = Beat().to_row()
+        self._rows: dict[int, bytes] = {}
+        self._answered = time.monotonic()
+        self._written = threading.Event()
+        self._over = threading.Event()
+        self._interval = interval
+        self._thread = threading.Thread(target=self._serve, name="megalith-board", daemon=True)
+        self._thread.start()
+
+    def write(self, row: bytes) -> None:
+        self._row = row
+        self._written.set()
+
+    def read(self) -> dict[int, bytes]:
+        return self._rows
+
+    def seconds_unanswered(self) -> float:
+        return time.monotonic() - self._answered
+
+    def close(self) -> None:
+        """Write the last row, if the store answers within a second."""
+        self._over.set()
+        self._written.set()
+        self._thread.join(1.0)
+
+    def _serve(self) -> None:
+        while True:
+            self._written.wait(self._interval)
+            self._written.clear()
+            over = self._over.is_set()
+            try:
+                self._store.set(_key(self._rank), self._row.decode())
+                # A rank that has not come so far has no row, for which a read would wait.
+                there = [rank for rank in self._watched if rank in self._rows or self._store.check([_key(rank)])]
+                self._rows = dict(zip(there, self._store.multi_get([_key(rank) for rank in there]), strict=True))
+                self._answered = time.monotonic()
+            except RuntimeError:  # torch's store is gone, or does not answer; seconds_unanswered tells
+                pass
+            if over:
+                return
+
+
+def _key(rank: int) -> str:
+    return f"megalith/beat/{rank}"

@@ -1,0 +1,275 @@
+"""A rank that hangs, or that is gone, ends the job within a bounded time and by name.
+
+A thread of each rank looks at where the rank is, puts that on a board, and looks at the others. It asks no torch
+operation and takes no part in the process group, so it can tell when that is stuck. What it cannot do is run while a
+rank is stopped or holds the interpreter's lock: then its own beats cease, and the others see that.
+
+Time in which this process did not run (a suspended machine, a stopped job) counts for nobody.
+"""
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import FrameType, TracebackType
+from typing import Self
+
+from megalith.launch import HUNG, PEER_LOST, PeerLostError
+from megalith.monitor.board import Beat, Board
+from megalith.monitor.peers import Peer
+
+LONGEST_TICK = 0.3  # seconds between two looks
+SECONDS_TO_UNWIND = 0.7  # that a rank gets to notice by itself that another is gone
+SECONDS_TO_TELL = 0.4  # that the others get to print where they are
+STREAM = 2  # the error stream's descriptor: what Python has put in its place may be unusable
+OF_TORCH = f"{os.sep}torch{os.sep}distributed{os.sep}"
+OF_THREADS = (f"{os.sep}threading.py", f"{os.sep}concurrent{os.sep}futures{os.sep}_base.py")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is. moves: how often it has gone on; limit: seconds that it may stay there, 0 for any."""
+
+    moves: int
+    step: int
+    phase: str
+    limit: float
+
+
+class Watch:
+    """Watches this rank and the others while entered; a single rank has no board.
+
+    peers: all ranks, in order. hang_timeout: for the message. end: called with HUNG or PEER_LOST to end this process at
+    once, whatever its main thread does.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        peers: Sequence[Peer],
+        board: Board | None,
+        *,
+        hang_timeout: float,
+        end: Callable[[int], None] = os._exit,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._rank, self._board = rank, board
+        self._peers = {peer.rank: peer for peer in peers}
+        self._hang_timeout = hang_timeout
+        self._end, self._clock = end, clock
+        self._look_at: Callable[[], Place] = lambda: Place(0, 0, "start-up", 0.0)
+        self._tick = min(LONGEST_TICK, hang_timeout / 10) if hang_timeout else LONGEST_TICK
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="megalith-watch", daemon=True)
+        self._main = threading.main_thread().ident
+        self._beat = Beat()
+        self._idle = 0.0
+        self._silent: dict[int, tuple[int, float]] = {}  # of each rank: its last beat's number, and seconds since
+        self._lost_for = 0.0
+        self._put(self._beat)
+
+    def follow(self, look_at: Callable[[], Place]) -> None:
+        """From now on the rank is where this function says; it is called in the thread."""
+        self._look_at = look_at
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(5.0)
+        faulthandler.cancel_dump_traceback_later()
+        if self._board is not None:
+            self._put(replace(self._beat, left=True, failed=kind is not None))
+        if isinstance(error, RuntimeError) and (text := self.lost_soon()):
+            self._close()
+            raise PeerLostError(text) from error
+        self._close()
+
+    def _close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+    def lost(self) -> str:
+        """Who of the others died or failed, in words; nothing if all live or have left in good order."""
+        gone, failed = self._lost()
+        words = [f"{peer} has died" for peer in gone]
+        words += [f"{peer} failed: what it printed says why" for peer in failed]
+        return "; ".join(words)
+
+    def lost_soon(self, seconds: float = SECONDS_TO_UNWIND + LONGEST_TICK) -> str:
+        """As `lost`; an error of a collective may be here before its cause can be seen."""
+        until = self._clock() + seconds
+        while not (text := self.lost()) and self._clock() < until:
+            time.sleep(0.02)
+        return text
+
+    def _lost(self) -> tuple[list[Peer], list[Peer]]:
+        rows = self._beats()
+        others = [peer for peer in self._peers.values() if peer.rank != self._rank]
+        failed = [peer for peer in others if rows.get(peer.rank, Beat()).failed]
+        left = {rank for rank, beat in rows.items() if beat.left}
+        gone = [peer for peer in others if peer.rank not in left and self._board_of(peer) and peer.is_gone]
+        return gone, failed
+
+    def _board_of(self, peer: Peer) -> bool:
+        """Whether the rank's last row can be read here: without it nobody knows how it ended."""
+        assert self._board is not None or len(self._peers) == 1
+        return self._board is not None and (self._board.reads_all or self._rank == 0 or peer.rank == 0)
+
+    def _beats(self) -> dict[int, Beat]:
+        if self._board is None:
+            return {}
+        beats = {rank: Beat.from_row(row) for rank, row in self._board.read().items()}
+        return {rank: beat for rank, beat in beats.items() if beat is not None}
+
+    def _put(self, beat: Beat) -> None:
+        self._beat = beat
+        if self._board is not None:
+            self._board.write(beat.to_row())
+
+    def _run(self) -> None:
+        before = self._clock()
+        while not self._over.wait(self._tick):
+            now = self._clock()
+            elapsed, before = min(now - before, 2 * self._tick), now
+            self._look_at_self(elapsed)
+            if self._board is not None:
+                self._look_at_others(elapsed)
+            elif self._beat.limit and self._idle >= self._beat.limit:
+                self._judge([self._rank], [])
+
+    def _look_at_self(self, elapsed: float) -> None:
+        place = self._look_at()
+        self._idle = 0.0 if place.moves != self._beat.moves else self._idle + elapsed
+        if place.limit:
+            # If even this thread cannot run any more, the interpreter's own watchdog shows what holds the lock.
+            faulthandler.dump_traceback_later(max(place.limit - self._idle, 0.0) + 1.2 * self._tick, file=STREAM)
+        else:
+            faulthandler.cancel_dump_traceback_later()
+        self._put(
+            Beat(
+                beats=self._beat.beats + 1,
+                moves=place.moves,
+                idle=self._idle,
+                step=place.step,
+                phase=place.phase,
+                limit=place.limit,
+                waits=self._idle > 2 * self._tick and waits_for_others(self._main),
+            )
+        )
+
+    def _look_at_others(self, elapsed: float) -> None:
+        assert self._board is not None
+        beats = self._beats() | {self._rank: self._beat}
+        for rank, beat in beats.items():
+            number, seconds = self._silent.get(rank, (-1, 0.0))
+            self._silent[rank] = (beat.beats, 0.0 if beat.beats != number else seconds + elapsed)
+            if rank != self._rank and beat.guilty:
+                self._leave(beat.guilty)
+        if self.lost():
+            self._lost_for += elapsed
+            if self._lost_for >= SECONDS_TO_UNWIND:
+                _say(f"rank {self._rank} ends: {self.lost()}")
+                self._put(replace(self._beat, left=True, failed=True))
+                self._board.close()
+                self._end(PEER_LOST)
+            return
+        running = {rank: beat for rank, beat in beats.items() if not beat.left and beat.limit}
+        silent = [rank for rank, beat in running.items() if self._silent[rank][1] >= beat.limit and self._counts(rank)]
+        if silent or any(beat.idle >= beat.limit for beat in running.values()):
+            self._judge(silent or find_guilty(running), silent)
+
+    def _counts(self, rank: int) -> bool:
+        """Whether silence is the rank's, not that of a store which answers nobody; such a store is rank 0's."""
+        assert self._board is not None
+        return rank == 0 or self._board.seconds_unanswered() < 5 * LONGEST_TICK
+
+    def _judge(self, guilty: list[int], silent: list[int]) -> None:
+        """Say who holds the job up, let the others say where they are, and end."""
+        faulthandler.cancel_dump_traceback_later()
+        beats = self._beats() | {self._rank: self._beat}
+        speaker = next((rank for rank in sorted(self._peers) if rank not in silent), self._rank)
+        if self._rank == speaker:
+            for rank in guilty:
+                _say(self._described(rank, beats[rank], is_silent=rank in silent))
+        self._put(replace(self._beat, guilty=tuple(guilty)))
+        if self._rank in guilty:
+            self._show_stack()
+        time.sleep(SECONDS_TO_TELL)
+        if self._rank == speaker:
+            for rank in silent:
+                # It can end neither by itself nor by a signal that it would have to look at.
+                if self._peers[rank].is_here and not self._peers[rank].is_gone:
+                    os.kill(self._peers[rank].pid, signal.SIGKILL)
+        self._end(HUNG)
+
+    def _leave(self, guilty: Sequence[int]) -> None:
+        """Another rank has ended the job."""
+        faulthandler.cancel_dump_traceback_later()
+        if self._rank in guilty:
+            self._show_stack()
+        self._end(HUNG)
+
+    def _described(self, rank: int, beat: Beat, *, is_silent: bool) -> str:
+        peer = self._peers[rank]
+        seconds = self._silent[rank][1] if is_silent else beat.idle
+        text = f"{peer} made no progress for {seconds:.1f} s at step {beat.step} in {beat.phase}"
+        if is_silent and peer.is_stopped:
+            text += "; a signal has stopped it"
+        elif is_silent:
+            text += "; it does not answer: it holds the interpreter's lock, hangs in the kernel, or its host is gone"
+        elif beat.waits:
+            text += "; it waits for other ranks"
+        setting = f"--hang-timeout = {self._hang_timeout:g}" if beat.limit == self._hang_timeout else "at start-up"
+        return f"{text} (limit {beat.limit:g} s, {setting}). The job ends"
+
+    def _show_stack(self) -> None:
+        _say(f"rank {self._rank} is here, {self._beat.phase}, step {self._beat.step} (the innermost call first):")
+        faulthandler.dump_traceback(file=STREAM, all_threads=True)
+
+
+def find_guilty(beats: dict[int, Beat]) -> list[int]:
+    """Which of the ranks hold up the others, when one has waited for too long.
+
+    Those that stand still without waiting for others; if all wait, those that have come least far.
+    """
+    still = [rank for rank, beat in beats.items() if beat.idle >= beat.limit / 2]
+    busy = [rank for rank in still if not beats[rank].waits]
+    # On a GPU a wait for others is not seen from the host: then all seem busy, and who has come least far tells.
+    if busy and len(busy) < len(still):
+        return busy
+    least = min((beats[rank].step, beats[rank].moves) for rank in still)
+    return [rank for rank in still if (beats[rank].step, beats[rank].moves) == least]
+
+
+def waits_for_others(main: int | None) -> bool:
+    """Whether the main thread waits in a collective, or for a thread of this process that does."""
+    frames = sys._current_frames()
+    if main not in frames:
+        return False
+    if OF_TORCH in frames[main].f_code.co_filename:
+        return True
+    if not frames[main].f_code.co_filename.endswith(OF_THREADS):
+        return False
+    others = [frame for ident, frame in frames.items() if ident not in (main, threading.get_ident())]
+    return any(_in_collective(frame) for frame in others)
+
+
+def _in_collective(frame: FrameType) -> bool:
+    return OF_TORCH in frame.f_code.co_filename
+
+
+def _say(text: str) -> None:
+    try:
+        os.write(STREAM, f"megalith: {text}\n".encode())
+    except OSError:
+        return

@@ -1,0 +1,75 @@
+"""What the watch is told of a run: where each rank is, and for how long it may stay there."""
+
+import os
+
+from megalith.config import Run
+from megalith.files import Disk
+from megalith.job import Job
+from megalith.launch import BOARD_VARIABLE
+from megalith.monitor.board import Board, MemoryBoard, StoreBoard
+from megalith.monitor.ledger import Ledger
+from megalith.monitor.peers import this_process
+from megalith.monitor.watch import LONGEST_TICK, Place, Watch
+from megalith.parallel.mesh import Company, Layout
+
+# Reading data sets, making their index and compiling the first step take their time.
+START_SECONDS = 1800.0
+ENDLESS = 7 * 24 * 3600.0
+
+
+def start_limit(run: Run) -> float:
+    """Seconds that one phase of the start, or the first step, may take; 0: any."""
+    return max(START_SECONDS, run.parallel.hang_timeout) if run.parallel.hang_timeout else 0.0
+
+
+def collective_timeout(run: Run) -> float:
+    """Seconds after which torch gives a collective up: later than the watch, which says who is missing and why."""
+    return (start_limit(run) or ENDLESS) + 60.0
+
+
+def open_watch(run: Run, layout: Layout, company: Company) -> Watch:
+    """The watch of this rank; of this rank alone if nobody has said who the others are."""
+    board: Board | None = None
+    if BOARD_VARIABLE in os.environ and company.peers:
+        board = MemoryBoard(os.environ[BOARD_VARIABLE], layout.rank, layout.world_size)
+    elif company.store is not None:
+        connection = company.store.clone()  # type: ignore[attr-defined]
+        board = StoreBoard(connection, layout.rank, layout.world_size, interval=LONGEST_TICK)
+    peers = company.peers if board is not None else (this_process(layout.rank),)
+    watch = Watch(layout.rank, peers, board, hang_timeout=run.parallel.hang_timeout)
+    watch.follow(lambda: Place(0, 0, "start-up", start_limit(run)))
+    return watch
+
+
+class Places:
+    """Where the rank is in a job; the watch calls it from its thread, so it only looks."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._first_step: int | None = None
+
+    def __call__(self) -> Place:
+        job, account = self._job, self._job.ledger.account
+        step = job.progress.step
+        if account in ("data", "step") and self._first_step is None:
+            self._first_step = step
+        is_start = account == "startup" or step == self._first_step
+        limit = start_limit(job.run) if is_start else job.run.parallel.hang_timeout
+        inside = ", ".join(job.timers.running())
+        return Place(job.ledger.moves, step + 1, f"{account} ({inside})" if inside else account, limit)
+
+
+class NotedDisk(Disk):
+    """The disk, on which every write is progress: a slow disk is no hanging rank."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        written = super().write(descriptor, data)
+        self._ledger.move()
+        return written
+
+    def sync(self, descriptor: int) -> None:
+        super().sync(descriptor)
+        self._ledger.move()
