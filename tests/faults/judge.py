@@ -1,0 +1,150 @@
+"""What became of a disturbed run: finished as if nothing had happened, recovered, refused; all else is a failure."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megalith.checkpoint.directory import list_checkpoints
+from megalith.checkpoint.shards import DamagedError
+from megalith.checkpoint.verify import verify
+from megalith.monitor.outlet import read_records
+from tests.faults.twin import LAST_STEP, SAVE_INTERVAL, Twin, noted_in, printed_in, taken_in
+
+Kind = Literal["finished-identical", "recovered", "refused", "failure"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a case ended."""
+
+    case: str
+    kind: Kind
+    why: str = ""
+    redone: int = 0  # steps done again
+
+
+@dataclass
+class Tally:
+    """The outcomes of one section of the campaign."""
+
+    title: str
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    @property
+    def counts(self) -> Counter[str]:
+        return Counter(outcome.kind for outcome in self.outcomes)
+
+    @property
+    def failures(self) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if outcome.kind == "failure"]
+
+    def add(self, outcomes: Iterable[Outcome]) -> None:
+        self.outcomes.extend(outcomes)
+
+
+class WrongError(Exception):
+    """What a run did that none may do."""
+
+
+def check_checkpoints(twin: Twin, save: Path) -> None:
+    """Every directory with a checkpoint's name holds the twin's checkpoint of that step, whole."""
+    for found in list_checkpoints(save):
+        try:
+            index = verify(found.path)
+        except (DamagedError, OSError) as error:
+            raise WrongError(f"a checkpoint that is none has its name: {error}") from error
+        if found.step not in twin.indices:
+            raise WrongError(f"the twin has no checkpoint of step {found.step}")
+        if not index.same_contents(twin.indices[found.step]):
+            raise WrongError(f"the checkpoint of step {found.step} differs from the twin's{_difference(twin, index)}")
+
+
+def _difference(twin: Twin, index: Any) -> str:
+    wanted = twin.indices[index.step]
+    state = [name for name in wanted.state if index.state.get(name) != wanted.state[name]]
+    files = [name for name in wanted.files if index.files.get(name) != wanted.files[name]]
+    return f": {', '.join(map(str, state + files))}"
+
+
+def check_finished(twin: Twin, save: Path) -> None:
+    """The run has ended as the twin: weights, optimizer, everything printed, every sample of every step."""
+    check_checkpoints(twin, save)
+    steps = [found.step for found in list_checkpoints(save)]
+    if not steps or steps[-1] != LAST_STEP:
+        raise WrongError(f"the run says that it is finished, but its checkpoints are of steps {steps}")
+    check_printed(twin, save)
+    taken = taken_in(save)
+    for entry in taken:
+        if twin.taken[entry.rank, entry.step] != entry.digest:
+            raise WrongError(f"rank {entry.rank} trained on other samples in step {entry.step}")
+    if missing := twin.taken.keys() - {(entry.rank, entry.step) for entry in taken}:
+        raise WrongError(f"rank and step {min(missing)} were never taken")
+    newest = max(taken, key=lambda entry: entry.step).step
+    if newest != LAST_STEP:
+        raise WrongError(f"the last step taken was {newest}")
+
+
+def check_printed(twin: Twin, save: Path) -> None:
+    """All that was printed of steps and validations is what the twin printed, and nothing is missing."""
+    try:
+        printed = printed_in(save)
+    except AssertionError as error:
+        raise WrongError(str(error)) from error
+    for name, figures in printed.items():
+        if twin.printed.get(name) != figures:
+            raise WrongError(f"{name} was printed as {figures}, by the twin as {twin.printed.get(name)}")
+    # The last figures may come after the last checkpoint: a run that has finished then does not print them again.
+    missing = [name for name in twin.printed if name not in printed and "final" not in name]
+    if missing:
+        raise WrongError(f"{missing[0]} was never printed")
+
+
+def check_left(save: Path) -> None:
+    """Nothing half-written or half-deleted lies in the run directory."""
+    left = [path.name for path in (save / "checkpoints").iterdir() if path.name.startswith(".")]
+    left += [path.name for path in save.iterdir() if path.name.endswith(".tmp")]
+    if left:
+        raise WrongError(f"{left[0]} was left behind")
+
+
+def steps_done_again(save: Path, *, lost_saves: int = 1) -> int:
+    """How many steps were taken more than once, over all starts.
+
+    Raises WrongError if a start went on from more than lost_saves saves before the newest one that had been begun.
+    """
+    redone = 0
+    begun = newest = attempt = 0
+    for entry in noted_in(save):
+        if entry.rank:
+            continue
+        if entry.attempt != attempt and entry.digest != "save":
+            from_step = entry.step - 1
+            if from_step < begun - lost_saves * SAVE_INTERVAL:
+                raise WrongError(f"went on from step {from_step}, though a save of step {begun} had been begun")
+            redone += max(0, newest - from_step)
+            attempt = entry.attempt
+        if entry.digest == "save":
+            begun = entry.step
+        else:
+            newest = entry.step
+    return redone
+
+
+def has_saved_last(save: Path) -> bool:
+    """Whether the last start has begun a save, and so has cleared away what earlier ones left."""
+    notes = [entry for entry in noted_in(save) if entry.rank == 0]
+    return notes[-1].digest == "save" and (save / "checkpoints").is_dir()
+
+
+def warnings_in(save: Path) -> list[str]:
+    """What the run has warned of, in all its starts."""
+    path = save / "log.jsonl"
+    records = read_records(path)[0] if path.exists() else []
+    return [str(record["text"]) for record in records if record["event"] == "warned"]
+
+
+def told_of_damage(save: Path) -> bool:
+    """Whether a start has said that it passed a checkpoint over."""
+    return any("is damaged and was not used" in text for text in warnings_in(save))
