@@ -24,6 +24,7 @@ LEVELS = [
         "check_vit",
         "notices",
         "datasets",
+        "sentence_datasets",
         "corpora",
         "task",
         "task_rows",

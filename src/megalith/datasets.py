@@ -38,16 +38,15 @@ class Corpus:
     parts: Mapping[str, range]
 
 
-def open_corpus(prefix: str, run: Run, report: Report) -> Corpus:
-    """Open a token file and split its documents."""
+def open_corpus(prefix: str, run: Run, report: Report, *, sentences: bool = False) -> Corpus:
+    """Open a token file and split its documents. sentences: a document has an item for each; else it is an item."""
     started = time.perf_counter()
     indexed = open_indexed(prefix, run.data.data_impl)
     if run.data.mmap_warmup:
         indexed.warm_up()
     seconds = time.perf_counter() - started
     report(CorpusOpened(indexed.num_documents, seconds, warmed_up=run.data.mmap_warmup))
-    # A document is an item here: a language model reads no sentences.
-    parts = split_documents(run.data.split, indexed.num_items)
+    parts = split_documents(run.data.split, indexed.num_documents if sentences else indexed.num_items)
     report(CorpusSplit(tuple(CorpusPart(SPOKEN[name], part.start, part.stop) for name, part in parts.items())))
     return Corpus(indexed, parts)
 
@@ -71,7 +70,7 @@ def build_causal_parts(
         ]
         if any(row is not None for row in rows):
             batches[name] = CausalBatches(
-                _blend(rows, weights, report),
+                blend_rows(rows, weights, report),
                 eod=_eod(run, tokenizer),
                 reset_position_ids=run.data.reset_position_ids,
                 reset_attention_mask=run.data.reset_attention_mask,
@@ -139,7 +138,7 @@ def _maps_events(name: str, made: IndexMapsReport) -> list[Event]:
     return events
 
 
-def _blend(rows: Sequence[CausalDataset | None], weights: Sequence[float], report: Report) -> SampleRows:
+def blend_rows(rows: Sequence[SampleRows | None], weights: Sequence[float], report: Report) -> SampleRows:
     """The only data set, or the blend of those that have documents in this part."""
     kept = [(row, weight) for row, weight in zip(rows, weights, strict=True) if row is not None]
     if len(kept) == 1:

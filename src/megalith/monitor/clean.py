@@ -47,6 +47,10 @@ def maps_loaded(event: events.MapsLoaded) -> list[str]:
     return [f"{event.part}: {event.num_samples:,} samples, {counted(event.num_epochs, 'epoch')} over the data"]
 
 
+def sentence_map_loaded(event: events.SentenceMapLoaded) -> list[str]:
+    return [f"{event.part}: {event.num_samples:,} samples of sentences"]
+
+
 def training_started(event: events.TrainingStarted) -> list[str]:
     return [f"training: step {event.step:,} to {event.last_step:,} on {counted(event.num_devices, 'device')}"]
 
@@ -128,6 +132,7 @@ LINES: dict[type, Callable[[Any], list[str]]] = {
     events.ModelBuilt: model_built,
     events.CorpusSplit: corpus_split,
     events.MapsLoaded: maps_loaded,
+    events.SentenceMapLoaded: sentence_map_loaded,
     events.TrainingStarted: training_started,
     events.IntervalDone: interval_done,
     events.Evaluated: evaluated,

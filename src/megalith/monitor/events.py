@@ -151,6 +151,16 @@ class MapsLoaded:
 
 
 @dataclass(frozen=True)
+class SentenceMapLoaded:
+    """Which sentences make which sample of one part of a corpus is mapped from the disk."""
+
+    part: str
+    path: str
+    seconds: float
+    num_samples: int
+
+
+@dataclass(frozen=True)
 class BlendBuilt:
     """The order in which samples are drawn from several corpora."""
 
@@ -317,6 +327,7 @@ Event: TypeAlias = (
     | CorpusSplit
     | MapsBuilt
     | MapsLoaded
+    | SentenceMapLoaded
     | BlendBuilt
     | DatasetsBuilt
     | TimersReported

@@ -187,6 +187,14 @@ def maps_loaded(paths: Sequence[str], seconds: float, *, num_samples: int, num_e
     ]
 
 
+def sentence_map_loaded(path: str, seconds: float, *, num_samples: int) -> list[str]:
+    return [
+        f" > loading indexed mapping from {path}",
+        f"    loaded indexed file in {seconds:.3f} seconds",
+        f"    total number of samples: {num_samples}",
+    ]
+
+
 def blend_built(weights: Sequence[float], achieved: Sequence[float], seconds: float) -> list[str]:
     return [
         "> building indices for blendable datasets ...",

@@ -81,6 +81,10 @@ def maps_loaded(event: events.MapsLoaded, now: float) -> list[str]:
     return lines.maps_loaded(paths, event.seconds, num_samples=event.num_samples, num_epochs=event.num_epochs)
 
 
+def sentence_map_loaded(event: events.SentenceMapLoaded, now: float) -> list[str]:
+    return lines.sentence_map_loaded(event.path, event.seconds, num_samples=event.num_samples)
+
+
 def memory_reported(event: events.MemoryReported, now: float) -> list[str]:
     return [lines.memory(on.rank, event.step, on.memory) for on in event.ranks]
 
@@ -138,6 +142,7 @@ LINES: dict[type, Callable[[Any, float], list[str]]] = {
     events.CorpusSplit: corpus_split,
     events.MapsBuilt: maps_built,
     events.MapsLoaded: maps_loaded,
+    events.SentenceMapLoaded: sentence_map_loaded,
     events.BlendBuilt: lambda event, now: lines.blend_built(event.weights, event.achieved, event.seconds),
     events.DatasetsBuilt: lambda event, now: [lines.datasets_built(event.name)],
     events.TimersReported: lambda event, now: [lines.timers(event.seconds, divided_by=event.num_steps)],

@@ -1,0 +1,85 @@
+"""The parts of a run's data for tasks that read sentences: opened, split, mapped and blended as its settings say."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from numpy.typing import NDArray
+
+from megalith.config import Run
+from megalith.data.blend import parse_data_path, samples_of_each
+from megalith.data.causal import SampleRows
+from megalith.data.index_cache import digest_of_lengths, load_or_build_sentence_map
+from megalith.data.sentence_maps import SentencePlan, build_sentence_map
+from megalith.data.sentence_rows import SentenceRows
+from megalith.data.split import PARTS
+from megalith.datasets import SPOKEN, Corpus, Report, blend_rows, open_corpus
+from megalith.monitor.events import SentenceMapLoaded
+
+
+def build_sentence_rows(
+    run: Run,
+    *,
+    longest: int,
+    least: int,
+    vocab_size: int,
+    make_rows: Callable[[SentenceRows], SampleRows],
+    targets: Mapping[str, int],
+    report: Report,
+) -> dict[str, SampleRows]:
+    """The samples of every part that is asked for some and has documents, as rows of numbers.
+
+    longest: tokens of a sample, special ones apart; least: sentences that it needs. vocab_size: ids that the model has.
+    make_rows: what makes a task's samples of sentences. targets: samples wanted of each of train, valid and test.
+    Raises ValueError naming the file for data that is missing, damaged or does not fit the vocabulary.
+    """
+    prefixes, weights = parse_data_path(run.data.data_path or ())
+    corpora = [open_corpus(prefix, run, report, sentences=True) for prefix in prefixes]
+    plan = SentencePlan(longest, least, run.data.short_seq_prob, run.train.seed)
+    parts: dict[str, SampleRows] = {}
+    for name in PARTS:
+        wanted = samples_of_each(weights, targets[name]) if len(prefixes) > 1 else [targets[name]]
+        rows = [
+            make_rows(_sentences(corpus, name, num_samples, plan, run, vocab_size, report))
+            if corpus.parts[name] and num_samples
+            else None
+            for corpus, num_samples in zip(corpora, wanted, strict=True)
+        ]
+        if any(row is not None for row in rows):
+            parts[name] = blend_rows(rows, weights, report)
+    if targets["train"] and "train" not in parts:
+        raise ValueError(f"--split = {run.data.split}: leaves no document for training. Give the first share more.")
+    return parts
+
+
+def _sentences(
+    corpus: Corpus, name: str, num_samples: int, plan: SentencePlan, run: Run, vocab_size: int, report: Report
+) -> SentenceRows:
+    """The sentences of a part's samples, by a map that is built once and kept."""
+    indexed, documents = corpus.indexed, corpus.parts[name]
+    document_index = indexed.document_index[documents.start : documents.stop + 1]
+    made_from = {
+        "documents": [documents.start, documents.stop],
+        "document_index_sha256": digest_of_lengths(document_index),
+        "lengths_sha256": digest_of_lengths(indexed.lengths[document_index[0] : document_index[-1]]),
+        "num_samples": num_samples,
+        "longest": plan.longest,
+        "least": plan.least,
+        "short_share": plan.short_share,
+        "seed": plan.seed,
+    }
+
+    def build() -> Iterator[tuple[str, NDArray[Any]]]:
+        try:
+            yield "map", build_sentence_map(document_index, indexed.lengths, num_samples=num_samples, plan=plan)
+        except ValueError as error:
+            raise ValueError(f"{indexed.prefix}, {SPOKEN[name]} part: {error}") from error
+
+    rows, path, kept = load_or_build_sentence_map(
+        indexed.prefix,
+        f"{name}_indexmap_{num_samples}mns_{plan.longest}msl_{plan.short_share:.2f}ssp_{plan.seed}s",
+        made_from,
+        build,
+        cache_path=run.data.data_cache_path,
+    )
+    report(SentenceMapLoaded(SPOKEN[name], str(path), kept.seconds["load"], len(rows)))
+    return SentenceRows(indexed, rows, seed=plan.seed, vocab_size=vocab_size)

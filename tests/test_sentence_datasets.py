@@ -1,0 +1,113 @@
+"""Samples of sentences from the files on disk: parts, maps that are kept, and blends, which Megatron-LM cannot do."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from megalith.config import Run
+from megalith.data.blend import blend_order
+from megalith.data.causal import SampleRows
+from megalith.data.indexed import open_indexed
+from megalith.data.sentence_maps import SentencePlan, build_sentence_map
+from megalith.data.sentence_rows import SentenceRows
+from megalith.monitor.events import Event, SentenceMapLoaded
+from megalith.sentence_datasets import build_sentence_rows
+from tests.sentences import write_sentences
+
+LONGEST = 14
+TARGETS = {"train": 50, "valid": 10, "test": 0}
+
+
+class FirstTokens:
+    """Rows that say which sample of which file they are: its first token and its number of sentences."""
+
+    def __init__(self, sentences: SentenceRows) -> None:
+        self.sentences = sentences
+
+    def __len__(self) -> int:
+        return len(self.sentences)
+
+    def batch(self, indices: NDArray[np.int64]) -> NDArray[Any]:
+        read = [self.sentences.read(int(index))[0] for index in indices]
+        return np.array([[sentences[0][0], len(sentences)] for sentences in read])
+
+
+def build(run: Run, said: list[Event] | None = None) -> dict[str, SampleRows]:
+    report = [].append if said is None else said.append
+    return build_sentence_rows(
+        run, longest=LONGEST, least=1, vocab_size=60, make_rows=FirstTokens, targets=TARGETS, report=report
+    )
+
+
+def run_of(*data_path: str, split: str = "80,20,0") -> Run:
+    run = Run()
+    return replace(run, data=replace(run.data, data_path=data_path, split=split))
+
+
+def test_parts_have_documents_of_their_own_and_the_maps_of_the_plan(tmp_path: Path) -> None:
+    prefix = write_sentences(tmp_path)
+    said: list[Event] = []
+    parts = build(run_of(str(prefix)), said)
+    assert parts.keys() == {"train", "valid"}
+    indexed = open_indexed(prefix)
+    plan = SentencePlan(LONGEST, 1, 0.1, 1234)
+    for name, documents in (("train", range(0, 48)), ("valid", range(48, 60))):
+        index = indexed.document_index[documents.start : documents.stop + 1]
+        rows = build_sentence_map(index, indexed.lengths, num_samples=TARGETS[name], plan=plan)
+        assert len(parts[name]) == len(rows) >= TARGETS[name]
+        batch = parts[name].batch(np.arange(len(rows)))
+        assert batch[:, 1].tolist() == (rows[:, 1] - rows[:, 0]).tolist()
+        assert batch[:, 0].tolist() == [int(indexed.read(int(first))[0]) for first in rows[:, 0]]
+    names = [Path(event.path).name for event in said if isinstance(event, SentenceMapLoaded)]
+    assert names == [
+        "text_sentence_train_indexmap_50mns_14msl_0.10ssp_1234s.npy",
+        "text_sentence_valid_indexmap_10mns_14msl_0.10ssp_1234s.npy",
+    ]
+
+
+def test_maps_are_kept_and_made_anew_for_other_data(tmp_path: Path) -> None:
+    prefix = write_sentences(tmp_path)
+    build(run_of(str(prefix)))
+    kept = next(tmp_path.glob("*train_indexmap*.npy"))
+    before = (kept.stat().st_mtime_ns, kept.read_bytes())
+    build(run_of(str(prefix)))
+    assert (kept.stat().st_mtime_ns, kept.read_bytes()) == before
+    for path in tmp_path.glob("text_sentence.*"):
+        path.unlink()
+    write_sentences(tmp_path, documents=40, seed=4)
+    build(run_of(str(prefix)))
+    assert kept.read_bytes() != before[1]
+
+
+def test_several_files_are_blended_by_their_weights(tmp_path: Path) -> None:
+    files = [write_sentences(tmp_path, name=f"text{n}_sentence", documents=60, seed=n) for n in range(2)]
+    parts = build(run_of("0.7", str(files[0]), "0.3", str(files[1])))
+    alone = [build(run_of(str(file)))["train"] for file in files]
+    train = parts["train"]
+    order = blend_order([0.7, 0.3], len(train))
+    assert len(train) >= TARGETS["train"]
+    assert sum(order.datasets[:50] == 0) == 35
+    first = train.batch(np.arange(50))
+    for number, rows in enumerate(alone):
+        known = {tuple(row) for row in rows.batch(np.arange(len(rows)))}
+        assert {tuple(row) for row in first[order.datasets[:50] == number]} <= known
+
+
+def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
+    prefix = write_sentences(tmp_path)
+    with pytest.raises(ValueError, match=r"--split = 0,50,50: leaves no document for training"):
+        build(run_of(str(prefix), split="0,50,50"))
+    run = run_of(str(prefix))
+    with pytest.raises(ValueError, match=r"text_sentence, train part: none of the 48 documents has 9 sentences"):
+        build_sentence_rows(
+            run, longest=LONGEST, least=9, vocab_size=60, make_rows=FirstTokens, targets=TARGETS, report=[].append
+        )
+    with pytest.raises(ValueError, match="not in the vocabulary of 10"):
+        rows = build_sentence_rows(
+            run, longest=LONGEST, least=1, vocab_size=10, make_rows=FirstTokens, targets=TARGETS, report=[].append
+        )["train"]
+        rows.batch(np.arange(50))
