@@ -39,6 +39,7 @@ def test_time_spent_inside_is_booked_once() -> None:
         "evaluation": 0.0,
         "checkpoint": 0.0,
         "other": 0.5,
+        "redone": 0.0,
         "interrupted": 0.0,
     }
     assert ledger.total() == 5.75
@@ -58,21 +59,34 @@ def test_an_unknown_account_is_refused() -> None:
         Ledger().switch("lunch")
 
 
+def elsewhere() -> tuple[str, int]:
+    """A machine that does not say when it was started, so that the calendar is asked."""
+    return "", 0
+
+
 def test_a_restart_books_the_time_since_the_checkpoint_as_interrupted() -> None:
     clock, calendar = Clock(), Clock(1000.0)
-    first = Ledger(clock=clock, calendar=calendar)
+    first = Ledger(clock=clock, calendar=calendar, boot=elsewhere)
     for passing in (clock, calendar):
         passing.pass_by(40.0)
     state = json.loads(json.dumps(first.state()))
     # Twenty seconds of steps are lost with the process, which is started again two minutes later; reading takes three.
     calendar.pass_by(140.0)
     clock = Clock(7.0)
-    second = Ledger(clock=clock, calendar=calendar)
+    second = Ledger(clock=clock, calendar=calendar, boot=elsewhere)
     clock.pass_by(3.0)
     second.restore(state)
     assert second.seconds()["startup"] == 43.0
     assert second.seconds()["interrupted"] == 140.0
     assert second.total() == 183.0
+
+
+def test_on_the_same_boot_the_calendar_plays_no_part() -> None:
+    first = Ledger(clock=Clock(), calendar=Clock(1000.0), boot=lambda: ("a boot", 50 * NANOSECONDS))
+    state = json.loads(json.dumps(first.state()))
+    second = Ledger(clock=Clock(), calendar=Clock(9e8), boot=lambda: ("a boot", 62 * NANOSECONDS))
+    second.restore(state)
+    assert second.seconds()["interrupted"] == 12.0
 
 
 def test_a_calendar_that_was_set_back_books_nothing() -> None:

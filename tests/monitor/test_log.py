@@ -75,7 +75,6 @@ def test_the_form_for_people_is_short_lines_where_there_is_no_terminal() -> None
         "| MFU 50.0% | 2 steps skipped | left 1:37",
         "validation at step 10: lm loss 3.0000, perplexity 20.09 (1.5 s)",
         "done at step 3 after 2:00",
-        "time: step 1:40, data 20 s",
     ]
 
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from megalith.launch import SECONDS_OF_ONE_REQUEST
 from megalith.monitor.signals import WATCHED, StopSignals
 
 
@@ -34,7 +35,19 @@ def test_second_signal_ends_the_process_at_once() -> None:
     assert child.stdout.readline() == b"ready\n"
     child.send_signal(signal.SIGTERM)
     time.sleep(0.3)
+    # A launcher hands on what the scheduler has sent to all processes: that is the same request.
+    child.send_signal(signal.SIGTERM)
+    time.sleep(SECONDS_OF_ONE_REQUEST)
     assert child.poll() is None
     child.send_signal(signal.SIGTERM)
     assert child.wait(timeout=10) == 128 + signal.SIGTERM
     child.stdout.close()
+
+
+def test_what_follows_within_a_second_is_the_same_request() -> None:
+    now = [100.0]
+    with StopSignals(clock=lambda: now[0]) as signals:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        now[0] += SECONDS_OF_ONE_REQUEST
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received is signal.SIGUSR1
