@@ -131,4 +131,5 @@ OURS = (
     "deterministic",
     "compile_blocks",
     "activation_memory_budget",
+    "optimizer_state_dtype",
 )
