@@ -96,6 +96,7 @@ def reference_arguments(run: Run, layout: Layout) -> dict[str, Any]:
 # Settings of Megalith that Megatron-LM does not have.
 OURS = (
     "untie_embeddings_and_output_weights",
+    "norm_after_residual",
     "tokenizer_model",
     "data_cache_path",
     "corpus",

@@ -31,10 +31,13 @@ class BlockShape:
     layer_scaling: bool  # keep 16-bit attention scores divided by the layer's number
     residual_after_norm: bool  # the residual is the norm's output rather than its input
     dtype: torch.dtype  # of the computation inside; the stream x may be wider
+    norm_after_residual: bool = False  # norms are of the sums, not of what enters a branch
 
 
 class Block(nn.Module):
     """x + drop(attention(norm(x))), then the same with the encoder's output, if cross, and the feed-forward.
+
+    With norm_after_residual norm(x + drop(attention(x))), as in the original transformer (Vaswani et al. 2017).
 
     number: the layer's global number from 0, whatever part of the model lies here. stack: the name of the stack, which
     sets the dropout of two stacks of a model apart.
@@ -92,23 +95,35 @@ class Block(nn.Module):
         dtype = self.shape.dtype
         stream_rows = self.cut(rows_BT) if self.cut is not None and rows_BT is not None else rows_BT
 
-        normed = self.attention_norm(x_BTD)
-        branch = self.attention(normed.to(dtype), mask, rows_BT, cache)
-        x_BTD = self._add(x_BTD, normed, branch, stream_rows, self._drop_attention)
+        entering = self._entering(x_BTD, self.attention_norm)
+        branch = self.attention(entering.to(dtype), mask, rows_BT, cache)
+        x_BTD = self._add(x_BTD, entering, branch, stream_rows, self._drop_attention, self.attention_norm)
 
         if self.cross is not None and self.cross_norm is not None:
             assert memory_BSD is not None and memory_mask is not None
-            normed = self.cross_norm(x_BTD)
-            branch = self.cross(normed.to(dtype), memory_BSD, memory_mask, rows_BT)
-            x_BTD = self._add(x_BTD, normed, branch, stream_rows, self._drop_cross)
+            entering = self._entering(x_BTD, self.cross_norm)
+            branch = self.cross(entering.to(dtype), memory_BSD, memory_mask, rows_BT)
+            x_BTD = self._add(x_BTD, entering, branch, stream_rows, self._drop_cross, self.cross_norm)
 
-        normed = self.feedforward_norm(x_BTD)
-        branch = self.feedforward(normed.to(dtype))
-        return self._add(x_BTD, normed, branch, stream_rows, self._drop_feedforward)
+        entering = self._entering(x_BTD, self.feedforward_norm)
+        branch = self.feedforward(entering.to(dtype))
+        return self._add(x_BTD, entering, branch, stream_rows, self._drop_feedforward, self.feedforward_norm)
 
-    def _add(self, x_BTD: Tensor, normed: Tensor, branch: Tensor, rows_BT: Tensor | None, where: int) -> Tensor:
-        residual = normed if self.shape.residual_after_norm else x_BTD
-        return residual + drop(branch, rows_BT, self.shape.hidden_dropout, where)
+    def _entering(self, x_BTD: Tensor, norm: LayerNorm) -> Tensor:
+        """What enters a branch."""
+        if self.shape.norm_after_residual:
+            return x_BTD
+        normed: Tensor = norm(x_BTD)
+        return normed
+
+    def _add(
+        self, x_BTD: Tensor, entered: Tensor, branch: Tensor, rows_BT: Tensor | None, where: int, norm: LayerNorm
+    ) -> Tensor:
+        residual = entered if self.shape.residual_after_norm else x_BTD
+        x_BTD = residual + drop(branch, rows_BT, self.shape.hidden_dropout, where)
+        if self.shape.norm_after_residual:
+            x_BTD = norm(x_BTD)
+        return x_BTD
 
     def _where(self, role: str) -> int:
         return key("dropout", self.stack, self.number, role)

@@ -79,7 +79,7 @@ class Decoder(nn.Module):
         self.run_blocks: Callable[..., Tensor] = run_whole
         self.mask_for: Callable[..., Mask] = make_mask
         self.cut: Callable[[Tensor], Tensor] | None = None
-        self.score: Callable[[Tensor, Tensor], Tensor] = score_tokens
+        self.score: Callable[..., Tensor] = score_tokens
         self.cross_entropy: Callable[..., Tensor] = vocabulary_cross_entropy
 
     def forward(
@@ -163,9 +163,9 @@ class Decoder(nn.Module):
         )
 
 
-def score_tokens(hidden_BTD: Tensor, table_VD: Tensor) -> Tensor:
-    """BTV: the product of every token's features with every row of the table."""
-    return F.linear(hidden_BTD, table_VD.to(hidden_BTD.dtype))
+def score_tokens(hidden_BTD: Tensor, table_VD: Tensor, *, bias_V: Tensor | None = None) -> Tensor:
+    """BTV: the product of every token's features with every row of the table, and the bias added."""
+    return F.linear(hidden_BTD, table_VD.to(hidden_BTD.dtype), None if bias_V is None else bias_V.to(hidden_BTD.dtype))
 
 
 def num_parameters(model: nn.Module) -> int:

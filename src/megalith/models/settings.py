@@ -24,6 +24,13 @@ class ModelConfig:
     apply_residual_connection_post_layernorm: bool = setting(
         False, "take the residual from the LayerNorm output", section="network size", switch="on"
     )
+    norm_after_residual: bool = setting(
+        False,
+        "LayerNorm after each residual sum and the embeddings, as the original BERT has it",
+        section="network size",
+        switch="on",
+        task="bert",
+    )
     openai_gelu: bool = setting(False, "tanh GELU in the unfused path", section="network size", switch="on")
     onnx_safe: bool | None = setting(None, "ONNX work-arounds", section="network size")
     bert_binary_head: bool = setting(

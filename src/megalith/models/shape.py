@@ -67,6 +67,7 @@ def block_shape(config: ModelConfig, dtype: torch.dtype) -> BlockShape:
         hidden_dropout=config.hidden_dropout,
         layer_scaling=config.apply_query_key_layer_scaling,
         residual_after_norm=config.apply_residual_connection_post_layernorm,
+        norm_after_residual=config.norm_after_residual,
         dtype=dtype,
     )
 

@@ -21,6 +21,7 @@ from megalith.layers.embedding import Embedding
 from megalith.layers.feedforward import FeedForward
 from megalith.layers.linear import Linear
 from megalith.layers.norm import LayerNorm
+from megalith.models.bert import Bert, TokenHead
 from megalith.models.decoder import Decoder
 from megalith.models.vit import VisionTransformer
 from megalith.parallel.collectives import (
@@ -153,10 +154,42 @@ def _cut_vision_transformer(module: VisionTransformer, path: str, cutter: Cutter
     """What is outside the blocks is small, and every rank holds all of it and computes it for all places alike."""
     for name, parameter in module.named_parameters():
         if not name.startswith(("layers.", "final_norm.")):
-            cutter.cuts[name] = Cut(tuple(parameter.shape), (0,) * parameter.dim(), is_copy=True)
+            cutter.cuts[name] = _copy_of(parameter)
     if cutter.sequence:
         module.cut = partial(scatter_copies, dim=TOKENS, group=cutter.group)
         module.joined = partial(gather_copies, dim=TOKENS, group=cutter.group)
+
+
+def _cut_bert(module: Bert, path: str, cutter: Cutter) -> None:
+    """The blocks, the tables and the scores of tokens are cut; pooler and what reads it are small and held whole."""
+    held = dict(module.named_children())
+    for name, child in held.items():
+        if isinstance(child, Embedding):
+            cut_table = cut_vocabulary if name == "word_embedding" else copy_table
+            cut_table(child, f"{path}.{name}".removeprefix("."), cutter)
+    for name in ("pooler", "binary_head", "classification_head"):
+        for kind, parameter in held[name].named_parameters() if name in held else ():
+            cutter.cuts[f"{path}.{name}.{kind}".removeprefix(".")] = _copy_of(parameter)
+    if cutter.sequence:
+        module.cut = partial(scatter_copies, dim=TOKENS, group=cutter.group)
+        module.first_token = partial(_first_of_all, group=cutter.group)
+    module.score = partial(cut_logits, group=cutter.group, sequence=cutter.sequence)
+    module.cross_entropy = partial(cut_cross_entropy, group=cutter.group, sequence=cutter.sequence)
+
+
+def _cut_token_head(module: TokenHead, path: str, cutter: Cutter) -> None:
+    cutter.cut_parameter(module.dense, f"{path}.dense", "weight", None)
+    cutter.cut_parameter(module.dense, f"{path}.dense", "bias", None)
+    cutter.cut_parameter(module, path, "bias", 0)
+
+
+def _first_of_all(hidden_BTD: Tensor, *, group: Group) -> Tensor:
+    """BD: the hidden state of the sequence's first token, which the first rank holds."""
+    return gather_copies(hidden_BTD[:, :1], TOKENS, group)[:, 0]
+
+
+def _copy_of(parameter: Tensor) -> Cut:
+    return Cut(tuple(parameter.shape), (0,) * parameter.dim(), is_copy=True)
 
 
 def cut_vocabulary(table: Embedding, path: str, cutter: Cutter) -> None:
@@ -187,6 +220,8 @@ SPLITS: dict[type[nn.Module], Callable[[Any, str, Cutter], None]] = {
     Block: _cut_block,
     Decoder: _cut_decoder,
     VisionTransformer: _cut_vision_transformer,
+    Bert: _cut_bert,
+    TokenHead: _cut_token_head,
 }
 
 
@@ -203,5 +238,5 @@ def split_tensors(model: nn.Module, group: Group, *, sequence: bool) -> dict[str
     for name, parameter in model.named_parameters():
         if cutter.size > 1 and name not in cutter.cuts:
             raise TypeError(f"{name}: its layer's class has no row in parallel.tensor.SPLITS")
-        cutter.cuts.setdefault(name, Cut(tuple(parameter.shape), (0,) * parameter.dim(), is_copy=True))
+        cutter.cuts.setdefault(name, _copy_of(parameter))
     return cutter.cuts

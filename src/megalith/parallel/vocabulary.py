@@ -36,11 +36,14 @@ def look_up_cut_table(ids_BT: Tensor, table_SD: Tensor, *, first: int, group: Gr
     return scatter_sum(rows_BTD, 1, group) if sequence else reduce_from_group(rows_BTD, group)
 
 
-def cut_logits(hidden_BTD: Tensor, table_SD: Tensor, *, group: Group, sequence: bool) -> Tensor:
-    """BTV: all logits on every rank. For generation; training never needs them."""
+def cut_logits(
+    hidden_BTD: Tensor, table_SD: Tensor, *, bias_V: Tensor | None = None, group: Group, sequence: bool
+) -> Tensor:
+    """BTV: all logits on every rank. For generation; training never needs them. bias_V: those of the rows held here."""
     if sequence:
         hidden_BTD = gather_for_product(hidden_BTD, 1, group)
-    logits_BTS = hidden_BTD @ table_SD.to(hidden_BTD.dtype).t()
+    bias_S = None if bias_V is None else bias_V.to(hidden_BTD.dtype)
+    logits_BTS = F.linear(hidden_BTD, table_SD.to(hidden_BTD.dtype), bias_S)
     widths = all_gather(torch.tensor([logits_BTS.shape[-1]], device=logits_BTS.device), 0, group).tolist()
     # A collective wants equal parts: a smaller last one is filled up and cut off again.
     filled = F.pad(logits_BTS, (0, max(widths) - logits_BTS.shape[-1]))
@@ -56,20 +59,22 @@ def cut_cross_entropy(
     *,
     group: Group,
     sequence: bool,
+    bias_V: Tensor | None = None,
     softmax_in_16_bit: bool = False,
 ) -> Tensor:
     """The weighted sum of cross entropies as layers/loss.py gives it, from a table cut over the group.
 
-    Every rank gets the whole sum. Per chunk of rows three vectors travel: the largest logit, the sum of exponentials
-    and the label's logit.
+    bias_V: of the rows held here. Every rank gets the whole sum. Per chunk of rows three vectors travel: the largest
+    logit, the sum of exponentials and the label's logit.
     """
     hidden_BTD = gather_for_product(hidden_BTD, 1, group) if sequence else copy_to_group(hidden_BTD, group)
     share = -(-_vocabulary(table_SD, group) // size_of(group))
     labels_N = labels_BT.flatten() - rank_in(group) * share
     table = table_SD.to(hidden_BTD.dtype)
+    bias_S = None if bias_V is None else bias_V.to(hidden_BTD.dtype)
     dtype = hidden_BTD.dtype if softmax_in_16_bit else torch.float32
     loss: Tensor = _CutCrossEntropy.apply(
-        hidden_BTD.flatten(0, -2), table, labels_N, loss_weights_BT.flatten().float(), dtype, group
+        hidden_BTD.flatten(0, -2), table, bias_S, labels_N, loss_weights_BT.flatten().float(), dtype, group
     )
     return loss
 
@@ -86,6 +91,7 @@ class _CutCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden_ND: Tensor,
         table_SD: Tensor,
+        bias_S: Tensor | None,
         labels_N: Tensor,
         weights_N: Tensor,
         dtype: torch.dtype,
@@ -94,6 +100,7 @@ class _CutCrossEntropy(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden_ND) if wanted else None
         grad_table = torch.zeros_like(table_SD, dtype=torch.float32) if wanted else None
+        grad_bias = torch.zeros_like(bias_S, dtype=torch.float32) if wanted and bias_S is not None else None
         losses_N = torch.empty_like(weights_N)
         chunk = CHUNK["cuda" if hidden_ND.is_cuda else "cpu"]
         for start in range(0, len(hidden_ND), chunk):
@@ -102,7 +109,7 @@ class _CutCrossEntropy(torch.autograd.Function):
             labels = labels_N[part, None]
             here = (labels >= 0) & (labels < len(table_SD))
             labels = labels.masked_fill(~here, 0)
-            scores = (hidden @ table_SD.t()).to(dtype)
+            scores = F.linear(hidden, table_SD, bias_S).to(dtype)
             scores -= all_reduce(scores.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
             wanted_score = scores.gather(1, labels).masked_fill(~here, 0)
             powers = scores.exp_()
@@ -114,11 +121,13 @@ class _CutCrossEntropy(torch.autograd.Function):
                 torch.mm(slopes, table_SD, out=grad_hidden[part]).mul_(weights)
                 weighted = (hidden * weights).to(hidden.dtype)
                 grad_table += slopes.t() @ weighted
+                if grad_bias is not None:
+                    grad_bias += slopes.t() @ weights[:, 0].to(slopes.dtype)
         if grad_hidden is not None and grad_table is not None:
-            ctx.save_for_backward(grad_hidden, grad_table)
+            ctx.save_for_backward(grad_hidden, grad_table, grad_bias)
         return losses_N @ weights_N
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_table = ctx.saved_tensors
-        return grad_hidden * gradients[0], grad_table * gradients[0], None, None, None, None
+        grads = [None if grad is None else grad * gradients[0] for grad in ctx.saved_tensors]
+        return *grads, None, None, None, None
