@@ -97,6 +97,7 @@ def reference_arguments(run: Run, layout: Layout) -> dict[str, Any]:
 OURS = (
     "untie_embeddings_and_output_weights",
     "norm_after_residual",
+    "optimizer_state_dtype",
     "tokenizer_model",
     "data_cache_path",
     "corpus",
