@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megalith.data.block_maps import build_block_map
 from megalith.data.masking import Pieces, SpanRule, choose_spans, random_of
 from megalith.data.pairs import PairRule, make_pair
 from megalith.data.sentence_maps import SentencePlan, build_sentence_map
@@ -28,6 +29,25 @@ def test_maps_are_bit_identical(case: dict[str, Any]) -> None:
         # Where a number of passes was given instead, they end with this very sample.
         num_samples=min(case["max_num_samples"], case["shape"][0]),
         plan=SentencePlan(case["max_seq_length"], case["min_num_sent"], case["short_seq_prob"], case["seed"]),
+    )
+    assert rows.dtype == case["dtype"] and list(rows.shape) == case["shape"]
+    assert rows[:20].tolist() == case["first20"] and rows[-20:].tolist() == case["last20"]
+    assert hashlib.sha256(rows.tobytes()).hexdigest() == case["sha256"]
+
+
+@pytest.mark.parametrize(
+    "case", RECORDED["build_blocks_mapping"], ids=lambda case: f"{case['max_seq_length']}-{case['use_one_sent']}"
+)
+def test_block_maps_are_bit_identical(case: dict[str, Any]) -> None:
+    rows = build_block_map(
+        np.array(RECORDED["doc_idx"], np.int64),
+        np.array(RECORDED["sentence_sizes"], np.int32),
+        np.array(RECORDED["title_sizes"], np.int32),
+        # Where one pass was asked for instead, it ends with this very block.
+        num_samples=min(case["max_num_samples"], case["shape"][0]),
+        longest=case["max_seq_length"],
+        least=1 if case["use_one_sent"] else 2,
+        seed=case["seed"],
     )
     assert rows.dtype == case["dtype"] and list(rows.shape) == case["shape"]
     assert rows[:20].tolist() == case["first20"] and rows[-20:].tolist() == case["last20"]

@@ -1,0 +1,74 @@
+"""Passages to be searched: a TSV with a header line and the columns id, text, title, as DPR publishes Wikipedia.
+
+It is read as a stream: Wikipedia's 21 million passages are 13 GB.
+"""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megalith.data.mock import mix_words
+from megalith.files import Location
+
+COLUMNS = 3
+LARGEST_ID = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One row of the evidence. number: its place among those that are read, from 0."""
+
+    number: int
+    id: int
+    text: str
+    title: str
+
+
+def read_passages(path: Location, *, sample_rate: float = 1.0, seed: int = 0) -> Iterator[Passage]:
+    """The passages in the order of the file; with a sample rate below 1 that share, chosen by row number and seed.
+
+    Raises ValueError naming the file, the line and what is wrong with it.
+    """
+    number = 0
+    for place, (line, row) in enumerate(read_table(path, header=True)):
+        if sample_rate < 1 and not _is_chosen(place, sample_rate, seed):
+            continue
+        if len(row) < COLUMNS:
+            raise ValueError(f"{path}, line {line}: has {len(row)} columns; evidence has id, text and title")
+        try:
+            identity = int(row[0])
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: the id {row[0][:40]!r} is no whole number") from error
+        if not 0 <= identity <= LARGEST_ID:
+            raise ValueError(f"{path}, line {line}: the id {identity} is not between 0 and {LARGEST_ID}")
+        yield Passage(number, identity, row[1], row[2])
+        number += 1
+
+
+def read_table(path: Location, *, header: bool) -> Iterator[tuple[int, list[str]]]:
+    """Line number and columns of each row of a TSV, in which fields may be quoted; empty lines are none.
+
+    Raises ValueError for a file that cannot be read, or a row that cannot be parsed.
+    """
+    try:
+        with open(Path(path), encoding="utf-8", newline="") as file:
+            rows = csv.reader(file, delimiter="\t")
+            if header:
+                next(rows, None)
+            for row in rows:
+                if row:
+                    yield rows.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{path}, after line {rows.line_num}: {error}; a quotation mark may be left open") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start} of a block)") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _is_chosen(place: int, share: float, seed: int) -> bool:
+    word = mix_words(np.array([place], np.uint64) + mix_words(np.array([seed], np.uint64)))
+    return int(word[0]) < share * 2**64
