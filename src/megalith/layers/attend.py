@@ -8,6 +8,7 @@ Shape letters: B batch, H heads, T query, S key, K head width.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -65,8 +66,33 @@ def _attend_with_dropout(
     dropout: AttentionDropout,
 ) -> Tensor:
     """Out of the compiler's reach, which takes minutes over the loop."""
+    if q_BHTK.is_cuda and _can_fuse(q_BHTK.shape[-1]):
+        from megalith.layers.attend_fused import attend_fused
+
+        words_S = number_words(k_BHSK.shape[2], device=q_BHTK.device)
+        # Its scores are never stored, so they need no divisor.
+        return attend_fused(
+            q_BHTK,
+            k_BHSK,
+            v_BHSK,
+            mask,
+            scale=scale,
+            rows_BHT=dropout.rows,
+            words_S=words_S,
+            probability=dropout.probability,
+        )
     output: Tensor = _DroppedAttention.apply(q_BHTK, k_BHSK, v_BHSK, mask, scale, divisor, dropout)
     return output
+
+
+@cache
+def _can_fuse(head_width: int) -> bool:
+    """Whether Triton is here, as it is with PyTorch's CUDA builds, and its kernels take heads of this width."""
+    if find_spec("triton") is None:
+        return False
+    from megalith.layers.attend_fused import LARGEST_HEAD
+
+    return head_width <= LARGEST_HEAD
 
 
 @cache

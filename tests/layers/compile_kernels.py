@@ -1,0 +1,57 @@
+"""Compile the kernels of attention with dropout for a GPU of the given capability; prints what each needs. No tests."""
+
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megalith.layers import attend_fused
+from megalith.layers.attend_fused import backward_blocks, forward_blocks
+
+POINTERS = {
+    "q": "", "k": "", "v": "", "o": "", "grad_o": "", "grad_q": "", "grad_k": "", "grad_v": "",
+    "sums": "fp32", "products": "fp32", "rows": "i32", "words": "i32", "visible": "u8",
+}  # fmt: skip
+KERNELS = {
+    attend_fused._forward: forward_blocks,
+    attend_fused._row_products: backward_blocks,
+    attend_fused._backward_keys: backward_blocks,
+    attend_fused._backward_queries: backward_blocks,
+}
+
+
+def signature_of(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
+    kinds = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            kinds[name] = "constexpr"
+        elif name in POINTERS:
+            kinds[name] = f"*{POINTERS[name] or dtype}"
+        else:
+            kinds[name] = "fp32" if name in ("scale", "kept_scale") else "i32"
+    return kinds
+
+
+def main(capability: int, dtypes: list[str]) -> None:
+    target = GPUTarget("cuda", capability, 32)
+    for kernel, sizes in KERNELS.items():
+        for dtype in dtypes:
+            for width, masked in ((64, False), (128, True)):
+                blocks = sizes(width)
+                constants = {
+                    "WIDTH": width, "PADDED": width, "CAUSAL": True, "MASKED": masked,
+                    "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+                    "BLOCK_T": blocks.queries, "BLOCK_S": blocks.keys,
+                }  # fmt: skip
+                constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+                source = ASTSource(kernel, signature_of(kernel, dtype, constants), constants)
+                options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+                made = triton.compile(source, target=target, options=options)
+                assert made.asm["cubin"]
+                print(f"{kernel.__name__} {dtype} {width} shared {made.metadata.shared} bytes")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

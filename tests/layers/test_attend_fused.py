@@ -1,0 +1,130 @@
+"""The kernels of attention with dropout: their numbers by Triton's interpreter, and that they compile for GPUs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalith.layers.attend import AttentionDropout, attend
+from megalith.layers.mask import Mask, make_mask
+from megalith.layers.random import dropout_rows, mix, number_words
+
+pytest.importorskip("triton", reason="needs triton")
+
+from megalith.layers import attend_fused
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PROBABILITY = 0.3
+KERNELS = Path(__file__).parent / "compile_kernels.py"
+
+
+def draw(batch: int, heads: int, queries: int, keys: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """Queries, keys and values as a projection leaves them: heads inside tokens, with gaps in memory."""
+    generator = torch.Generator().manual_seed(5)
+    tensors = []
+    for tokens in (queries, keys, keys):
+        joined = torch.randn(batch, tokens, heads, 3, width, generator=generator).to(DEVICE, dtype)
+        tensors.append(joined[:, :, :, 1].transpose(1, 2).detach().requires_grad_())
+    return tensors
+
+
+def dropout_of(batch: int, heads: int, queries: int) -> AttentionDropout:
+    rows = dropout_rows(1234, torch.arange(batch), queries)[:, None] ^ number_words(heads)[:, None]
+    return AttentionDropout(PROBABILITY, mix(rows).to(DEVICE))
+
+
+def both(
+    inputs: list[Tensor], mask: Mask, dropout: AttentionDropout, monkeypatch: pytest.MonkeyPatch
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Output and gradients by the kernels, and by the plain form of attend.py."""
+    q, k, v = inputs
+    words = number_words(k.shape[2]).to(DEVICE)
+    fused = attend_fused.attend_fused(
+        q, k, v, mask, scale=0.3, rows_BHT=dropout.rows, words_S=words, probability=PROBABILITY
+    )
+    monkeypatch.setattr("megalith.layers.attend._can_fuse", lambda width: False)
+    plain = attend(q, k, v, mask, scale=0.3, dropout=dropout)
+    weights = torch.randn(plain.shape, generator=torch.Generator().manual_seed(6)).to(plain)
+    return tuple((output.detach(), *torch.autograd.grad((output * weights).sum(), inputs)) for output in (fused, plain))  # type: ignore[return-value]
+
+
+def rule(name: str, batch: int, queries: int, keys: int) -> Mask:
+    if "documents" not in name:
+        return make_mask(queries, causal=name == "causal")
+    generator = torch.Generator().manual_seed(3)
+    numbers = [torch.randint(0, 2, (batch, count), generator=generator).to(DEVICE) for count in (queries, keys)]
+    numbers = [number.cumsum(1) // 5 for number in numbers]
+    if queries == keys:
+        return make_mask(queries, causal="causal" in name, query_documents_BT=numbers[0])
+    return make_mask(queries, causal=False, query_documents_BT=numbers[0], key_documents_BS=numbers[1])
+
+
+@pytest.mark.parametrize("name", ["causal", "both ways", "causal documents", "documents"])
+@pytest.mark.parametrize(("queries", "keys", "width"), [(37, 37, 16), (20, 37, 24)])
+def test_the_kernels_give_what_the_plain_form_gives(
+    name: str, queries: int, keys: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "causal" in name and queries != keys:
+        pytest.skip("a causal order is of a sequence with itself")
+    # Several blocks each way, of sizes that divide nothing.
+    for sizes in ("forward_blocks", "backward_blocks"):
+        monkeypatch.setattr(attend_fused, sizes, lambda width: attend_fused.Blocks(16, 32, 4, 1))
+    inputs = draw(2, 2, queries, keys, width, torch.float32)
+    fused, plain = both(inputs, rule(name, 2, queries, keys), dropout_of(2, 2, queries), monkeypatch)
+    for found, expected in zip(fused, plain, strict=True):
+        # fp32 rounding of sums of a few dozen products of size 1.
+        torch.testing.assert_close(found, expected, rtol=0, atol=5e-6)
+
+
+def test_the_very_same_probabilities_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With values that are unit vectors the output shows each probability.
+    q, k, _ = draw(1, 2, 16, 16, 16, torch.float32)
+    v = torch.eye(16, device=DEVICE).expand(1, 2, 16, 16).clone().requires_grad_()
+    fused, plain = both([q, k, v], make_mask(16, causal=False), dropout_of(1, 2, 16), monkeypatch)
+    assert torch.equal(fused[0] == 0, plain[0] == 0)
+    assert 0.1 < float((plain[0] == 0).float().mean()) < 0.5
+
+
+def test_16_bit_is_near_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not bf16: Triton's interpreter computes it wrongly.
+    inputs = draw(1, 2, 40, 40, 16, torch.float16)
+    mask = make_mask(40, causal=True)
+    fused, _ = both(inputs, mask, dropout_of(1, 2, 40), monkeypatch)
+    _, exact = both([x.detach().float().requires_grad_() for x in inputs], mask, dropout_of(1, 2, 40), monkeypatch)
+    for found, expected in zip(fused, exact, strict=True):
+        assert found.dtype == torch.float16
+        size = float(expected.abs().max())
+        torch.testing.assert_close(found.float(), expected, rtol=0, atol=4 * torch.finfo(torch.float16).eps * size)
+
+
+def test_a_query_that_sees_nothing_gets_zero_and_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = draw(1, 1, 20, 20, 16, torch.float32)
+    numbers = torch.zeros(1, 20, dtype=torch.int64, device=DEVICE)
+    numbers_of_queries = numbers.clone()
+    numbers_of_queries[:, 7] = 9
+    mask = make_mask(20, causal=False, query_documents_BT=numbers_of_queries, key_documents_BS=numbers)
+    fused, _ = both(inputs, mask, dropout_of(1, 1, 20), monkeypatch)
+    for of_queries in fused[:2]:
+        assert torch.equal(of_queries[:, :, 7], torch.zeros_like(of_queries[:, :, 7]))
+        assert float(of_queries[:, :, 6].abs().max()) > 0
+    assert all(bool(tensor.isfinite().all()) for tensor in fused)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtypes"),
+    [(90, ["bf16"]), pytest.param(80, ["bf16", "fp32"], marks=pytest.mark.slow)],
+)
+def test_the_kernels_compile_for_gpus(capability: int, dtypes: list[str]) -> None:
+    """Without a GPU: Triton brings the assembler along. In a process in which nothing is interpreted."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, str(KERNELS), str(capability), *dtypes]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    lines = ended.stdout.splitlines()
+    assert len(lines) == 4 * 2 * len(dtypes)
+    # What a block may have of a multiprocessor's shared memory: 163 KiB on the A100, 227 on the H100.
+    assert all(int(line.split()[-2]) <= 163 * 1024 for line in lines), ended.stdout
