@@ -37,9 +37,9 @@ class FirstTokens:
 
 
 def build(run: Run, said: list[Event] | None = None) -> dict[str, SampleRows]:
-    report = [].append if said is None else said.append
+    heard: list[Event] = [] if said is None else said
     return build_sentence_rows(
-        run, longest=LONGEST, least=1, vocab_size=60, make_rows=FirstTokens, targets=TARGETS, report=report
+        run, longest=LONGEST, least=1, vocab_size=60, make_rows=FirstTokens, targets=TARGETS, report=heard.append
     )
 
 
@@ -102,12 +102,13 @@ def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--split = 0,50,50: leaves no document for training"):
         build(run_of(str(prefix), split="0,50,50"))
     run = run_of(str(prefix))
+    heard: list[Event] = []
     with pytest.raises(ValueError, match=r"text_sentence, train part: none of the 48 documents has 9 sentences"):
         build_sentence_rows(
-            run, longest=LONGEST, least=9, vocab_size=60, make_rows=FirstTokens, targets=TARGETS, report=[].append
+            run, longest=LONGEST, least=9, vocab_size=60, make_rows=FirstTokens, targets=TARGETS, report=heard.append
         )
     with pytest.raises(ValueError, match="not in the vocabulary of 10"):
         rows = build_sentence_rows(
-            run, longest=LONGEST, least=1, vocab_size=10, make_rows=FirstTokens, targets=TARGETS, report=[].append
+            run, longest=LONGEST, least=1, vocab_size=10, make_rows=FirstTokens, targets=TARGETS, report=heard.append
         )["train"]
         rows.batch(np.arange(50))

@@ -285,5 +285,7 @@ def _compiler(run: Run) -> Iterator[Fault]:
         yield _fault("activation_memory_budget", budget, "must be from 0 to 1", "Give the share to keep")
     if budget is not None and not parallel.compile_blocks:
         yield _fault("activation_memory_budget", budget, "is kept by the compiler", "Add --compile-blocks")
+    if parallel.fp8_format is not None and parallel.pipeline_schedule == SPLIT_BACKWARD:
+        yield _fault("fp8_format", parallel.fp8_format, "cannot split the backward pass", "Use another schedule")
     if parallel.compile_blocks and parallel.pipeline_schedule == SPLIT_BACKWARD:
         yield _fault("compile_blocks", None, "cannot split the backward pass", "Use another --pipeline-schedule")

@@ -131,7 +131,7 @@ OURS = (
     "data_parallel_sharding",
     "data_parallel_shard_size",
     "deterministic",
+    "fp8_format",
     "compile_blocks",
     "activation_memory_budget",
-    "optimizer_state_dtype",
 )

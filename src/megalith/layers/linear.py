@@ -13,7 +13,7 @@ class Linear(nn.Module):
     """x W^T + b, with fp32 weights that are cast to the type of x, so that their gradients arrive in fp32.
 
     Seams for tensor parallelism: enter is applied to the input; leave to the product before the bias is added, so that
-    partial products can be summed first.
+    partial products can be summed first. Seam for other arithmetic: product(x, weight, bias).
     """
 
     def __init__(
@@ -25,13 +25,18 @@ class Linear(nn.Module):
         self.initial = {"weight": weight, "bias": ZEROS}
         self.enter: Callable[[Tensor], Tensor] | None = None
         self.leave: Callable[[Tensor], Tensor] | None = None
+        self.product: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.enter is not None:
             x = self.enter(x)
-        weight = self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.leave is None:
-            return F.linear(x, weight, bias)
-        product = self.leave(F.linear(x, weight))
+            return self._multiply(x, bias)
+        product = self.leave(self._multiply(x, None))
         return product if bias is None else product + bias
+
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.product is not None:
+            return self.product(x, self.weight, bias)
+        return F.linear(x, self.weight.to(x.dtype), bias)

@@ -7,6 +7,7 @@ is projected twice.
 Shape letters: B batch, T token, N rows (B T), C rows of a chunk, D width, V vocabulary.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -86,10 +87,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits = torch.mm(hidden, table_VD.t(), out=memory_CV[: len(hidden)])
             if bias_V is not None:
                 logits += bias_V
-            softmax, losses_N[part] = _softmax_and_losses(logits, labels, hidden, table_VD, bias_V, softmax_in_16_bit)
-            # Now the derivative of the loss by the logits, softmax - one_hot, in place.
-            minus_one = softmax.new_full((1, 1), -1.0).expand_as(labels)
-            slopes = softmax.scatter_add_(1, labels, minus_one).to(hidden.dtype)
+            # The derivative of the loss by the logits: softmax - one_hot.
+            slopes, losses_N[part] = _slopes_and_losses(logits, labels, hidden, table_VD, bias_V, softmax_in_16_bit)
             # The weights go to the narrow side of the products, which saves a pass over the chunk.
             torch.mm(slopes, table_VD, out=grad_hidden[part]).mul_(weights)
             _add_product(grad_table, slopes.t(), (hidden * weights).to(hidden.dtype), first=start == 0)
@@ -106,7 +105,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-def _softmax_and_losses(
+def _slopes_and_losses(
     logits_CV: Tensor,
     labels_C1: Tensor,
     hidden_CD: Tensor,
@@ -114,22 +113,37 @@ def _softmax_and_losses(
     bias_V: Tensor | None,
     softmax_in_16_bit: bool,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(logits), CV, and the cross entropies, C.
+    """softmax(logits) - one_hot(labels), CV in the type of the logits, and the cross entropies, C.
 
-    On the CPU fp32 logits are overwritten by their softmax in one pass over memory, and the loss is -log of what it has
-    at the label. Where that underflows the row is projected once more.
+    On the CPU fp32 logits are overwritten in one pass over memory, and the loss is -log of the softmax at the label.
+    Where that underflows the row is projected once more.
     """
-    if logits_CV.is_cuda or logits_CV.dtype != torch.float32:
-        logs = torch.log_softmax(logits_CV, -1, dtype=logits_CV.dtype if softmax_in_16_bit else torch.float32)
-        losses_C = -logs.gather(1, labels_C1)[:, 0]
-        return logs.exp_(), losses_C
+    if logits_CV.is_cuda:
+        compiled: tuple[Tensor, Tensor] = _compiled_slopes()(logits_CV, labels_C1, softmax_in_16_bit)
+        return compiled
+    if logits_CV.dtype != torch.float32:
+        return plain_slopes(logits_CV, labels_C1, softmax_in_16_bit)
     p_CV = torch.softmax(logits_CV, -1, out=logits_CV)
     label_p_C = p_CV.gather(1, labels_C1)[:, 0]
     losses_C = -label_p_C.log()
     lost = (label_p_C < 1e-30).nonzero()[:, 0]
     if len(lost):
         losses_C[lost] = _losses(hidden_CD[lost], table_VD, bias_V, labels_C1[lost, 0], False, len(lost))
-    return p_CV, losses_C
+    return p_CV.scatter_add_(1, labels_C1, p_CV.new_full((1, 1), -1.0).expand_as(labels_C1)), losses_C
+
+
+def plain_slopes(logits_CV: Tensor, labels_C1: Tensor, softmax_in_16_bit: bool) -> tuple[Tensor, Tensor]:
+    """What `_slopes_and_losses` gives, as a formula."""
+    logs_CV = torch.log_softmax(logits_CV, -1, dtype=logits_CV.dtype if softmax_in_16_bit else torch.float32)
+    losses_C = -logs_CV.gather(1, labels_C1)[:, 0]
+    is_label_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == labels_C1
+    return (logs_CV.exp() - is_label_CV.to(logs_CV.dtype)).to(logits_CV.dtype), losses_C
+
+
+@cache
+def _compiled_slopes() -> Any:
+    """The formula in two passes over the logits, of which the second writes; uncompiled it is seven."""
+    return torch.compile(plain_slopes, dynamic=False)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:

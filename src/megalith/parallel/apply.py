@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megalith.layers.float8 import use_float8
 from megalith.layers.initial import Shard, draw_weights
 from megalith.parallel.collectives import Group, all_reduce
 from megalith.parallel.context import cut_context
@@ -142,6 +143,8 @@ def lay_out(
     for part in parts.values():
         cuts |= split_tensors(part, groups.tensor, sequence=config.sequence_parallel)
         cut_context(part, groups.context, exchange=config.context_exchange)
+        if config.fp8_format is not None:
+            use_float8(part, config.fp8_format)  # type: ignore[arg-type]
         recompute_blocks(part, recompute, every=config.checkpoint_num_layers, group=_saved_over(config, groups))
         if config.compile_blocks:
             compile_blocks(part, memory_budget=config.activation_memory_budget)

@@ -108,6 +108,12 @@ class ParallelConfig:
         section="distributed",
         switch="on",
     )
+    fp8_format: str | None = setting(
+        None,
+        "multiply in 8-bit floating point inside blocks: e4m3 everywhere, or hybrid with e5m2 for gradients",
+        section="mixed precision",
+        choices=("e4m3", "hybrid"),
+    )
     compile_blocks: bool = setting(
         False,
         "compile each transformer block (torch.compile); pays on GPUs, rarely on CPUs",
