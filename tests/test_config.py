@@ -206,3 +206,8 @@ def test_a_run_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         compose("gpt", {}).task = "bert"  # type: ignore[misc]
     assert isinstance(compose("gpt", {}), Run)
+
+
+def test_every_setting_of_our_own_is_listed_once_and_exists() -> None:
+    # A name that stands there twice, after two merges, would stop every run at its start.
+    assert len(set(OURS)) == len(OURS) and set(OURS) <= known_settings().keys()
