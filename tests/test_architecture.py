@@ -34,6 +34,7 @@ LEVELS = [
         "adopt",
         "bench",
         "job",
+        "owner",
         "resume",
         "report",
         "closing",

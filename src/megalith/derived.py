@@ -113,6 +113,7 @@ OURS = (
     "join_timeout",
     "hang_timeout",
     "auto_resume",
+    "on_save_failure",
     "keep_last",
     "keep_every",
     "log_format",

@@ -5,6 +5,7 @@ finds the name finds the whole content, whatever was killed when. Every operatio
 that a test can hand in one that fails, kills the process, or records, at any operation. POSIX file systems only.
 """
 
+import fcntl
 import hashlib
 import io
 import os
@@ -28,8 +29,11 @@ class Disk:
     """The operations through which files reach the disk; stateless, each raises OSError. Tests subclass it."""
 
     def create(self, path: Path) -> int:
-        """A descriptor of a new file, open for writing; never follows a link or reuses a file."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        """A descriptor of a new file, open for writing; never follows a link or reuses a file.
+
+        Not everybody can write to it, whatever the umask.
+        """
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o664)
 
     def open(self, path: Path) -> int:
         """A descriptor of an existing regular file or directory, open for reading; never follows a link at its end."""
@@ -65,6 +69,10 @@ class Disk:
     def remove_directory(self, path: Path) -> None:
         """Remove an empty directory."""
         os.rmdir(path)
+
+    def lock(self, descriptor: int) -> None:
+        """Take the lock of a file or directory until it is closed; BlockingIOError if another process has it."""
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def free_bytes(self, path: Path) -> int:
         """Bytes that may still be written to the file system of path; sys.maxsize if it does not say."""

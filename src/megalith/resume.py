@@ -27,8 +27,10 @@ from megalith.monitor.events import (
     Warned,
 )
 from megalith.monitor.ledger import LedgerFile
+from megalith.monitor.timers import Timer
 from megalith.optim.groups import num_updates, optimizer_tensors, set_num_updates
 from megalith.optim.schedule import resumed_schedule, schedule_to_json
+from megalith.owner import Lease
 from megalith.parallel.apply import local_part
 from megalith.sources import as_toml
 from megalith.watching import NotedDisk
@@ -50,14 +52,17 @@ def try_save_directory(run: Run) -> None:
 class Keeper:
     """Writes the checkpoints of a run that has --save, in the background; use it in a `with` block.
 
-    A checkpoint that cannot be written is announced, and the run goes on: the next one is tried anew.
+    A checkpoint that cannot be written is announced, and the run goes on: the next one is tried anew; unless
+    --on-save-failure says to stop. lease: of the rank that has one.
     """
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, job: Job, lease: Lease | None = None) -> None:
+        self._job, self._lease = job, lease
         self._saver: AsyncSaver | None = None
         self._saved_step: int | None = None
+        self._stall = 0.0  # seconds that the steps have waited for the checkpoint that is being written
         self.failed = False  # the newest attempt
+        self.asks_to_stop = False  # this rank has learnt of a failure; the others may in another step
 
     def __enter__(self) -> Self:
         checkpoint = self._job.run.checkpoint
@@ -83,23 +88,47 @@ class Keeper:
         job = self._job
         if self._saver is None or self._saved_step == job.progress.step:
             return
-        self.settle()
+        if self._lease is not None:
+            self._lease.check()
+        with self._timer():
+            self.settle()
         assert job.run.checkpoint.save is not None
         job.log.report(CheckpointStarted(job.progress.step, job.run.checkpoint.save))
-        with job.ledger.spend("checkpoint"):
-            self._saver.save(job.progress.step, tensors_of(job), state_of(job), notes=notes_of(job), overlap=True)
+        with job.ledger.spend("checkpoint"), self._timer():
+            self._stall = self._saver.save(
+                job.progress.step, tensors_of(job), state_of(job), notes=notes_of(job), overlap=True
+            )
         self._saved_step = job.progress.step
         if not while_training:
             self.settle(while_training=False)
 
+    def _timer(self) -> Timer:
+        return self._job.timers("checkpoint-stall")
+
+    def look_for_room(self) -> None:
+        """Find out, before the first step, whether there is room for a checkpoint. Raises ValueError if not."""
+        if self._saver is None:
+            return
+        need, free = self._saver.room(tensors_of(self._job))
+        if free is not None and free < need:
+            raise ValueError(
+                f"--save = {self._job.run.checkpoint.save}: a checkpoint needs {need:,} bytes, {free:,} are free "
+                "there. Make room, or choose another directory."
+            )
+
     def before_update(self) -> None:
         """Wait until the checkpoint that was begun is copied: only then may the weights change."""
-        if self._saver is not None:
-            with self._job.ledger.spend("checkpoint"):
-                self._saver.before_update()
+        if self._saver is not None and self._saver.is_copying:
+            with self._job.ledger.spend("checkpoint"), self._timer():
+                self._stall += self._saver.before_update()
 
     def poll(self) -> None:
-        """Say how the checkpoint that was being written went, if it is done; does not wait."""
+        """Say how the checkpoint that was being written went, if it is done; does not wait.
+
+        Raises OwnedError if another job has taken the run directory over.
+        """
+        if self._lease is not None and self._lease.lost:
+            self._lease.check()
         self._settle(wait=False, while_training=True)
 
     def settle(self, *, while_training: bool = True) -> None:
@@ -113,15 +142,31 @@ class Keeper:
             with self._job.ledger.spend("checkpoint"):
                 saved = self._saver.wait() if wait else self._saver.poll()
         except CheckpointError as error:
-            self.failed, self._saved_step = True, None
-            self._job.log.report(Warned(f"{error}. The run goes on; the next checkpoint is tried anew."))
+            self._tell_failure(error)
             return
         for done in saved:
             self.failed = False
             directory = str(self._job.run.checkpoint.save)
-            self._job.log.report(CheckpointSaved(done.step, directory, done.seconds, while_training))
+            stall = self._stall if while_training else None
+            self._job.log.report(CheckpointSaved(done.step, directory, done.seconds, while_training, stall))
             if done.warning:
                 self._job.log.report(Warned(done.warning))
+
+    def _tell_failure(self, error: CheckpointError) -> None:
+        """Say that a checkpoint could not be written, what that puts at risk, and what becomes of the run."""
+        checkpoint = self._job.run.checkpoint
+        self.failed, self._saved_step = True, None
+        self.asks_to_stop = checkpoint.on_save_failure == "stop"
+        assert checkpoint.save is not None
+        try:
+            safe = [found.step for found in list_checkpoints(checkpoint.save)]
+        except OSError:
+            safe = []
+        kept = (
+            f"the newest before is of step {safe[-1]}" if safe else "there is none before it: a kill loses everything"
+        )
+        then = "The run stops" if self.asks_to_stop else "The run goes on; the next checkpoint is tried anew"
+        self._job.log.report(Warned(f"{error}; {kept}. {then} (--on-save-failure {checkpoint.on_save_failure})."))
 
 
 def tensors_of(job: Job) -> dict[str, Piece]:

@@ -26,6 +26,7 @@ from megalith.monitor.signals import StopSignals
 from megalith.optim.clip import clip_gradients, count_zeros, global_norm, unscale_gradients
 from megalith.optim.groups import set_learning_rate
 from megalith.optim.schedule import learning_rate
+from megalith.owner import owned
 from megalith.parallel.context import cut_tokens
 from megalith.parallel.mesh import choose_device, joined, make_layout
 from megalith.parallel.step import Batch, mean_losses
@@ -58,13 +59,14 @@ def train(run: Run, *, started: float) -> int:
         meeting = joined(layout, device, join_timeout=run.parallel.join_timeout, timeout=collective_timeout(run))
         company = stack.enter_context(meeting)
         watch = stack.enter_context(open_watch(run, layout, company))
+        lease = stack.enter_context(owned(run, layout))
         try_save_directory(run)
         log = stack.enter_context(open_log(run, layout))
         signals = stack.enter_context(StopSignals())
         asked, run = run, prepare_corpus(run, layout, log)
         job = build_job(run, layout, device, log, started=started)
         watch.follow(Places(job))
-        keeper = stack.enter_context(Keeper(job))
+        keeper = stack.enter_context(Keeper(job, lease))
         with job.timers("model-and-optimizer-setup"):
             resume(job)
         log.report(PlaceReached("after model, optimizer, and learning rate scheduler are built"))
@@ -77,6 +79,7 @@ def train(run: Run, *, started: float) -> int:
         if job.progress.step >= job.last_step:
             log.line(f"the run is finished: all {job.last_step} steps were taken; raise --train-iters to go on")
             return 0
+        keeper.look_for_room()
         reason = run_steps(job, keeper, signals)
         if reason is None:
             finish(job, keeper)
@@ -93,7 +96,7 @@ def train(run: Run, *, started: float) -> int:
         log.line(job.ledger.told())
         if job.book is not None:
             job.book.write(job.ledger, ended=reason is None or reason.startswith("exit-"))
-    if keeper.failed:
+    if keeper.failed or reason == "save-failure":
         return NOT_SAVED
     if reason is None or reason.startswith("exit-"):
         return 0
@@ -133,7 +136,7 @@ def run_steps(job: Job, keeper: Keeper, signals: StopSignals) -> str | None:
             report_interval(job, done)
         if every(progress.step, run.evaluate.eval_interval):
             evaluate(job, "valid")
-        reason = reason_to_stop(job, signals)
+        reason = reason_to_stop(job, signals, keeper)
         if reason or every(progress.step, run.checkpoint.save_interval):
             keeper.save()
         if reason:
@@ -289,16 +292,18 @@ def finish(job: Job, keeper: Keeper) -> None:
     evaluate(job, "test", final=True)
 
 
-def reason_to_stop(job: Job, signals: StopSignals) -> str | None:
+def reason_to_stop(job: Job, signals: StopSignals, keeper: Keeper) -> str | None:
     """Why the run is to stop after this step, the same on every rank; None to go on."""
     train = job.run.train
     minutes = (time.time() - job.started) / 60
     late = train.exit_duration_in_mins is not None and minutes > train.exit_duration_in_mins
     number = int(signals.received or 0)
-    # One small reduction on the host: a signal that one rank got, or a clock that is past its hour, stops all.
-    number, late_anywhere = job.groups.agree([number, int(late)])
+    # One small reduction on the host: what one rank got or found, a signal, a clock past its hour, stops all.
+    number, late_anywhere, not_saved = job.groups.agree([number, int(late), int(keeper.asks_to_stop)])
     if number:
         return signal.Signals(number).name
+    if not_saved:
+        return "save-failure"
     if late_anywhere:
         return "exit-duration"
     if every(job.progress.step, train.exit_interval):

@@ -7,6 +7,7 @@ weights (`before_update`). There is one copy, overwritten by each checkpoint: me
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalith.checkpoint.directory import CheckpointError
+from megalith.checkpoint.directory import CheckpointError, folder_of
 from megalith.checkpoint.exchange import Ranks
 from megalith.checkpoint.index import plain_json
 from megalith.checkpoint.pieces import Piece, Table, announce
@@ -115,6 +116,28 @@ class AsyncSaver:
         self._writing: Future[Saved] | None = None
         self._saved: list[Saved] = []
 
+    def room(self, tensors: Mapping[str, Piece]) -> tuple[int, int | None]:
+        """Bytes that a checkpoint of these pieces needs, and how many are free; None if the disk does not say.
+
+        Called by all ranks alike, before the first save or between two; raises ValueError as `save` does.
+        """
+        need = Contents(0, self._planned(tensors).table, {}, {}).num_bytes
+        free: int | None = None
+        if self._ranks.rank == 0:
+            with suppress(OSError):
+                free = self._disk.free_bytes(folder_of(self._run_dir))
+        return need, self._ranks.from_first(free)
+
+    def _planned(self, tensors: Mapping[str, Piece]) -> HostCopy:
+        if self._host is None:
+            self._host = HostCopy(plan(self._ranks, tensors), tensors, self._ranks.rank)
+        return self._host
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether `before_update` has something to wait for."""
+        return self._copied is not None
+
     def save(
         self,
         step: int,
@@ -134,9 +157,7 @@ class AsyncSaver:
         """
         started = time.monotonic()
         self._finish()
-        if self._host is None:
-            self._host = HostCopy(plan(self._ranks, tensors), tensors, self._ranks.rank)
-        host = self._host
+        host = self._planned(tensors)
         contents = Contents(step, host.table, plain_json("state", state), plain_json("notes", notes or {}))
         sources = host.sources(tensors)
         self._copied = self._thread.submit(host.copy, sources, computed(sources))

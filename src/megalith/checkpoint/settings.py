@@ -34,6 +34,12 @@ class CheckpointConfig:
         flag="--no-auto-resume",
         switch="off",
     )
+    on_save_failure: str = setting(
+        "continue",
+        "when a checkpoint cannot be written: continue (the next one is tried anew) or stop",
+        section="checkpointing",
+        choices=("continue", "stop"),
+    )
     keep_last: int | None = setting(
         None, "keep only this many of the newest checkpoints", section="checkpointing", unit="checkpoints"
     )

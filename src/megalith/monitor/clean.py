@@ -115,7 +115,8 @@ def duration(seconds: float) -> str:
 
 
 def checkpoint_saved(event: events.CheckpointSaved) -> list[str]:
-    return [f"checkpoint: step {event.step:,} saved in {event.directory} ({duration(event.seconds)})"]
+    waited = "" if event.stall is None else f", steps waited {event.stall:.3f} s"
+    return [f"checkpoint: step {event.step:,} saved in {event.directory} ({duration(event.seconds)}{waited})"]
 
 
 def checkpoint_loaded(event: events.CheckpointLoaded) -> list[str]:

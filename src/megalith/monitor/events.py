@@ -273,8 +273,9 @@ class CheckpointStarted:
 class CheckpointSaved:
     step: int
     directory: str
-    seconds: float  # for which training stood still
+    seconds: float  # of the whole write, for which training stands still if nothing runs beside it
     while_training: bool = True  # rather than once training was over
+    stall: float | None = None  # seconds that the steps waited for it, where it was written beside them
 
 
 @dataclass(frozen=True)

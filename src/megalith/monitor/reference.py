@@ -97,8 +97,13 @@ def evaluated(event: events.Evaluated, now: float) -> list[str]:
 
 
 def checkpoint_saved(event: events.CheckpointSaved, now: float) -> list[str]:
-    took = [lines.timers({"save-checkpoint": event.seconds}, divided_by=1)] if event.while_training else []
-    return [lines.saved(event.step, event.directory), *took]
+    saved = lines.saved(event.step, event.directory)
+    if not event.while_training:
+        return [saved]
+    took = {"save-checkpoint": event.seconds}
+    if event.stall is not None:
+        took["checkpoint-stall"] = event.stall
+    return [saved, lines.timers(took, divided_by=1)]
 
 
 def checkpoint_loaded(event: events.CheckpointLoaded, now: float) -> list[str]:

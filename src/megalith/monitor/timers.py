@@ -30,6 +30,7 @@ STEP_TIMERS = (
     "optimizer-copy-main-to-model-params",
     "optimizer",
     "batch-generator",
+    "checkpoint-stall",  # that a step waited for the copy of a checkpoint, or for the end of the one before
 )
 SETUP_TIMERS = ("model-and-optimizer-setup", "train/valid/test-data-iterators-setup")
 
