@@ -159,7 +159,7 @@ def _step(job: Job, keeper: Keeper, synchronize: Callable[[], None]) -> tuple[fl
     done = take_step(job, keeper)
     synchronize()
     seconds = time.perf_counter() - began
-    return seconds, float(done.losses[job.task.losses[0]])
+    return seconds, float(done.losses[job.task.losses(job.run)[0]])
 
 
 def _split(job: Job, keeper: Keeper, synchronize: Callable[[], None]) -> dict[str, float]:

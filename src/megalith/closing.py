@@ -41,8 +41,9 @@ def _tell_losses(job: Job) -> None:
         return
     (first_step, first), (last_step, last) = job.validations[0], job.validations[-1]
     baseline = job.task.baseline(job.run, job.loaders["valid"].source)
-    name = job.task.losses[0] if baseline is None else baseline.loss
-    for figure in [name, *(other for other in job.task.losses if other != name)]:
+    names = job.task.losses(job.run)
+    name = names[0] if baseline is None else baseline.loss
+    for figure in [name, *(other for other in names if other != name)]:
         before = f"{first[figure]:.3f} at step {first_step}, " if last_step > first_step else ""
         job.log.line(f"validation {_spoken(figure)}: {before}{last[figure]:.3f} at step {last_step}")
     if baseline is not None:

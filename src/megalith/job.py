@@ -215,7 +215,7 @@ def model_sizes(run: Run, task: Task, vocab_size: int, dtype: torch.dtype) -> Si
         first_cost=0.0,  # looking up is no work next to a layer's
         last_cost=2 * shape.width * vocab_size / layer,
         stream_dtype=torch.float32 if run.model.fp32_residual_connection else dtype,
-        num_losses=len(task.losses),
+        num_losses=len(task.losses(run)),
         tokens=tokens,
         entering=task.entering,
     )

@@ -65,8 +65,8 @@ class Task:
     # What leaves a part of the model for what enters it; the last part gives the vector of weighted losses. A figure
     # that is only logged (an accuracy) is a detached entry of it.
     run_part: RunPart
-    losses: tuple[str, ...]  # under which names they are logged
-    masks: tuple[str, ...]  # the entries of a batch that weight them
+    losses: Callable[[Run], tuple[str, ...]]  # under which names they are logged
+    masks: Callable[[Run], tuple[str, ...]]  # the entries of a batch that weight them, one for each
     # Places of a sample in the stream: tokens of all its sequences, or patches and the class token.
     num_places: Callable[[Run], int]
     # Floating-point operations of a step, recomputation apart: (run, padded vocabulary size, sequences).

@@ -211,8 +211,8 @@ def run_microbatches(job: Job, microbatches: list[Batch], *, scale: float, backw
     return mean_losses(
         job.laid.engine,
         [cut_tokens(on_device(batch, job.device), job.groups.context) for batch in microbatches],
-        names=job.task.losses,
-        masks=job.task.masks,
+        names=job.task.losses(job.run),
+        masks=job.task.masks(job.run),
         scale=scale,
         group=job.groups.replicas,
         timers=job.timers if backward else job.untimed,

@@ -35,6 +35,11 @@ def standard_library_documents() -> Iterator[str]:
 
     Raises ValueError where this Python has no sources on the disk.
     """
+    yield from (text for _, text in titled_documents())
+
+
+def titled_documents(*, code: bool = True) -> Iterator[tuple[str, str]]:
+    """The same documents, each with a title: what module or topic it is of. Without code there are only sentences."""
     root = Path(sysconfig.get_paths()["stdlib"])
     documents: dict[str, str] = {}
     for path in _sources(root):
@@ -44,7 +49,10 @@ def standard_library_documents() -> Iterator[str]:
             f"{root}: expected the standard library's sources, found none; give a text of your own instead"
         )
     # Some modules share a text; it must not stand in training and in validation data.
-    yield from dict.fromkeys(documents[title] for title in sorted(documents, key=_shuffled))
+    names: dict[str, str] = {}
+    for name in sorted(documents, key=_shuffled):
+        names.setdefault(documents[name], name)
+    yield from ((_title_of(name), text) for text, name in names.items() if code or not _is_code(name))
 
 
 def write_corpus(path: Location) -> int:
@@ -131,6 +139,19 @@ def _parts(name: str, text: str) -> Iterator[tuple[str, str]]:
     rest = "\n\n".join(held).strip("\n")
     if len(rest) >= (1 if number else SMALLEST_DOCUMENT):
         yield f"{name}:{number}", rest
+
+
+def _is_code(name: str) -> bool:
+    return name.rpartition(":")[0].endswith(":code")
+
+
+def _title_of(name: str) -> str:
+    """What a document with this name is of, in words."""
+    source, kind, _ = name.split(":", 2) if ":" in name else (name, "", "")
+    if source == "pydoc_data/topics.py":
+        return kind
+    module = source.removesuffix(".py").removesuffix("/__init__").replace("/", " ")
+    return f"{module} {'code' if kind == 'code' else 'documentation'}"
 
 
 def _shuffled(name: str) -> str:

@@ -5,6 +5,7 @@ run directory carries its own tokenizer, and its digest says whether two tokeniz
 """
 
 import json
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from megalith.data.tokenizer_files import (
     make_wordpiece,
     read_file,
 )
+from megalith.data.wordpiece import CONTINUED, UNKNOWN
 from megalith.files import Location, digest_of_bytes, write_whole
 
 # What each kind is made from: the name of each file in a directory of ours, and the setting that names it.
@@ -37,6 +39,7 @@ KINDS: dict[str, dict[str, str]] = {
     "SentencePieceTokenizer": {"tokenizer.model": "tokenizer_model"},
     "ByteLevelTokenizer": {},
 }
+BERT_SPECIAL = ("[PAD]", UNKNOWN, "[CLS]", "[SEP]", "[MASK]")
 MANIFEST = "tokenizer_manifest.json"
 
 
@@ -260,6 +263,36 @@ class TextStream:
     def _new_text(self) -> str:
         before = self._decode(self._shown)
         return self._decode(self._shown + self._held)[len(before) :]
+
+
+def train_wordpiece(texts: Sequence[str], vocab_size: int, directory: Location) -> Tokenizer:
+    """Train a lower-case WordPiece on texts, write vocab.txt into a directory, and give its tokenizer.
+
+    vocab_size counts BERT's special tokens, which come first; a small text may give fewer tokens. [BOS] and [EOS] are
+    added by whatever reads the file. The same texts give the same file.
+    """
+    from tokenizers import Tokenizer as LibraryTokenizer
+    from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+    letters = {letter for text in texts for letter in unicodedata.normalize("NFD", text.lower()) if letter.isalnum()}
+    # The library numbers pieces of one letter as it meets them in a table with a random order, and breaks ties of
+    # longer ones by these numbers; given beforehand they are the same every time.
+    given = [*BERT_SPECIAL, *sorted(CONTINUED + letter for letter in letters)]
+    if vocab_size <= len(given):
+        raise ValueError(f"vocab_size={vocab_size} must be above {len(given)}: special tokens and single letters")
+    tokenizer = LibraryTokenizer(models.WordPiece(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=given, continuing_subword_prefix=CONTINUED, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    vocabulary = tokenizer.get_vocab()
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.__getitem__))
+    write_whole(folder / "vocab.txt", lines)
+    return load_tokenizer("BertWordPieceLowerCase", vocab_file=str(folder / "vocab.txt"))
 
 
 def train_byte_bpe(texts: Iterable[str], vocab_size: int, directory: Location) -> Tokenizer:
