@@ -126,8 +126,22 @@ def test_what_is_in_the_way_and_not_ours_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="in the way"):
             save_step(tmp_path / "run", step)
     assert (precious / "index.json").read_text() == "mine"
-    assert list_checkpoints(tmp_path / "run") == []
-    assert load_newest(tmp_path / "run") is None
+    # Nor is a run begun anew beside it.
+    with pytest.raises(CheckpointError, match=r"step-0000002 is not a directory; .*step-0000001 is a link"):
+        load_newest(tmp_path / "run")
+
+
+def test_a_newest_checkpoint_that_is_a_link_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+    save_step(tmp_path, 1)
+    newest = save_step(tmp_path, 2)
+    newest.rename(tmp_path / "moved")
+    newest.symlink_to(tmp_path / "moved")
+    loaded = load_newest(tmp_path)
+    assert loaded is not None and loaded.index.step == 1
+    assert loaded.messages() == [
+        f"{newest} is damaged and was not used: rank 0: {newest} is a link, which is not followed",
+        "going on from step 1 instead: 1 steps are lost and done again",
+    ]
 
 
 def corrupt(path: Path, how: str) -> None:

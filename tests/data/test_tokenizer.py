@@ -129,19 +129,35 @@ def test_a_changed_file_of_a_saved_tokenizer_is_refused(folder: Path, tmp_path: 
         load_saved_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("change", ["roles", "vocab_extra_ids", "digest", "tokenizer_type", "files"])
+@pytest.mark.parametrize("change", ["roles", "vocab_extra_ids", "memory", "digest", "tokenizer_type", "files"])
 def test_a_changed_manifest_is_refused(folder: Path, tmp_path: Path, change: str) -> None:
     load_kind("BertWordPieceCase", folder).save(tmp_path)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
-    manifest[change] = {
+    manifest["vocab_extra_ids" if change == "memory" else change] = {
         "roles": {"cls": 1},
         "vocab_extra_ids": 1,
+        "memory": 1 << 40,
         "digest": "0",
         "tokenizer_type": "BertWordPieceLowerCase",
         "files": {},
     }[change]
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="expected a tokenizer"):
+        load_saved_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "expected JSON, found brackets nested too deeply"),
+        (f'{{"vocab_extra_ids": {"9" * 5000}}}', "expected JSON, found a fault: Exceeds the limit"),
+        ("[]", "expected a tokenizer's manifest, found something else"),
+        ("\xff", "expected JSON, found a fault"),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused_by_its_path(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / MANIFEST).write_text(content)
+    with pytest.raises(ValueError, match=f"{MANIFEST}.*{message}"):
         load_saved_tokenizer(tmp_path)
 
 

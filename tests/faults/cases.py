@@ -5,16 +5,17 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.faults.cluster import Ended, run_ranks
 from tests.faults.disk import Disturbance, undisturbed
 from tests.faults.judge import Outcome, WrongError
-from tests.faults.twin import KEEP_TWO, Scenario, Twin, make_twin, note_steps
+from tests.faults.twin import Scenario, Twin, make_twin, note_steps
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,12 @@ class Trial:
     mutate: Disturbance = undisturbed
 
     def start(
-        self, save: Path, *, disturb: Disturbance = undisturbed, more: Sequence[str] = KEEP_TWO, **settings: Any
+        self, save: Path, *, disturb: Disturbance = undisturbed, more: Sequence[str] = (), **settings: Any
     ) -> Ended:
-        """Start the run, or go on with it, as `run_ranks` does; what it takes is noted in the run directory."""
+        """Start the run, or go on with it, as `run_ranks` does; what it takes is noted in the run directory.
+
+        more: further words, which take the place of those that let old checkpoints go.
+        """
         save.mkdir(exist_ok=True)
 
         def on_rank(rank: int) -> None:
@@ -35,7 +39,7 @@ class Trial:
             self.mutate(rank)
             disturb(rank)
 
-        words = self.twin.words(save, *more)
+        words = self.twin.words(save, *(more or self.twin.scenario.retention))
         ended = run_ranks(words, self.twin.scenario.world_size, save.parent, disturb=on_rank, **settings)
         if ended.hung:
             raise WrongError(f"a rank hung: statuses {ended.statuses}; {ended.said[-500:]}")
@@ -54,8 +58,10 @@ class Case(NamedTuple):
 def outcomes_of(case: Case, root: Path) -> Iterator[Outcome]:
     """Run a case in a new folder; what goes wrong is a failure."""
     folder = Path(tempfile.mkdtemp(dir=root, prefix="case-"))
+    started = time.monotonic()
     try:
-        yield from case.run(folder)
+        for outcome in case.run(folder):
+            yield replace(outcome, seconds=outcome.seconds or time.monotonic() - started)
     except WrongError as wrong:
         yield Outcome(case.name, "failure", str(wrong))
     except Exception:  # whatever a run did that its judge did not expect

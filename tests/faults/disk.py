@@ -147,16 +147,21 @@ def recording(folder: Path, *, keeps_data: bool = False) -> Disturbance:
     """Writes down what the disk has done, for `recorded`."""
 
     def on_rank(rank: int) -> None:
-        to = os.open(folder / f"operations-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-
         def act(moment: Moment, operation: Operation) -> None:
             if moment == "after":
-                line = json.dumps([*operation[:5], operation.data.hex(), operation.time])
-                os.write(to, f"{line}\n".encode())
+                note_operation(folder, rank, operation)
 
         Wire(act, keeps_data).install()
 
     return on_rank
+
+
+def note_operation(folder: Path, rank: int, operation: Operation) -> None:
+    """Write an operation of a rank down, for `recorded`."""
+    line = json.dumps([*operation[:5], operation.data.hex(), operation.time or time.monotonic_ns()])
+    to = os.open(folder / f"operations-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    os.write(to, f"{line}\n".encode())
+    os.close(to)
 
 
 def recorded(folder: Path, rank: int) -> list[Operation]:
@@ -202,11 +207,20 @@ def lying(point: Point, bit: int) -> Disturbance:
     return lambda rank: Wire(lambda moment, operation: None, alter=alter).install() if rank == point.rank else None
 
 
-def slow(seconds: float) -> Disturbance:
-    """Lets every operation of the lane "save" take longer."""
+def shortening(size: Callable[[int], int]) -> Disturbance:
+    """Lets every write take at most so many bytes of what it is given, at least one."""
+
+    def alter(operation: Operation, data: bytes) -> bytes:
+        return data[: max(1, size(len(data)))]
+
+    return lambda rank: Wire(lambda moment, operation: None, alter=alter).install()
+
+
+def slow(seconds: float, *, rank: int | None = None) -> Disturbance:
+    """Lets every operation of the lane "save" take longer, on one rank or on all."""
 
     def act(moment: Moment, operation: Operation) -> None:
         if moment == "before" and operation.lane == "save":
             time.sleep(seconds)
 
-    return lambda rank: Wire(act).install()
+    return lambda number: Wire(act).install() if rank in (None, number) else None

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megalith.checkpoint.directory import list_checkpoints
+from megalith.checkpoint.directory import list_checkpoints, step_name
 from megalith.checkpoint.shards import DamagedError
 from megalith.checkpoint.verify import verify
 from megalith.monitor.outlet import read_records
-from tests.faults.twin import LAST_STEP, SAVE_INTERVAL, Twin, noted_in, printed_in, taken_in
+from tests.faults.twin import SAVE_INTERVAL, Twin, noted_in, printed_in, taken_in
 
 Kind = Literal["finished-identical", "recovered", "refused", "failure"]
 
@@ -23,6 +23,7 @@ class Outcome:
     kind: Kind
     why: str = ""
     redone: int = 0  # steps done again
+    seconds: float = 0.0  # that the case took
 
 
 @dataclass
@@ -72,7 +73,7 @@ def check_finished(twin: Twin, save: Path) -> None:
     """The run has ended as the twin: weights, optimizer, everything printed, every sample of every step."""
     check_checkpoints(twin, save)
     steps = [found.step for found in list_checkpoints(save)]
-    if not steps or steps[-1] != LAST_STEP:
+    if not steps or steps[-1] != twin.scenario.last_step:
         raise WrongError(f"the run says that it is finished, but its checkpoints are of steps {steps}")
     check_printed(twin, save)
     taken = taken_in(save)
@@ -82,7 +83,7 @@ def check_finished(twin: Twin, save: Path) -> None:
     if missing := twin.taken.keys() - {(entry.rank, entry.step) for entry in taken}:
         raise WrongError(f"rank and step {min(missing)} were never taken")
     newest = max(taken, key=lambda entry: entry.step).step
-    if newest != LAST_STEP:
+    if newest != twin.scenario.last_step:
         raise WrongError(f"the last step taken was {newest}")
 
 
@@ -148,3 +149,18 @@ def warnings_in(save: Path) -> list[str]:
 def told_of_damage(save: Path) -> bool:
     """Whether a start has said that it passed a checkpoint over."""
     return any("is damaged and was not used" in text for text in warnings_in(save))
+
+
+def lost_saves_in(twin: Twin, save: Path) -> list[int]:
+    """The steps of which no start has said that their checkpoint is written, though all have ended."""
+    path = save / "log.jsonl"
+    records = read_records(path)[0] if path.exists() else []
+    saved = {record["step"] for record in records if record["event"] == "checkpoint_saved"}
+    return [step for step in twin.indices if step not in saved]
+
+
+def check_warned_of(save: Path, step: int, sentence: str) -> None:
+    """The run has said which checkpoint was lost, where, and by which error."""
+    path = str(save / "checkpoints" / step_name(step))
+    if not any(f"{path} was not written" in text and sentence in text for text in warnings_in(save)):
+        raise WrongError(f"nobody said that {path} was lost by {sentence!r}: {warnings_in(save)}")

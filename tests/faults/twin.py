@@ -22,13 +22,12 @@ from tests.faults.disk import Disturbance, Operation, recorded, recording, undis
 from tests.layouts.runs import write_data
 
 SAVE_INTERVAL = 2
-LAST_STEP = 6
 
 MODEL = f"""
     --num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16
     --micro-batch-size 1 --global-batch-size 4 --lr 1e-2 --lr-warmup-iters 2 --weight-decay 0.1
     --tokenizer-type ByteLevelTokenizer --make-vocab-size-divisible-by 8 --log-interval 1 --log-params-norm
-    --eval-interval 3 --eval-iters 1 --save-interval {SAVE_INTERVAL} --train-iters {LAST_STEP}
+    --eval-interval 3 --eval-iters 1 --save-interval {SAVE_INTERVAL}
     --log-format json --device cpu
 """.split()
 
@@ -39,15 +38,23 @@ class Scenario(NamedTuple):
     name: str
     world_size: int
     words: tuple[str, ...]
+    last_step: int = 6
+    keep_last: int = 2
+
+    @property
+    def retention(self) -> tuple[str, ...]:
+        """The words that let old checkpoints go: at the last save of the run, if not before."""
+        return ("--keep-last", str(self.keep_last))
 
 
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
-        # With fp16, so that there is a loss scale that changes from step to step: gradients overflow at first.
-        Scenario("one", 1, ("--fp16", "--initial-loss-scale", "1048576", "--loss-scale-window", "2")),
+        # With fp16, so that there is a loss scale that changes: those of steps 1, 4 and 5 overflow.
+        Scenario("one", 1, ("--fp16", "--initial-loss-scale", "524288", "--loss-scale-window", "2")),
         Scenario("pp2", 2, ("--pipeline-model-parallel-size", "2")),
-        Scenario("dp2tp2", 4, ("--tensor-model-parallel-size", "2")),
+        # Two saves only, for each run keeps four processes busy.
+        Scenario("dp2tp2", 4, ("--tensor-model-parallel-size", "2"), last_step=4, keep_last=1),
     )
 }
 
@@ -61,12 +68,18 @@ class Twin:
     indices: dict[int, Index]  # of all its checkpoints, by step
     printed: dict[str, Any]  # as `printed_in` gives them
     taken: dict[tuple[int, int], str]  # by rank and step, as `taken_in` gives them
-    operations: list[list[Operation]]  # of each rank, when two checkpoints are kept
+    operations: list[list[Operation]]  # of each rank, when old checkpoints go
     seconds: float = 0.0  # that it took
+
+    @property
+    def folder(self) -> Path:
+        """Where its runs lie: with all checkpoints, with some, and one with another seed."""
+        return self.data.parent
 
     def words(self, save: Path, *more: str) -> list[str]:
         """The command of this run, into another run directory."""
-        given = [*MODEL, *self.scenario.words, "--data-path", str(self.data), "--save", str(save), *more]
+        steps = ["--train-iters", str(self.scenario.last_step)]
+        given = [*MODEL, *steps, *self.scenario.words, "--data-path", str(self.data), "--save", str(save), *more]
         return ["pretrain", *given]
 
     def lane(self, rank: int, lane: str) -> list[Operation]:
@@ -74,14 +87,16 @@ class Twin:
         return [operation for operation in self.operations[rank] if operation.lane == lane]
 
 
-KEEP_TWO = ("--keep-last", "2")
-
-
 def make_twin(scenario: Scenario, folder: Path) -> Twin:
-    """Run it: once to make the index of the data and to see all checkpoints, once as the disturbed ones will run."""
+    """Run it: to make the index of the data and to see all checkpoints; as the disturbed ones; with another seed."""
     folder.mkdir()
     twin = Twin(scenario, write_data(folder), {}, {}, {}, [])
-    for name, more, disturb in (("all", (), undisturbed), ("two", KEEP_TWO, recording(folder))):
+    seconds = 0.0
+    for name, more, disturb in (
+        ("other", ("--seed", "4321"), undisturbed),
+        ("all", (), undisturbed),
+        ("some", scenario.retention, recording(folder)),
+    ):
         save = folder / name
         save.mkdir()
 

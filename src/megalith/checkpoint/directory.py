@@ -34,7 +34,7 @@ class CheckpointError(RuntimeError):
 
 
 class StepDirectory(NamedTuple):
-    """A directory that has a checkpoint's name; whether it holds one is another question."""
+    """What has a checkpoint's name; whether it is a directory and holds one is another question."""
 
     step: int
     path: Path
@@ -72,10 +72,9 @@ def step_name(step: int) -> str:
 
 
 def list_checkpoints(run_dir: Location) -> list[StepDirectory]:
-    """The directories with a checkpoint's name, oldest step first; links are not followed. Empty if there is none."""
+    """What has a checkpoint's name, oldest step first, also links and files: who reads them says that they are none."""
     try:
-        with os.scandir(folder_of(run_dir)) as entries:
-            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        names = os.listdir(folder_of(run_dir))
     except FileNotFoundError:
         return []
     matches = [match for name in names if (match := STEP_NAME.fullmatch(name))]
@@ -93,7 +92,7 @@ def check_directory(path: Path) -> None:
     """Raise DamagedError if a checkpoint's directory is a link, no directory, or writable for everybody."""
     mode = path.lstat().st_mode
     if not stat.S_ISDIR(mode):
-        raise DamagedError(f"{path} is not a directory")
+        raise DamagedError(f"{path} is {'a link, which is not followed' if stat.S_ISLNK(mode) else 'not a directory'}")
     for directory in (path, path.parent):
         mode = directory.stat().st_mode
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:

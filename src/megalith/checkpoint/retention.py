@@ -1,5 +1,7 @@
 """Which old checkpoints may go: none before the newest has been verified."""
 
+import stat
+
 from megalith.checkpoint.directory import CheckpointError, StepDirectory, discard, folder_of, list_checkpoints
 from megalith.checkpoint.exchange import Ranks, RanksError
 from megalith.checkpoint.shards import DamagedError
@@ -25,7 +27,8 @@ def delete_old(
 
     def choose() -> None:
         if ranks.rank == 0:
-            existing.extend(list_checkpoints(run_dir))
+            # Links and files with such names are not ours to delete.
+            existing.extend(found for found in list_checkpoints(run_dir) if stat.S_ISDIR(found.path.lstat().st_mode))
             old.extend(_old_ones(existing, keep_last, keep_every, disk))
 
     def delete() -> list[int]:

@@ -25,6 +25,7 @@ from megalith.data.tokenizer_files import (
     make_hugging_face,
     make_sentencepiece,
     make_wordpiece,
+    parse_json,
     read_file,
 )
 from megalith.data.wordpiece import CONTINUED, UNKNOWN
@@ -125,15 +126,11 @@ class Tokenizer:
     @property
     def digest(self) -> str:
         """SHA-256 in hexadecimal over all that its ids depend on: kind, roles, extra tokens and files."""
-        return digest_of_bytes(json.dumps(self._description(), sort_keys=True))
+        return _digest_of(self._description())
 
     def _description(self) -> dict[str, Any]:
-        return {
-            "tokenizer_type": self.name,
-            "roles": dict(self.roles),
-            "vocab_extra_ids": len(self.extra_ids),
-            "files": {name: digest_of_bytes(content) for name, content in self.files.items()},
-        }
+        digests = {name: digest_of_bytes(content) for name, content in self.files.items()}
+        return _describe(self.name, self.roles, len(self.extra_ids), digests)
 
     def manifest(self) -> dict[str, Any]:
         """What `rebuild_tokenizer` makes the same tokenizer of, together with its files. Fit for JSON."""
@@ -184,10 +181,10 @@ def load_saved_tokenizer(directory: Location) -> Tokenizer:
     """The tokenizer that `save` wrote into a directory; ValueError where its files are not those that were written."""
     folder = Path(directory)
     path = folder / MANIFEST
+    manifest = parse_json(read_file(path), str(path))
     try:
-        manifest = json.loads(read_file(path))
         names = list(KINDS[manifest["tokenizer_type"]])
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected a tokenizer's manifest, found something else ({error!r})") from error
     return rebuild_tokenizer(manifest, {name: read_file(folder / name) for name in names}, origin=str(folder))
 
@@ -211,11 +208,24 @@ def rebuild_tokenizer(manifest: Mapping[str, Any], files: Files, *, origin: str)
                 f"{origin}/{name}: expected the content that was saved (SHA-256 {wanted:.12}...), found other content "
                 f"({found:.12}...); the file was changed or damaged"
             )
+    # Before anything is made by what the manifest says: a changed number may ask for any amount of memory.
+    described = _digest_of(_describe(kind, roles, num_extra, recorded))
+    if described != digest:
+        raise ValueError(f"{origin}: expected a tokenizer with the digest {digest:.64}, found {described}")
     parts = _make(kind, files, {name: f"{origin}/{name}" for name in files}, num_extra)
     tokenizer = Tokenizer(kind, parts.codec, roles, parts.extra_ids, dict(files))
     if tokenizer.digest != digest:
         raise ValueError(f"{origin}: expected a tokenizer with the digest {digest:.64}, found {tokenizer.digest}")
     return tokenizer
+
+
+def _describe(kind: str, roles: Mapping[str, int], num_extra: int, digests: Mapping[str, str]) -> dict[str, Any]:
+    """All that a tokenizer's ids depend on; digests: of its files by name."""
+    return {"tokenizer_type": kind, "roles": dict(roles), "vocab_extra_ids": num_extra, "files": dict(digests)}
+
+
+def _digest_of(description: Mapping[str, Any]) -> str:
+    return digest_of_bytes(json.dumps(description, sort_keys=True))
 
 
 def _make(kind: str, files: Files, names: Mapping[str, str], num_extra: int) -> Parts:

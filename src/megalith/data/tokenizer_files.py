@@ -70,7 +70,7 @@ def make_gpt2(files: Files, names: Mapping[str, str]) -> Parts:
 
 
 def _read_vocabulary_json(content: bytes, name: str) -> dict[str, int]:
-    vocabulary = _parse_json(content, name)
+    vocabulary = parse_json(content, name)
     if not isinstance(vocabulary, dict) or not vocabulary:
         raise ValueError(f"{name}: expected a JSON object of tokens and ids, found {_kind(vocabulary)}")
     holder: dict[int, str] = {}
@@ -149,7 +149,7 @@ def make_hugging_face(files: Files, names: Mapping[str, str]) -> Parts:
     from tokenizers import Tokenizer as LibraryTokenizer
 
     name = names["tokenizer.json"]
-    described = _parse_json(files["tokenizer.json"], name)
+    described = parse_json(files["tokenizer.json"], name)
     if not isinstance(described, dict) or not isinstance(described.get("model"), dict):
         raise ValueError(f'{name}: expected an object with "model", found {_kind(described)} without')
     with _LibraryFaults(name, "a tokenizer that the tokenizers library can read"):
@@ -157,7 +157,7 @@ def make_hugging_face(files: Files, names: Mapping[str, str]) -> Parts:
         codec = HuggingFaceCodec(tokenizer)
     vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     if "tokenizer_config.json" in files:
-        config = _parse_json(files["tokenizer_config.json"], names["tokenizer_config.json"])
+        config = parse_json(files["tokenizer_config.json"], names["tokenizer_config.json"])
         said = {role: _token_of(config.get(key)) for role, key in CONFIG_ROLES.items()}
         return Parts(codec, {role: vocabulary[token] for role, token in said.items() if token in vocabulary})
     usual = [token for token in USUAL_ENDS if token in vocabulary]
@@ -202,13 +202,17 @@ def _decode(content: bytes, name: str) -> str:
         ) from error
 
 
-def _parse_json(content: bytes, name: str) -> Any:
+def parse_json(content: bytes, name: str) -> Any:
+    """The value that a file's content is as JSON; name: what to call the file in an error."""
+    text = _decode(content, name)
     try:
-        return json.loads(_decode(content, name))
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{name}, line {error.lineno}: expected JSON, found a fault: {error.msg}") from error
     except RecursionError as error:
         raise ValueError(f"{name}: expected JSON, found brackets nested too deeply") from error
+    except ValueError as error:  # of a number with thousands of digits; it names no file
+        raise ValueError(f"{name}: expected JSON, found a fault: {error}") from error
 
 
 def _kind(value: Any) -> str:
