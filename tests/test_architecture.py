@@ -21,6 +21,7 @@ LEVELS = [
         "check",
         "check_layout",
         "check_tasks",
+        "check_t5",
         "check_vit",
         "notices",
         "datasets",

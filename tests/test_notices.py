@@ -103,7 +103,7 @@ def test_a_switch_that_changes_nothing_is_said_to() -> None:
 
 def test_an_argument_of_another_task_is_answered_with_that_task() -> None:
     assert list(notes(run_of("--mask-prob 0.3"))) == [
-        "note: --mask-prob belongs to the task bert; it changes nothing for gpt."
+        "note: --mask-prob belongs to the task bert, t5; it changes nothing for gpt."
     ]
 
 

@@ -86,6 +86,8 @@ def made_for_measuring(run: Run, *, steps: int) -> Run:
     """The run on made-up tokens, so many steps long, that reads and writes no files."""
     optimizer, model = run.optimizer, run.model
     length = run.data.seq_length if run.data.seq_length is not None else run.data.encoder_seq_length
+    if run.task == "t5" and length is not None:
+        length = max(length, run.data.decoder_seq_length or 0)
     return dataclasses.replace(
         run,
         model=dataclasses.replace(model, max_position_embeddings=model.max_position_embeddings or length),

@@ -6,7 +6,7 @@ The rules are Megatron-LM's where it has the setting, and those of the parts tha
 from collections.abc import Iterator
 
 from megalith.config import Fault, Run, flag_of
-from megalith.derived import global_batch_size
+from megalith.derived import global_batch_size, num_layers
 
 # Schedules that hold several parts of the model on a rank, and the one among them that splits the backward pass.
 OF_SEVERAL_PARTS = ("interleaved", "zero-bubble")
@@ -134,13 +134,13 @@ def _context_heads(run: Run) -> Iterator[Fault]:
 
 def _parts(run: Run) -> Iterator[Fault]:
     """The layers of the model's parts."""
-    stages, layers = run.parallel.pipeline_model_parallel_size, run.model.num_layers
+    stages, layers = run.parallel.pipeline_model_parallel_size, num_layers(run)
     chunk = run.parallel.num_layers_per_virtual_pipeline_stage
     if chunk is not None and stages < 2:
         yield _fault(
             "num_layers_per_virtual_pipeline_stage", chunk, "needs more than one pipeline stage", "Leave it out"
         )
-    if not layers or layers < 1:
+    if layers < 1:
         return
     if layers < stages:
         yield _fault(

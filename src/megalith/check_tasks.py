@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+from megalith.check_t5 import t5_faults
 from megalith.check_vit import vit_faults
 from megalith.config import Fault, Run, flag_of
 
@@ -35,6 +36,6 @@ def _corpus(run: Run) -> Iterator[Fault]:
 
 
 # Tasks whose rows can make up data.
-MOCKED = ("gpt", "vit")
+MOCKED = ("gpt", "t5", "vit")
 # What is checked for one task alone.
-RULES: dict[str, Callable[[Run], Iterator[Fault]]] = {"vit": vit_faults}
+RULES: dict[str, Callable[[Run], Iterator[Fault]]] = {"t5": t5_faults, "vit": vit_faults}

@@ -35,6 +35,11 @@ def sequence_length(run: Run) -> int:
     return length
 
 
+def num_layers(run: Run) -> int:
+    """Layers of all stacks, which pipeline stages share out: a t5 has an encoder and a decoder."""
+    return (run.model.num_layers or 0) * (2 if run.task == "t5" else 1)
+
+
 def global_batch_size(run: Run, data_parallel: int) -> int:
     """Sequences per step over all replicas, once any ramp is over."""
     if run.optimizer.global_batch_size is not None:
@@ -88,7 +93,7 @@ def reference_arguments(run: Run, layout: Layout) -> dict[str, Any]:
     if derived["accumulate_allreduce_grads_in_fp32"]:
         derived["use_contiguous_buffers_in_ddp"] = True
     if parallel.num_layers_per_virtual_pipeline_stage:
-        per_stage = (model.num_layers or 0) // parallel.pipeline_model_parallel_size
+        per_stage = num_layers(run) // parallel.pipeline_model_parallel_size
         derived["virtual_pipeline_model_parallel_size"] = per_stage // parallel.num_layers_per_virtual_pipeline_stage
     return {**values, **derived}
 

@@ -29,7 +29,7 @@ def setting(
     section: the heading under which --help shows it. unit: what a number counts. flag: its spelling if that is not the
     name with hyphens; also: further spellings. choices: the only values allowed. switch: "on" or "off", for a flag
     without a value that turns the field on or off. repeat: "*" or "+", for a list of values. task: the only task that
-    uses it.
+    uses it, or several with commas between.
     """
     metadata = {
         "help": help,

@@ -50,10 +50,10 @@ def notes(run: Run) -> Iterator[str]:
         if value != known[name].field.default and value not in QUIET_VALUES.get(name, ()):
             yield f"note: {known[name].flag} is accepted; {instead}."
     for name, setting in known.items():
-        task = describe(setting.field)["task"]
+        tasks = describe(setting.field)["task"]
         value = getattr(getattr(run, setting.part), name)
-        if task and task != run.task and name not in REPLACED and value != setting.field.default:
-            yield f"note: {setting.flag} belongs to the task {task}; it changes nothing for {run.task}."
+        if tasks and run.task not in tasks.split(", ") and name not in REPLACED and value != setting.field.default:
+            yield f"note: {setting.flag} belongs to the task {tasks}; it changes nothing for {run.task}."
     if run.parallel.deterministic:
         yield "note: --deterministic adds gradients in a fixed order and computes with one CPU thread a rank: slower."
     if run.parallel.sequence_parallel and run.parallel.tensor_model_parallel_size == 1:

@@ -34,9 +34,9 @@ class DataConfig:
         256, "retriever sequence length", section="data and dataloader", unit="tokens", task="ict"
     )
     sample_rate: float = setting(1.0, "sub-sample retriever data", section="data and dataloader", task="ict")
-    mask_prob: float = setting(0.15, "masked-LM probability", section="data and dataloader", task="bert")
+    mask_prob: float = setting(0.15, "masked-LM probability", section="data and dataloader", task="bert, t5")
     short_seq_prob: float = setting(
-        0.1, "chance of a shortened BERT/T5 sample", section="data and dataloader", task="bert"
+        0.1, "chance of a shortened BERT/T5 sample", section="data and dataloader", task="bert, t5"
     )
     mmap_warmup: bool = setting(False, "read mmap files once at start", section="data and dataloader", switch="on")
     num_workers: int = setting(2, "DataLoader workers", section="data and dataloader", unit="processes")

@@ -23,6 +23,7 @@ from megalith.layers.linear import Linear
 from megalith.layers.norm import LayerNorm
 from megalith.models.bert import Bert, TokenHead
 from megalith.models.decoder import Decoder
+from megalith.models.t5 import T5
 from megalith.models.vit import VisionTransformer
 from megalith.parallel.collectives import (
     Group,
@@ -81,7 +82,7 @@ class Cutter:
             local = parameter.data.narrow(dim, offset[dim], count).clone()
             setattr(module, name, nn.Parameter(local))
         partial_sum = dim is None and self.sequence
-        self.cuts[f"{path}.{name}"] = Cut(whole, tuple(offset), dim is None, partial_sum)
+        self.cuts[f"{path}.{name}".removeprefix(".")] = Cut(whole, tuple(offset), dim is None, partial_sum)
 
     def columns(self, linear: Linear, path: str) -> None:
         """Each rank gives some of the output features."""
@@ -177,6 +178,20 @@ def _cut_bert(module: Bert, path: str, cutter: Cutter) -> None:
     module.cross_entropy = partial(cut_cross_entropy, group=cutter.group, sequence=cutter.sequence)
 
 
+def _cut_t5(module: T5, path: str, cutter: Cutter) -> None:
+    held = dict(module.named_children())
+    if "word_embedding" in held:
+        cut_vocabulary(module.word_embedding, "word_embedding", cutter)
+    if "position_embedding" in held:
+        copy_table(module.position_embedding, "position_embedding", cutter)
+    if module.last:
+        cutter.cut_parameter(module, path, "output_bias", 0)
+    if cutter.sequence:
+        module.cut = partial(scatter_copies, dim=TOKENS, group=cutter.group)
+    module.score = partial(cut_logits, group=cutter.group, sequence=cutter.sequence)
+    module.cross_entropy = partial(cut_cross_entropy, group=cutter.group, sequence=cutter.sequence)
+
+
 def _cut_token_head(module: TokenHead, path: str, cutter: Cutter) -> None:
     cutter.cut_parameter(module.dense, f"{path}.dense", "weight", None)
     cutter.cut_parameter(module.dense, f"{path}.dense", "bias", None)
@@ -222,6 +237,7 @@ SPLITS: dict[type[nn.Module], Callable[[Any, str, Cutter], None]] = {
     VisionTransformer: _cut_vision_transformer,
     Bert: _cut_bert,
     TokenHead: _cut_token_head,
+    T5: _cut_t5,
 }
 
 

@@ -1,0 +1,70 @@
+"""What is checked for T5 alone: the two lengths, the spans that are cut out and the tokens that stand for them."""
+
+from collections.abc import Iterator
+
+from megalith.config import Fault, Run, flag_of
+from megalith.data.masking import WORDPIECE
+from megalith.data.spans import SPECIAL_TOKENS
+from megalith.derived import tokenizer_type
+
+SHORTEST = SPECIAL_TOKENS + 2  # tokens of the encoder: a sample has two at least
+
+
+def t5_faults(run: Run) -> Iterator[Fault]:
+    """Every fault of a T5's settings."""
+    yield from _lengths(run)
+    yield from _spans(run)
+    if not run.data.mock_data:
+        yield from _sentinels(run)
+
+
+def _lengths(run: Run) -> Iterator[Fault]:
+    data, parallel = run.data, run.parallel
+    encoder = data.seq_length if data.seq_length is not None else data.encoder_seq_length
+    if encoder is not None and 0 < encoder < SHORTEST:
+        name = "seq_length" if data.seq_length is not None else "encoder_seq_length"
+        yield _fault(name, encoder, f"is too short for a t5, whose samples need {SHORTEST}", "Lengthen it")
+    decoder = data.decoder_seq_length
+    if decoder is None:
+        yield _fault("decoder_seq_length", None, "is required by t5 and was not given", "Add --decoder-seq-length")
+        return
+    tensor = parallel.tensor_model_parallel_size
+    for name in ("sequence_parallel", "distribute_checkpointed_activations"):
+        if getattr(parallel, name) and tensor > 0 and decoder % tensor:
+            rule = f"is not divisible by --tensor-model-parallel-size = {tensor}, over which {flag_of(name)} cuts it"
+            near = [length for length in (decoder // tensor * tensor, (decoder // tensor + 1) * tensor) if length]
+            yield _fault("decoder_seq_length", decoder, rule, f"Nearest lengths: {near}; or leave {flag_of(name)} out")
+
+
+def _spans(run: Run) -> Iterator[Fault]:
+    data = run.data
+    if not 0 < data.mask_prob < 1:
+        yield _fault("mask_prob", data.mask_prob, "must be above 0 and below 1 for t5", "Give such a share")
+        return
+    if not 0 <= data.short_seq_prob <= 1:
+        yield _fault("short_seq_prob", data.short_seq_prob, "must be from 0 to 1", "Give such a share")
+    encoder = data.seq_length if data.seq_length is not None else data.encoder_seq_length
+    if encoder is None or data.decoder_seq_length is None or data.decoder_seq_length < 1:
+        return
+    masked = max(1, round(data.mask_prob * (encoder - SPECIAL_TOKENS)))
+    if data.decoder_seq_length < masked + 2:
+        yield _fault(
+            "decoder_seq_length",
+            data.decoder_seq_length,
+            f"has no room for the {masked} tokens that --mask-prob = {data.mask_prob} cuts out of {encoder}",
+            f"Give at least {masked + 2}, better {2 * masked + 1}, which holds any spans",
+        )
+
+
+def _sentinels(run: Run) -> Iterator[Fault]:
+    kind = tokenizer_type(run)
+    if run.data.corpus is None and kind not in WORDPIECE:
+        rule = "does not say which tokens begin a word, on which spans depend"
+        yield _fault("tokenizer_type", kind, rule, f"Use {' or '.join(WORDPIECE)}")
+    if run.data.vocab_extra_ids == 0:
+        rule = "leaves t5 no token to stand for a span"
+        yield _fault("vocab_extra_ids", 0, rule, "Give the number of sentinel tokens, usually 100")
+
+
+def _fault(name: str, value: object, rule: str, remedy: str) -> Fault:
+    return Fault(flag_of(name), value, rule, remedy)

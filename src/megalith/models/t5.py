@@ -1,0 +1,209 @@
+"""T5: an encoder reads a text with gaps, a decoder tells what stood in them.
+
+Shape letters: B batch, E encoder token, T decoder token, P place in the joined stream (E, then T), D width,
+V vocabulary.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from megalith.layers.block import Block
+from megalith.layers.dropout import drop
+from megalith.layers.embedding import Embedding
+from megalith.layers.initial import ZEROS
+from megalith.layers.loss import per_token_losses, vocabulary_cross_entropy
+from megalith.layers.mask import Mask, make_mask
+from megalith.layers.norm import LayerNorm
+from megalith.layers.random import key
+from megalith.models.decoder import run_whole, score_tokens
+from megalith.models.settings import ModelConfig
+from megalith.models.shape import block_shape, initial_weights, shape_of
+
+
+def num_layers_of(config: ModelConfig) -> int:
+    """Layers of both stacks together, which pipeline stages share out."""
+    return 2 * shape_of(config).num_layers
+
+
+class T5(nn.Module):
+    """An encoder and a decoder that sees it (T5, Raffel et al. 2019, arXiv:1910.10683), as Megatron-LM has it.
+
+    One table serves both and, with a bias, the output. layers: numbers of the layers held here, those of the encoder
+    first and those of the decoder behind them; first, last, dtype: as for `Decoder`. What leaves a part of the model is
+    the encoder's and the decoder's stream joined along the tokens: the decoder's waits, embedded, while the encoder's
+    layers run, and the encoder's output is handed on through the decoder's.
+
+    Seams for parallelism: those of `Decoder`; cut(entry) gives those tokens of one stream that are held here.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        layers: Iterable[int] | None = None,
+        first: bool = True,
+        last: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        device = None if device is None else torch.device(device)
+        shape = shape_of(config)
+        table, _ = initial_weights(config)
+        common = block_shape(config, dtype)
+        self.config = config
+        self.first, self.last = first, last
+        self.dtype = dtype
+        if first or last:
+            self.word_embedding = Embedding(vocab_size, shape.width, table, device=device)
+        if first:
+            self.position_embedding = Embedding(shape.num_positions, shape.width, table, device=device)
+        numbers = range(num_layers_of(config)) if layers is None else layers
+        depths = [divmod(number, shape.num_layers) for number in numbers]
+        self.encoder = nn.ModuleDict(
+            {
+                str(n): Block(common, number=n, stack="encoder", device=device)
+                for in_decoder, n in depths
+                if not in_decoder
+            }
+        )
+        # The part with the encoder's last layer finishes what the decoder sees.
+        if (0, shape.num_layers - 1) in depths:
+            self.encoder_norm = LayerNorm(shape.width, config.layernorm_epsilon, device=device)
+        self.decoder = nn.ModuleDict(
+            {
+                str(n): Block(common, number=n, stack="decoder", cross=True, device=device)
+                for in_decoder, n in depths
+                if in_decoder
+            }
+        )
+        if last:
+            self.final_norm = LayerNorm(shape.width, config.layernorm_epsilon, device=device)
+            self.output_bias = nn.Parameter(torch.empty(vocab_size, dtype=torch.float32, device=device))
+            self.initial = {"output_bias": ZEROS}
+        self.run_blocks: Callable[..., Tensor] = run_whole
+        self.mask_for: Callable[..., Mask] = make_mask
+        self.cut: Callable[[Tensor], Tensor] | None = None
+        self.score: Callable[..., Tensor] = score_tokens
+        self.cross_entropy: Callable[..., Tensor] = vocabulary_cross_entropy
+
+    def forward(
+        self,
+        tokens_BP: Tensor,
+        *,
+        padding: Tensor,
+        rows: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Logits BTV, or with labels BT the fp32 sum over decoder tokens of loss weight times cross entropy.
+
+        tokens: the encoder's and the decoder's joined. padding: int BE, 1 where the encoder's token is none; nobody
+        sees it. The decoder's padding stands at the end, where no token sees it anyway. rows: int32 BP from
+        `dropout_rows`; None: no dropout. A part of a model that is not first takes the stream BPD for tokens; one that
+        is not last returns it.
+        """
+        x_BPD = self.stream(tokens_BP, padding, rows)
+        if not self.last:
+            return x_BPD
+        x_BTD = x_BPD[:, self.num_held(padding) :]
+        if labels is None:
+            return self.logits(x_BTD)
+        assert loss_weights is not None, "labels come with loss weights"
+        return self.cross_entropy(
+            self.hidden(x_BTD),
+            self.output_table,
+            labels,
+            loss_weights,
+            bias_V=self.output_bias,
+            softmax_in_16_bit=self.config.fp16_lm_cross_entropy,
+        )
+
+    def stream(self, tokens_BP: Tensor, padding_BE: Tensor, rows_BP: Tensor | None) -> Tensor:
+        """BPD: what the last blocks held here give, the encoder's stream and the decoder's joined."""
+        num_tokens = padding_BE.shape[1]  # of the encoder
+        rows_BE, rows_BT = (None, None) if rows_BP is None else (rows_BP[:, :num_tokens], rows_BP[:, num_tokens:])
+        if self.first:
+            x_BED = self.embed(tokens_BP[:, :num_tokens], rows_BE)
+            x_BTD = self.embed(tokens_BP[:, num_tokens:], rows_BT)
+        else:
+            held = self.num_held(padding_BE)
+            x_BED, x_BTD = tokens_BP[:, :held], tokens_BP[:, held:]
+        if len(self.encoder):
+            x_BED = self.encode(x_BED, padding_BE, rows_BE)
+        if len(self.decoder):
+            x_BTD = self.decode(x_BTD, x_BED, padding_BE, rows_BT)
+        return torch.cat([x_BED, x_BTD], 1)
+
+    def embed(self, tokens_BL: Tensor, rows_BL: Tensor | None) -> Tensor:
+        """BLD: the stream that enters the first block of a stack, from its L tokens."""
+        places_1L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)[None]
+        x_BLD: Tensor = self.word_embedding(tokens_BL) + self.position_embedding(places_1L)
+        if not self.config.fp32_residual_connection:
+            x_BLD = x_BLD.to(self.dtype)
+        if self.cut is not None and rows_BL is not None:
+            rows_BL = self.cut(rows_BL)
+        return drop(x_BLD, rows_BL, self.config.hidden_dropout, key("dropout", "embedding"))
+
+    def encode(self, x_BED: Tensor, padding_BE: Tensor, rows_BE: Tensor | None) -> Tensor:
+        """BED: after the encoder's layers held here; after the last one what the decoder sees."""
+        mask = self.mask_of(padding_BE, padding_BE.shape[1], rows_BE)
+        x_BED = self.run_blocks(list(self.encoder.values()), x_BED, mask, rows_BE)
+        return self.encoder_norm(x_BED) if hasattr(self, "encoder_norm") else x_BED
+
+    def decode(self, x_BTD: Tensor, memory_BED: Tensor, padding_BE: Tensor, rows_BT: Tensor | None) -> Tensor:
+        """BTD: after the decoder's layers held here. memory: the encoder's output."""
+        num_queries = x_BTD.shape[1] * padding_BE.shape[1] // memory_BED.shape[1]
+        return self.run_blocks(
+            list(self.decoder.values()),
+            x_BTD,
+            self.mask_for(num_queries, causal=True),
+            rows_BT,
+            memory_BSD=memory_BED.to(self.dtype),
+            memory_mask=self.mask_of(padding_BE, num_queries, rows_BT),
+        )
+
+    def mask_of(self, padding_BE: Tensor, num_queries: int, rows: Tensor | None) -> Mask:
+        """Every query sees the encoder's tokens that are no padding."""
+        drops_scores = rows is not None and self.config.attention_dropout > 0
+        return self.mask_for(
+            num_queries,
+            causal=False,
+            query_documents_BT=torch.zeros_like(padding_BE[:, :1]).expand(-1, num_queries),
+            key_documents_BS=padding_BE,
+            dense=drops_scores,
+        )
+
+    def num_held(self, padding_BE: Tensor) -> int:
+        """The encoder's tokens in the stream that is held here."""
+        return (padding_BE if self.cut is None else self.cut(padding_BE)).shape[1]
+
+    def hidden(self, x_BTD: Tensor) -> Tensor:
+        """BTD: what is scored, from the stream after the last block."""
+        normed_BTD: Tensor = self.final_norm(x_BTD)
+        return normed_BTD.to(self.dtype)
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """BTV: scores of the next token from the decoder's stream after the last block."""
+        return self.score(self.hidden(x_BTD), self.output_table, bias_V=self.output_bias)
+
+    @property
+    def output_table(self) -> nn.Parameter:
+        """VD: the table that scores tokens."""
+        table: nn.Parameter = self.word_embedding.weight
+        return table
+
+    @torch.no_grad()
+    def token_losses(self, tokens_BP: Tensor, padding_BE: Tensor, labels_BT: Tensor) -> Tensor:
+        """fp32 BT: the cross entropy of every token of the decoder, without dropout and gradients."""
+        x_BTD = self.stream(tokens_BP, padding_BE, None)[:, padding_BE.shape[1] :]
+        return per_token_losses(
+            self.hidden(x_BTD),
+            self.output_table,
+            labels_BT,
+            bias_V=self.output_bias,
+            softmax_in_16_bit=self.config.fp16_lm_cross_entropy,
+        )
