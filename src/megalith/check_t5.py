@@ -2,11 +2,21 @@
 
 from collections.abc import Iterator
 
-from megalith.config import Fault, Run, flag_of
+from megalith.config import Fault, Run, flag_of, known_settings
 from megalith.data.masking import WORDPIECE
 from megalith.data.spans import SPECIAL_TOKENS
 from megalith.derived import tokenizer_type
 
+# Options that make a t5 the original one.
+ONLY_T5 = (
+    "normalization",
+    "add_bias_linear",
+    "activation_function",
+    "softmax_scale",
+    "position_embedding_type",
+    "output_bias",
+    "scale_decoder_outputs",
+)
 SHORTEST = SPECIAL_TOKENS + 2  # tokens of the encoder: a sample has two at least
 
 
@@ -14,6 +24,7 @@ def t5_faults(run: Run) -> Iterator[Fault]:
     """Every fault of a T5's settings."""
     yield from _lengths(run)
     yield from _spans(run)
+    yield from _positions(run)
     if not run.data.mock_data:
         yield from _sentinels(run)
 
@@ -54,6 +65,35 @@ def _spans(run: Run) -> Iterator[Fault]:
             f"has no room for the {masked} tokens that --mask-prob = {data.mask_prob} cuts out of {encoder}",
             f"Give at least {masked + 2}, better {2 * masked + 1}, which holds any spans",
         )
+
+
+def _positions(run: Run) -> Iterator[Fault]:
+    model, parallel = run.model, run.parallel
+    if model.softmax_scale is not None and not model.softmax_scale > 0:
+        yield _fault("softmax_scale", model.softmax_scale, "must be above 0", "Give a positive number")
+    if model.position_embedding_type != "relative":
+        return
+    rows, longest = model.relative_attention_num_buckets, model.relative_attention_max_distance
+    if rows < 4 or rows % 2:
+        rule = "must be even and at least 4: half of the rows are for keys before the query"
+        yield _fault("relative_attention_num_buckets", rows, rule, "Give such a number, usually 32")
+    elif longest <= rows // 2:
+        rule = f"must be above half of --relative-attention-num-buckets = {rows}, whose distances have a row each"
+        yield _fault("relative_attention_max_distance", longest, rule, "Raise it, usually to 128")
+    stages = parallel.pipeline_model_parallel_size
+    if stages > 2 or (stages == 2 and parallel.num_layers_per_virtual_pipeline_stage is not None):
+        rule = "cuts a stack of layers, all of which share one table of distances"
+        remedy = "Use 2 stages without virtual ones, the encoder and the decoder, or learned positions"
+        yield _fault("pipeline_model_parallel_size", stages, rule, remedy)
+
+
+def t5_alone(run: Run) -> Iterator[Fault]:
+    """Settings of the model that only a t5 has."""
+    for name in ONLY_T5:
+        value = getattr(run.model, name)
+        if value != known_settings()[name].field.default:
+            shown = None if isinstance(value, bool) else value
+            yield _fault(name, shown, f"is an option of t5; {run.task} has none such", "Leave it out")
 
 
 def _sentinels(run: Run) -> Iterator[Fault]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from megalith.check_t5 import t5_faults
+from megalith.check_t5 import t5_alone, t5_faults
 from megalith.check_vit import vit_faults
 from megalith.config import Fault, Run, flag_of
 
@@ -10,7 +10,8 @@ from megalith.config import Fault, Run, flag_of
 def task_faults(run: Run) -> list[Fault]:
     """Every fault of the settings of the run's task."""
     rules = RULES.get(run.task)
-    return [*_layouts(run), *_mock_data(run), *_corpus(run), *(() if rules is None else rules(run))]
+    alone = [] if run.task == "t5" else [*t5_alone(run)]
+    return [*_layouts(run), *_mock_data(run), *_corpus(run), *alone, *(() if rules is None else rules(run))]
 
 
 def _layouts(run: Run) -> Iterator[Fault]:

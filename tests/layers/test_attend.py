@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megalith.layers.attend import AttentionDropout, attend
-from megalith.layers.mask import Mask, document_blocks, make_mask
+from megalith.layers.mask import Mask, document_blocks, make_mask, with_bias
 from megalith.layers.random import dropout_rows, keep_mask, mix, number_words
 
 B, H, T, K = 2, 3, 12, 8
@@ -58,6 +58,30 @@ def test_attention_and_its_gradients_are_the_formula(name: str, probability: flo
     output = attend(*inputs, mask, scale=0.3, dropout=dropout)
     expected = plainly(*inputs, visible, 0.3, kept)
     # fp32 rounding: values are sums of a dozen products of size 1.
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=2e-6)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(6))
+    grads = torch.autograd.grad((output * weights).sum(), inputs)
+    expected_grads = torch.autograd.grad((expected * weights).sum(), inputs)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+@pytest.mark.parametrize("scores_at_once", [7 * T, 1 << 19])
+def test_a_bias_of_the_scores_and_its_gradient_are_the_formula(
+    monkeypatch: pytest.MonkeyPatch, name: str, probability: float, scores_at_once: int
+) -> None:
+    monkeypatch.setattr("megalith.layers.attend._SCORES_AT_ONCE", {"cpu": scores_at_once})
+    mask, visible = rule(name)
+    dropout, kept = drop_some(probability) if probability else (None, None)
+    bias = torch.randn(1, H, T, T, generator=torch.Generator().manual_seed(7), requires_grad=True)
+    inputs = (*draw(), bias)
+    output = attend(*inputs[:3], with_bias(mask, bias), scale=0.3, divisor=2.0, dropout=dropout)
+    q, k, v = (tensor.double() for tensor in inputs[:3])
+    scores = (q @ k.mT * 0.3 + bias.double()).masked_fill(~visible, -torch.inf)
+    p = torch.softmax(scores, -1)
+    expected = (p if kept is None else p * kept) @ v
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=2e-6)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(6))
     grads = torch.autograd.grad((output * weights).sum(), inputs)

@@ -12,7 +12,7 @@ from megalith.layers.embedding import Embedding
 from megalith.layers.feedforward import FeedForward, Gelu, gelu
 from megalith.layers.initial import Initial, draw_weights
 from megalith.layers.linear import Linear
-from megalith.layers.norm import LayerNorm
+from megalith.layers.norm import LayerNorm, RMSNorm
 from megalith.layers.random import dropout_rows, key
 
 NORMAL = Initial("normal", 0.5)
@@ -37,6 +37,17 @@ def test_linear_computes_in_the_type_of_its_input_and_keeps_fp32_gradients(dtype
     y.float().square().sum().backward()
     assert linear.weight.grad is not None
     assert linear.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_that_of_torch(dtype: torch.dtype) -> None:
+    norm = RMSNorm(8, 1e-6)
+    with torch.no_grad():
+        norm.weight.copy_(1 + 0.3 * draw(8))
+    x = draw(3, 5, 8, dtype=dtype)
+    expected = F.rms_norm(x.double(), (8,), norm.weight.double(), 1e-6)
+    assert norm(x).dtype == dtype
+    torch.testing.assert_close(norm(x).double(), expected, rtol=torch.finfo(dtype).eps * 4, atol=1e-6)
 
 
 def test_a_linear_cut_over_inputs_adds_the_bias_once() -> None:

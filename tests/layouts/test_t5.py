@@ -42,7 +42,14 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "recomputed": (1, ["--checkpoint-activations"]),
     "tp2-recomputed": (2, [TP, "2", "--checkpoint-activations", "--distribute-checkpointed-activations"]),
 }
-QUICK = {"dp2", "tp2-sp", "pp2", "pp2-interleaved", "zero3"}
+# The original T5, as Hugging Face's weights need it.
+ORIGINAL = """
+    --normalization RMSNorm --disable-bias-linear --activation-function gated-gelu --softmax-scale 1.0
+    --position-embedding-type relative --relative-attention-num-buckets 8 --relative-attention-max-distance 20
+    --disable-output-bias --untie-embeddings-and-output-weights
+""".split()
+ORIGINAL_LAYOUTS = ("tp2-sp", "pp2", "zero3", "dp2-tp2", "pp2-tp2-dp2", "recomputed")
+QUICK = {"dp2", "pp2", "pp2-interleaved", "zero3"}
 RESUMED = [("dp2", "pp2"), ("pp2-interleaved", "tp2"), ("zero3", "pp2"), ("pp4", "zero1"), ("dp2-tp2", "one")]
 
 
@@ -66,6 +73,14 @@ def test_the_run_is_the_same_on_every_layout(layout: str, runs: Runs, request: p
     reference = runs(1)
     assert_same_run(runs(world_size, *words), reference)
     assert len(steps_of(reference)) == 20
+
+
+@pytest.mark.parametrize("layout", ORIGINAL_LAYOUTS)
+def test_the_original_t5_is_the_same_on_every_layout(layout: str, runs: Runs, request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--slow") and layout != "tp2-sp":
+        pytest.skip("run with --slow")
+    world_size, words = LAYOUTS[layout]
+    assert_same_run(runs(world_size, *words, *ORIGINAL), runs(1, *ORIGINAL))
 
 
 @pytest.mark.parametrize(("saved", "loaded"), RESUMED)

@@ -51,6 +51,8 @@ def attend(
     if mask.blocks is not None:
         attended: Tensor = _compiled_flex_attention()(q_BHTK, k_BHSK, v_BHSK, block_mask=mask.blocks, scale=scale)
         return attended
+    if mask.bias is not None:
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask.bias.to(q_BHTK.dtype), scale=scale)
     causal = mask.causal and mask.visible is None
     return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask.visible, is_causal=causal, scale=scale)
 
@@ -66,7 +68,7 @@ def _attend_with_dropout(
     dropout: AttentionDropout,
 ) -> Tensor:
     """Out of the compiler's reach, which takes minutes over the loop."""
-    if q_BHTK.is_cuda and _can_fuse(q_BHTK.shape[-1]):
+    if q_BHTK.is_cuda and mask.bias is None and _can_fuse(q_BHTK.shape[-1]):
         from megalith.layers.attend_fused import attend_fused
 
         words_S = number_words(k_BHSK.shape[2], device=q_BHTK.device)
@@ -81,7 +83,7 @@ def _attend_with_dropout(
             words_S=words_S,
             probability=dropout.probability,
         )
-    output: Tensor = _DroppedAttention.apply(q_BHTK, k_BHSK, v_BHSK, mask, scale, divisor, dropout)
+    output: Tensor = _DroppedAttention.apply(q_BHTK, k_BHSK, v_BHSK, mask.bias, mask, scale, divisor, dropout)
     return output
 
 
@@ -115,6 +117,7 @@ class _DroppedAttention(torch.autograd.Function):
         q_BHTK: Tensor,
         k_BHSK: Tensor,
         v_BHSK: Tensor,
+        bias: Tensor | None,
         mask: Mask,
         scale: float,
         divisor: float,
@@ -125,17 +128,18 @@ class _DroppedAttention(torch.autograd.Function):
         o_BHTK = q_BHTK.new_empty(batch, num_queries, heads, head_width).transpose(1, 2)
         words_S = number_words(k_BHSK.shape[2], device=q_BHTK.device)
         for part in _parts(q_BHTK, k_BHSK, mask):
-            p = _probabilities(q_BHTK[part.queries], k_BHSK[part.keys], part, scale, divisor)
+            p = _probabilities(q_BHTK[part.queries], k_BHSK[part.keys], _of_part(bias, part), part, scale, divisor)
             p *= keep_mask(dropout.rows[part.queries], words_S[part.keys[2]], dropout.probability)
             o_BHTK[part.queries] = p.to(v_BHSK.dtype) @ v_BHSK[part.keys]
         o_BHTK *= 1 / (1 - dropout.probability)
         ctx.mask, ctx.scale, ctx.divisor, ctx.probability = mask, scale, divisor, dropout.probability
-        ctx.save_for_backward(q_BHTK, k_BHSK, v_BHSK, dropout.rows, o_BHTK)
+        ctx.save_for_backward(q_BHTK, k_BHSK, v_BHSK, bias, dropout.rows, o_BHTK)
         return o_BHTK
 
     @staticmethod
     def backward(ctx: Any, grad_o_BHTK: Tensor) -> tuple[Tensor | None, ...]:
-        q_BHTK, k_BHSK, v_BHSK, rows_BHT, o_BHTK = ctx.saved_tensors
+        q_BHTK, k_BHSK, v_BHSK, bias, rows_BHT, o_BHTK = ctx.saved_tensors
+        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
         grad_q, grad_k, grad_v = torch.empty_like(q_BHTK), torch.zeros_like(k_BHSK), torch.zeros_like(v_BHSK)
         words_S = number_words(k_BHSK.shape[2], device=q_BHTK.device)
         # sum_s p_s grad_p_s = grad_o . o, also under dropout (Dao et al. 2022, appendix B.4).
@@ -143,14 +147,17 @@ class _DroppedAttention(torch.autograd.Function):
         grad_o_BHTK = grad_o_BHTK * (1 / (1 - ctx.probability))
         for part in _parts(q_BHTK, k_BHSK, ctx.mask):
             q, k, v, grad_o = q_BHTK[part.queries], k_BHSK[part.keys], v_BHSK[part.keys], grad_o_BHTK[part.queries]
-            p = _probabilities(q, k, part, ctx.scale, ctx.divisor)
+            p = _probabilities(q, k, _of_part(bias, part), part, ctx.scale, ctx.divisor)
             keep = keep_mask(rows_BHT[part.queries], words_S[part.keys[2]], ctx.probability)
             grad_v[part.keys] += (p * keep).to(v.dtype).mT @ grad_o
             grad_s = (grad_o @ v.mT).float()
-            grad_s = grad_s.mul_(keep).sub_(sums_BHT1[part.queries]).mul_(p).mul_(ctx.scale).to(q.dtype)
+            grad_s = grad_s.mul_(keep).sub_(sums_BHT1[part.queries]).mul_(p)
+            if (grad_bias_HTS := _of_part(grad_bias, part)) is not None:
+                grad_bias_HTS += grad_s
+            grad_s = grad_s.mul_(ctx.scale).to(q.dtype)
             grad_q[part.queries] = grad_s @ k
             grad_k[part.keys] += grad_s.mT @ q
-        return grad_q, grad_k, grad_v, None, None, None, None
+        return grad_q, grad_k, grad_v, grad_bias, None, None, None, None
 
 
 class _Part(NamedTuple):
@@ -187,11 +194,23 @@ def _parts(q_BHTK: Tensor, k_BHSK: Tensor, mask: Mask) -> Iterator[_Part]:
                 yield _Part((b, several, rows), (b, several, seen), blocked, not mask.causal)
 
 
-def _probabilities(q_HTK: Tensor, k_HSK: Tensor, part: _Part, scale: float, divisor: float) -> Tensor:
+def _of_part(bias: Tensor | None, part: _Part) -> Tensor | None:
+    """HTS of what is added to the scores of a part; None for nothing."""
+    if bias is None:
+        return None
+    sample, heads, queries = part.queries
+    return bias[sample if len(bias) > 1 else 0, heads, queries, part.keys[2]]
+
+
+def _probabilities(
+    q_HTK: Tensor, k_HSK: Tensor, bias_HTS: Tensor | None, part: _Part, scale: float, divisor: float
+) -> Tensor:
     """fp32 HTS: the softmax over visible keys, 0 elsewhere."""
     scores = ((q_HTK * (scale / divisor)) @ k_HSK.mT).float()
     if divisor != 1:
         scores *= divisor
+    if bias_HTS is not None:
+        scores += bias_HTS
     if part.blocked is None:
         return torch.softmax(scores, -1)
     p = torch.softmax(scores.masked_fill_(part.blocked, -torch.inf), -1)

@@ -45,6 +45,8 @@ class AttentionShape:
     head_width: int
     into: Initial  # weights of the projections to queries, keys and values
     out: Initial  # weight of the projection back to the width
+    bias: bool = True  # of all projections
+    scale: float | None = None  # what scores are multiplied by; None: one over the root of the head's width
 
 
 class _Attention(nn.Module):
@@ -60,6 +62,7 @@ class _Attention(nn.Module):
     def __init__(self, shape: AttentionShape, *, divisor: float, dropout: float, where: int) -> None:
         super().__init__()
         self.head_width = shape.head_width
+        self.scale = shape.head_width**-0.5 if shape.scale is None else shape.scale
         self.divisor = divisor
         self.dropout = dropout
         self.where = where
@@ -79,7 +82,7 @@ class _Attention(nn.Module):
             k_BSHK.transpose(1, 2),
             v_BSHK.transpose(1, 2),
             mask,
-            scale=self.head_width**-0.5,
+            scale=self.scale,
             divisor=self.divisor if q_BTHK.dtype != torch.float32 else 1.0,
             dropout=dropout,
         )
@@ -109,8 +112,8 @@ class SelfAttention(_Attention):
         super().__init__(shape, divisor=divisor, dropout=dropout, where=where)
         joined = shape.num_heads * shape.head_width
         self.number = number
-        self.qkv = Linear(shape.width, 3 * joined, shape.into, device=device)
-        self.out = Linear(joined, shape.width, shape.out, device=device)
+        self.qkv = Linear(shape.width, 3 * joined, shape.into, bias=shape.bias, device=device)
+        self.out = Linear(joined, shape.width, shape.out, bias=shape.bias, device=device)
 
     def forward(
         self, x_BTD: Tensor, mask: Mask, rows_BT: Tensor | None = None, cache: KeyValueCache | None = None
@@ -138,9 +141,9 @@ class CrossAttention(_Attention):
     ) -> None:
         super().__init__(shape, divisor=divisor, dropout=dropout, where=where)
         joined = shape.num_heads * shape.head_width
-        self.query = Linear(shape.width, joined, shape.into, device=device)
-        self.key_value = Linear(shape.width, 2 * joined, shape.into, device=device)
-        self.out = Linear(joined, shape.width, shape.out, device=device)
+        self.query = Linear(shape.width, joined, shape.into, bias=shape.bias, device=device)
+        self.key_value = Linear(shape.width, 2 * joined, shape.into, bias=shape.bias, device=device)
+        self.out = Linear(joined, shape.width, shape.out, bias=shape.bias, device=device)
 
     def forward(self, x_BTD: Tensor, memory_BSD: Tensor, mask: Mask, rows_BT: Tensor | None = None) -> Tensor:
         query: Tensor = self.query(x_BTD)

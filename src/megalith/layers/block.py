@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from megalith.layers.attention import AttentionShape, CrossAttention, SelfAttention
 from megalith.layers.cache import KeyValueCache
 from megalith.layers.dropout import drop
-from megalith.layers.feedforward import FeedForward, Gelu
+from megalith.layers.feedforward import Activation, FeedForward, Gelu
 from megalith.layers.mask import Mask
-from megalith.layers.norm import LayerNorm
+from megalith.layers.norm import Normalization, make_norm
 from megalith.layers.random import key
 
 
@@ -32,6 +32,8 @@ class BlockShape:
     residual_after_norm: bool  # the residual is the norm's output rather than its input
     dtype: torch.dtype  # of the computation inside; the stream x may be wider
     norm_after_residual: bool = False  # norms are of the sums, not of what enters a branch
+    normalization: Normalization = "LayerNorm"
+    activation: Activation = "gelu"  # of the feed-forward
 
 
 class Block(nn.Module):
@@ -54,7 +56,7 @@ class Block(nn.Module):
         width, into, out = shape.attention.width, shape.attention.into, shape.attention.out
         divisor = float(number + 1) if shape.layer_scaling else 1.0
         dropout = shape.attention_dropout
-        self.attention_norm = LayerNorm(width, shape.epsilon, device=device)
+        self.attention_norm = make_norm(shape.normalization, width, shape.epsilon, device=device)
         self.attention = SelfAttention(
             shape.attention,
             number=number,
@@ -63,10 +65,10 @@ class Block(nn.Module):
             where=self._where("attention probabilities"),
             device=device,
         )
-        self.cross_norm: LayerNorm | None = None
+        self.cross_norm: nn.Module | None = None
         self.cross: CrossAttention | None = None
         if cross:
-            self.cross_norm = LayerNorm(width, shape.epsilon, device=device)
+            self.cross_norm = make_norm(shape.normalization, width, shape.epsilon, device=device)
             self.cross = CrossAttention(
                 shape.attention,
                 divisor=divisor,
@@ -74,8 +76,17 @@ class Block(nn.Module):
                 where=self._where("cross-attention probabilities"),
                 device=device,
             )
-        self.feedforward_norm = LayerNorm(width, shape.epsilon, device=device)
-        self.feedforward = FeedForward(width, shape.inner, shape.gelu, up=into, down=out, device=device)
+        self.feedforward_norm = make_norm(shape.normalization, width, shape.epsilon, device=device)
+        self.feedforward = FeedForward(
+            width,
+            shape.inner,
+            shape.gelu,
+            up=into,
+            down=out,
+            activation=shape.activation,
+            bias=shape.attention.bias,
+            device=device,
+        )
         self._drop_attention = self._where("attention")
         self._drop_cross = self._where("cross-attention")
         self._drop_feedforward = self._where("feed-forward")
@@ -109,7 +120,7 @@ class Block(nn.Module):
         branch = self.feedforward(entering.to(dtype))
         return self._add(x_BTD, entering, branch, stream_rows, self._drop_feedforward, self.feedforward_norm)
 
-    def _entering(self, x_BTD: Tensor, norm: LayerNorm) -> Tensor:
+    def _entering(self, x_BTD: Tensor, norm: nn.Module) -> Tensor:
         """What enters a branch."""
         if self.shape.norm_after_residual:
             return x_BTD
@@ -117,7 +128,7 @@ class Block(nn.Module):
         return normed
 
     def _add(
-        self, x_BTD: Tensor, entered: Tensor, branch: Tensor, rows_BT: Tensor | None, where: int, norm: LayerNorm
+        self, x_BTD: Tensor, entered: Tensor, branch: Tensor, rows_BT: Tensor | None, where: int, norm: nn.Module
     ) -> Tensor:
         residual = entered if self.shape.residual_after_norm else x_BTD
         x_BTD = residual + drop(branch, rows_BT, self.shape.hidden_dropout, where)

@@ -12,6 +12,8 @@ from megalith.layers.linear import Linear
 # tanh: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))); erf: the exact form; onnx: erf with the divisor 1.41421, as
 # Megatron-LM writes it for --onnx-safe.
 Gelu = Literal["tanh", "erf", "onnx"]
+# gelu and relu (max(x, 0)) stand between two matrices; gated-gelu multiplies the product with a third's GELU.
+Activation = Literal["gelu", "relu", "gated-gelu"]
 
 
 def gelu(x: Tensor, form: Gelu) -> Tensor:
@@ -22,16 +24,37 @@ def gelu(x: Tensor, form: Gelu) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """down(gelu(up(x))), from width to inner features and back, without the dropout and residual that follow."""
+    """down(gelu(up(x))), from width to inner features and back, without the dropout and residual that follow.
+
+    Or down(relu(up(x))), or down(gelu(gate(x)) up(x)) (Shazeer 2020, arXiv:2002.05202).
+    """
 
     def __init__(
-        self, width: int, inner: int, form: Gelu, *, up: Initial, down: Initial, device: torch.device | None = None
+        self,
+        width: int,
+        inner: int,
+        form: Gelu,
+        *,
+        up: Initial,
+        down: Initial,
+        activation: Activation = "gelu",
+        bias: bool = True,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.up = Linear(width, inner, up, device=device)
-        self.down = Linear(inner, width, down, device=device)
+        self.up = Linear(width, inner, up, bias=bias, device=device)
+        self.gate = Linear(width, inner, up, bias=bias, device=device) if activation == "gated-gelu" else None
+        self.down = Linear(inner, width, down, bias=bias, device=device)
         self.form: Gelu = form
+        self.activation = activation
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        down: Tensor = self.down(gelu(self.up(x_BTD), self.form))
+        inner_BTF = self.up(x_BTD)
+        if self.gate is not None:
+            inner_BTF = gelu(self.gate(x_BTD), self.form) * inner_BTF
+        elif self.activation == "relu":
+            inner_BTF = F.relu(inner_BTF)
+        else:
+            inner_BTF = gelu(inner_BTF, self.form)
+        down: Tensor = self.down(inner_BTF)
         return down

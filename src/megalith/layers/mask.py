@@ -7,7 +7,7 @@ padding in cross-attention are all this one rule.
 Shape letters: B batch, T query, S key.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,12 +22,14 @@ class Mask:
     """What `attend` needs to know. causal alone means: query t sees keys 0 to t.
 
     visible: bool B1TS, True where the key may be seen; then it holds the causal order too and causal is only a hint.
-    blocks: the same for FlexAttention, which skips blocks where nothing is visible.
+    blocks: the same for FlexAttention, which skips blocks where nothing is visible. bias: float, 1 or B by HTS, what is
+    added to scores, minus infinity where the key may not be seen.
     """
 
     causal: bool
     visible: Tensor | None = None
     blocks: "BlockMask | None" = None
+    bias: Tensor | None = None
 
 
 def make_mask(
@@ -53,6 +55,16 @@ def make_mask(
             visible_B1TS = visible_B1TS & causal_order(queries_BT.shape[1], keys_BS.shape[1], queries_BT.device)
         return Mask(causal, visible=visible_B1TS)
     return Mask(causal, blocks=document_blocks(queries_BT, keys_BS, causal=causal))
+
+
+def with_bias(mask: Mask, bias_1HTS: Tensor) -> Mask:
+    """The mask, dense or causal alone, with a bias of the scores."""
+    assert mask.blocks is None, "only a dense mask takes a bias"
+    visible = mask.visible
+    if visible is None and mask.causal:
+        visible = causal_order(bias_1HTS.shape[2], bias_1HTS.shape[3], bias_1HTS.device)
+    bias = bias_1HTS if visible is None else bias_1HTS.masked_fill(~visible, -torch.inf)
+    return replace(mask, bias=bias)
 
 
 def document_blocks(queries_BT: Tensor, keys_BS: Tensor, *, causal: bool) -> "BlockMask":

@@ -1,10 +1,14 @@
 """Normalisation over the features of a token."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalith.layers.initial import ONES, ZEROS
+
+Normalization = Literal["LayerNorm", "RMSNorm"]
 
 
 class LayerNorm(nn.Module):
@@ -19,3 +23,23 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.epsilon)
+
+
+class RMSNorm(nn.Module):
+    """Division by the root of the mean square (Zhang and Sennrich 2019, arXiv:1910.07467), in fp32; no bias."""
+
+    def __init__(self, width: int, epsilon: float, *, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, dtype=torch.float32, device=device))
+        self.initial = {"weight": ONES}
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
+        return (normed * self.weight).to(x.dtype)
+
+
+def make_norm(kind: Normalization, width: int, epsilon: float, *, device: torch.device | None = None) -> nn.Module:
+    """A norm of that kind."""
+    return (RMSNorm if kind == "RMSNorm" else LayerNorm)(width, epsilon, device=device)

@@ -80,3 +80,48 @@ class ModelConfig:
     untie_embeddings_and_output_weights: bool = setting(
         False, "give the output layer a table of its own", section="network size", switch="on"
     )
+    # As Hugging Face's T5 has them; the names are Megatron-LM's of later years where it has the same.
+    normalization: str = setting(
+        "LayerNorm", "kind of all norms", section="t5", choices=("LayerNorm", "RMSNorm"), task="t5"
+    )
+    add_bias_linear: bool = setting(
+        True,
+        "no biases in the linear layers of blocks",
+        section="t5",
+        flag="--disable-bias-linear",
+        switch="off",
+        task="t5",
+    )
+    activation_function: str = setting(
+        "gelu",
+        "of the feed-forward: gelu or relu between two matrices, gated-gelu with a third",
+        section="t5",
+        choices=("gelu", "relu", "gated-gelu"),
+        task="t5",
+    )
+    softmax_scale: float | None = setting(
+        None, "what attention scores are multiplied by; 1 / sqrt(kv_channels) if not set", section="t5", task="t5"
+    )
+    position_embedding_type: str = setting(
+        "learned_absolute",
+        "a table of positions, or a bias of each head by the distance of query and key, one table for each stack",
+        section="t5",
+        choices=("learned_absolute", "relative"),
+        task="t5",
+    )
+    relative_attention_num_buckets: int = setting(
+        32, "rows of a table of distances", section="t5", unit="distances", task="t5"
+    )
+    relative_attention_max_distance: int = setting(
+        128, "from here on all distances share a row", section="t5", unit="tokens", task="t5"
+    )
+    output_bias: bool = setting(
+        True, "no bias of the scores of tokens", section="t5", flag="--disable-output-bias", switch="off", task="t5"
+    )
+    scale_decoder_outputs: bool = setting(
+        False,
+        "divide what the decoder gives by sqrt(hidden_size) before it is scored",
+        section="t5",
+        switch="on",
+        task="t5",
+    )

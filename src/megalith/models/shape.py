@@ -1,13 +1,15 @@
 """Sizes of a transformer, with what the settings leave open filled in."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
 from megalith.layers.attention import AttentionShape
 from megalith.layers.block import BlockShape
-from megalith.layers.feedforward import Gelu
+from megalith.layers.feedforward import Activation, Gelu
 from megalith.layers.initial import Initial
+from megalith.layers.norm import Normalization
 from megalith.models.settings import ModelConfig
 
 
@@ -59,7 +61,15 @@ def block_shape(config: ModelConfig, dtype: torch.dtype) -> BlockShape:
     shape = shape_of(config)
     into, out = initial_weights(config)
     return BlockShape(
-        attention=AttentionShape(shape.width, shape.num_heads, shape.head_width, into, out),
+        attention=AttentionShape(
+            shape.width,
+            shape.num_heads,
+            shape.head_width,
+            into,
+            out,
+            bias=config.add_bias_linear,
+            scale=config.softmax_scale,
+        ),
         inner=shape.inner,
         gelu=_gelu(config),
         epsilon=config.layernorm_epsilon,
@@ -68,8 +78,15 @@ def block_shape(config: ModelConfig, dtype: torch.dtype) -> BlockShape:
         layer_scaling=config.apply_query_key_layer_scaling,
         residual_after_norm=config.apply_residual_connection_post_layernorm,
         norm_after_residual=config.norm_after_residual,
+        normalization=normalization_of(config),
+        activation=cast(Activation, config.activation_function),
         dtype=dtype,
     )
+
+
+def normalization_of(config: ModelConfig) -> Normalization:
+    """The kind of all norms."""
+    return cast(Normalization, config.normalization)
 
 
 def _gelu(config: ModelConfig) -> Gelu:

@@ -13,13 +13,15 @@ from megalith.layers.block import Block
 from megalith.layers.dropout import drop
 from megalith.layers.embedding import Embedding
 from megalith.layers.initial import ZEROS
+from megalith.layers.linear import Linear
 from megalith.layers.loss import per_token_losses, vocabulary_cross_entropy
-from megalith.layers.mask import Mask, make_mask
-from megalith.layers.norm import LayerNorm
+from megalith.layers.mask import Mask, make_mask, with_bias
+from megalith.layers.norm import make_norm
 from megalith.layers.random import key
+from megalith.layers.relative import RelativePositions
 from megalith.models.decoder import run_whole, score_tokens
 from megalith.models.settings import ModelConfig
-from megalith.models.shape import block_shape, initial_weights, shape_of
+from megalith.models.shape import block_shape, initial_weights, normalization_of, shape_of
 
 
 def num_layers_of(config: ModelConfig) -> int:
@@ -30,7 +32,11 @@ def num_layers_of(config: ModelConfig) -> int:
 class T5(nn.Module):
     """An encoder and a decoder that sees it (T5, Raffel et al. 2019, arXiv:1910.10683), as Megatron-LM has it.
 
-    One table serves both and, with a bias, the output. layers: numbers of the layers held here, those of the encoder
+    One table serves both and, with a bias, the output. With the options of its settings it is the original: positions
+    by distance, one table of them for each stack; norms without a mean; feed-forwards with relu or a gate; no biases;
+    unscaled scores; an output with a table of its own, or with features divided by the root of the width.
+
+    layers: numbers of the layers held here, those of the encoder
     first and those of the decoder behind them; first, last, dtype: as for `Decoder`. What leaves a part of the model is
     the encoder's and the decoder's stream joined along the tokens: the decoder's waits, embedded, while the encoder's
     layers run, and the encoder's output is handed on through the decoder's.
@@ -44,6 +50,7 @@ class T5(nn.Module):
         vocab_size: int,
         *,
         dtype: torch.dtype = torch.float32,
+        untie_embeddings_and_output_weights: bool = False,
         layers: Iterable[int] | None = None,
         first: bool = True,
         last: bool = True,
@@ -55,11 +62,13 @@ class T5(nn.Module):
         table, _ = initial_weights(config)
         common = block_shape(config, dtype)
         self.config = config
-        self.first, self.last = first, last
+        self.first, self.last, self.tied = first, last, not untie_embeddings_and_output_weights
         self.dtype = dtype
-        if first or last:
+        epsilon, normalization = config.layernorm_epsilon, normalization_of(config)
+        self.relative = config.position_embedding_type == "relative"
+        if first or (last and self.tied):
             self.word_embedding = Embedding(vocab_size, shape.width, table, device=device)
-        if first:
+        if first and not self.relative:
             self.position_embedding = Embedding(shape.num_positions, shape.width, table, device=device)
         numbers = range(num_layers_of(config)) if layers is None else layers
         depths = [divmod(number, shape.num_layers) for number in numbers]
@@ -72,7 +81,7 @@ class T5(nn.Module):
         )
         # The part with the encoder's last layer finishes what the decoder sees.
         if (0, shape.num_layers - 1) in depths:
-            self.encoder_norm = LayerNorm(shape.width, config.layernorm_epsilon, device=device)
+            self.encoder_norm = make_norm(normalization, shape.width, epsilon, device=device)
         self.decoder = nn.ModuleDict(
             {
                 str(n): Block(common, number=n, stack="decoder", cross=True, device=device)
@@ -80,10 +89,20 @@ class T5(nn.Module):
                 if in_decoder
             }
         )
+        if self.relative:
+            distances = (config.relative_attention_num_buckets, config.relative_attention_max_distance, shape.num_heads)
+            if len(self.encoder):
+                self.encoder_positions = RelativePositions(*distances, table, both_ways=True, device=device)
+            if len(self.decoder):
+                self.decoder_positions = RelativePositions(*distances, table, both_ways=False, device=device)
+        self.output_bias: nn.Parameter | None = None
+        self.initial = {"output_bias": ZEROS}
         if last:
-            self.final_norm = LayerNorm(shape.width, config.layernorm_epsilon, device=device)
-            self.output_bias = nn.Parameter(torch.empty(vocab_size, dtype=torch.float32, device=device))
-            self.initial = {"output_bias": ZEROS}
+            self.final_norm = make_norm(normalization, shape.width, epsilon, device=device)
+            if not self.tied:
+                self.output = Linear(shape.width, vocab_size, table, bias=False, device=device)
+            if config.output_bias:
+                self.output_bias = nn.Parameter(torch.empty(vocab_size, dtype=torch.float32, device=device))
         self.run_blocks: Callable[..., Tensor] = run_whole
         self.mask_for: Callable[..., Mask] = make_mask
         self.cut: Callable[[Tensor], Tensor] | None = None
@@ -141,7 +160,9 @@ class T5(nn.Module):
     def embed(self, tokens_BL: Tensor, rows_BL: Tensor | None) -> Tensor:
         """BLD: the stream that enters the first block of a stack, from its L tokens."""
         places_1L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)[None]
-        x_BLD: Tensor = self.word_embedding(tokens_BL) + self.position_embedding(places_1L)
+        x_BLD: Tensor = self.word_embedding(tokens_BL)
+        if not self.relative:
+            x_BLD = x_BLD + self.position_embedding(places_1L)
         if not self.config.fp32_residual_connection:
             x_BLD = x_BLD.to(self.dtype)
         if self.cut is not None and rows_BL is not None:
@@ -150,23 +171,29 @@ class T5(nn.Module):
 
     def encode(self, x_BED: Tensor, padding_BE: Tensor, rows_BE: Tensor | None) -> Tensor:
         """BED: after the encoder's layers held here; after the last one what the decoder sees."""
-        mask = self.mask_of(padding_BE, padding_BE.shape[1], rows_BE)
+        num_tokens = padding_BE.shape[1]
+        mask = self.mask_of(padding_BE, num_tokens, rows_BE, dense=self.relative)
+        if self.relative:
+            mask = with_bias(mask, self.encoder_positions(num_tokens, num_tokens))
         x_BED = self.run_blocks(list(self.encoder.values()), x_BED, mask, rows_BE)
         return self.encoder_norm(x_BED) if hasattr(self, "encoder_norm") else x_BED
 
     def decode(self, x_BTD: Tensor, memory_BED: Tensor, padding_BE: Tensor, rows_BT: Tensor | None) -> Tensor:
         """BTD: after the decoder's layers held here. memory: the encoder's output."""
         num_queries = x_BTD.shape[1] * padding_BE.shape[1] // memory_BED.shape[1]
+        mask = self.mask_for(num_queries, causal=True)
+        if self.relative:
+            mask = with_bias(mask, self.decoder_positions(num_queries, num_queries))
         return self.run_blocks(
             list(self.decoder.values()),
             x_BTD,
-            self.mask_for(num_queries, causal=True),
+            mask,
             rows_BT,
             memory_BSD=memory_BED.to(self.dtype),
             memory_mask=self.mask_of(padding_BE, num_queries, rows_BT),
         )
 
-    def mask_of(self, padding_BE: Tensor, num_queries: int, rows: Tensor | None) -> Mask:
+    def mask_of(self, padding_BE: Tensor, num_queries: int, rows: Tensor | None, *, dense: bool = False) -> Mask:
         """Every query sees the encoder's tokens that are no padding."""
         drops_scores = rows is not None and self.config.attention_dropout > 0
         return self.mask_for(
@@ -174,7 +201,7 @@ class T5(nn.Module):
             causal=False,
             query_documents_BT=torch.zeros_like(padding_BE[:, :1]).expand(-1, num_queries),
             key_documents_BS=padding_BE,
-            dense=drops_scores,
+            dense=dense or drops_scores,
         )
 
     def num_held(self, padding_BE: Tensor) -> int:
@@ -184,6 +211,8 @@ class T5(nn.Module):
     def hidden(self, x_BTD: Tensor) -> Tensor:
         """BTD: what is scored, from the stream after the last block."""
         normed_BTD: Tensor = self.final_norm(x_BTD)
+        if self.config.scale_decoder_outputs:
+            normed_BTD = normed_BTD * normed_BTD.shape[-1] ** -0.5
         return normed_BTD.to(self.dtype)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
@@ -193,7 +222,7 @@ class T5(nn.Module):
     @property
     def output_table(self) -> nn.Parameter:
         """VD: the table that scores tokens."""
-        table: nn.Parameter = self.word_embedding.weight
+        table: nn.Parameter = self.word_embedding.weight if self.tied else self.output.weight
         return table
 
     @torch.no_grad()

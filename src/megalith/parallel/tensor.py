@@ -20,7 +20,8 @@ from megalith.layers.block import Block
 from megalith.layers.embedding import Embedding
 from megalith.layers.feedforward import FeedForward
 from megalith.layers.linear import Linear
-from megalith.layers.norm import LayerNorm
+from megalith.layers.norm import LayerNorm, RMSNorm
+from megalith.layers.relative import RelativePositions
 from megalith.models.bert import Bert, TokenHead
 from megalith.models.decoder import Decoder
 from megalith.models.t5 import T5
@@ -124,12 +125,18 @@ def _cut_cross_attention(module: CrossAttention, path: str, cutter: Cutter) -> N
 
 def _cut_feed_forward(module: FeedForward, path: str, cutter: Cutter) -> None:
     cutter.columns(module.up, f"{path}.up")
+    if module.gate is not None:
+        cutter.columns(module.gate, f"{path}.gate")
     cutter.rows(module.down, f"{path}.down")
 
 
-def _copy_norm(module: LayerNorm, path: str, cutter: Cutter) -> None:
-    cutter.cut_parameter(module, path, "weight", None)
-    cutter.cut_parameter(module, path, "bias", None)
+def _copy_norm(module: LayerNorm | RMSNorm, path: str, cutter: Cutter) -> None:
+    for name, _ in list(module.named_parameters()):
+        cutter.cut_parameter(module, path, name, None)
+
+
+def _cut_relative_positions(module: RelativePositions, path: str, cutter: Cutter) -> None:
+    cutter.cut_parameter(module, path, "weight", 1)
 
 
 def _cut_block(module: Block, path: str, cutter: Cutter) -> None:
@@ -184,7 +191,9 @@ def _cut_t5(module: T5, path: str, cutter: Cutter) -> None:
         cut_vocabulary(module.word_embedding, "word_embedding", cutter)
     if "position_embedding" in held:
         copy_table(module.position_embedding, "position_embedding", cutter)
-    if module.last:
+    if "output" in held:
+        cutter.cut_parameter(module.output, "output", "weight", 0)
+    if module.output_bias is not None:
         cutter.cut_parameter(module, path, "output_bias", 0)
     if cutter.sequence:
         module.cut = partial(scatter_copies, dim=TOKENS, group=cutter.group)
@@ -232,6 +241,8 @@ SPLITS: dict[type[nn.Module], Callable[[Any, str, Cutter], None]] = {
     CrossAttention: _cut_cross_attention,
     FeedForward: _cut_feed_forward,
     LayerNorm: _copy_norm,
+    RMSNorm: _copy_norm,
+    RelativePositions: _cut_relative_positions,
     Block: _cut_block,
     Decoder: _cut_decoder,
     VisionTransformer: _cut_vision_transformer,

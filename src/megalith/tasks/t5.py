@@ -44,7 +44,16 @@ def build_part(run: Run, vocab_size: int, dtype: torch.dtype) -> BuildPart:
     """What builds a part of a T5, without weights yet."""
 
     def build(layers: range, first: bool, last: bool) -> T5:
-        return T5(run.model, vocab_size, dtype=dtype, layers=layers, first=first, last=last, device="meta")
+        return T5(
+            run.model,
+            vocab_size,
+            dtype=dtype,
+            untie_embeddings_and_output_weights=run.model.untie_embeddings_and_output_weights,
+            layers=layers,
+            first=first,
+            last=last,
+            device="meta",
+        )
 
     return build
 
@@ -121,6 +130,7 @@ def step_flops(run: Run, vocab_size: int, batch: int, *, causal: bool = False) -
         batch=batch,
         ffn_hidden_size=shape.inner,
         attention_width=heads,
+        gated=run.model.activation_function == "gated-gelu",
     )
     stacks = flops_of_stack(seq_length=encoder, vocab_size=0)
     stacks += flops_of_stack(seq_length=decoder, vocab_size=vocab_size, causal=causal)
@@ -140,7 +150,16 @@ def unigram_baseline(run: Run, source: BatchSource) -> Baseline:
 
 def identity(run: Run) -> dict[str, Any]:
     """What the weights depend on beside the sizes of the transformer."""
-    return {"ffn_hidden_size": shape_of(run.model).inner}
+    model = run.model
+    return {
+        "ffn_hidden_size": shape_of(model).inner,
+        "normalization": model.normalization,
+        "activation_function": model.activation_function,
+        "position_embedding_type": model.position_embedding_type,
+        "softmax_scale": model.softmax_scale,
+        "relative_attention_max_distance": model.relative_attention_max_distance,
+        "scale_decoder_outputs": model.scale_decoder_outputs,
+    }
 
 
 TASK = Task(
