@@ -1,0 +1,192 @@
+"""The task t5: its faults, its operations, blends, made-up data, and the program for Megatron-LM's scripts."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megalith.check import check
+from megalith.cli import main
+from megalith.models.t5 import T5
+from megalith.sources import read_command_line
+from megalith.tasks.t5 import step_flops
+from tests.layouts.runs import Runs, events_of, steps_of
+from tests.layouts.test_t5 import MODEL, ORIGINAL, write_data
+from tests.sentences import write_sentences
+
+TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("t5")
+    return Runs(folder, model=[*MODEL, "--vocab-file", str(folder / "vocab.txt")], write=write_data)
+
+
+def faults_of(runs: Runs, *words: str, world_size: int = 1) -> list[str]:
+    given = ["--data-path", str(runs.data), "--vocab-file", str(runs.data.parent / "vocab.txt")]
+    return [str(fault) for fault in check(read_command_line([*MODEL, *given, *words]), world_size)]
+
+
+def test_a_run_without_faults_has_none(runs: Runs) -> None:
+    assert faults_of(runs) == []
+    assert faults_of(runs, *ORIGINAL) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--vocab-extra-ids 0", "--vocab-extra-ids = 0: leaves t5 no token to stand for a span. Give the number"),
+        ("--encoder-seq-length 3", "--encoder-seq-length = 3: is too short for a t5, whose samples need 4."),
+        (
+            "--decoder-seq-length 4",
+            "--decoder-seq-length = 4: has no room for the 3 tokens that --mask-prob = 0.15 cuts out of 24. Give at "
+            "least 5, better 7, which holds any spans.",
+        ),
+        ("--decoder-seq-length 30", "--decoder-seq-length = 30: is longer than --max-position-embeddings = 24."),
+        ("--mask-prob 0", "--mask-prob = 0.0: must be above 0 and below 1 for t5."),
+        ("--short-seq-prob 2", "--short-seq-prob = 2.0: must be from 0 to 1."),
+        ("--tokenizer-type ByteLevelTokenizer", "--tokenizer-type = ByteLevelTokenizer: does not say which tokens"),
+        ("--context-parallel-size 2", "--context-parallel-size = 2: cuts the sequence of a gpt"),
+        ("--softmax-scale 0", "--softmax-scale = 0.0: must be above 0."),
+        (
+            "--position-embedding-type relative --relative-attention-num-buckets 7",
+            "--relative-attention-num-buckets = 7: must be even and at least 4",
+        ),
+        (
+            "--position-embedding-type relative --relative-attention-max-distance 16",
+            "--relative-attention-max-distance = 16: must be above half of --relative-attention-num-buckets = 32",
+        ),
+    ],
+)
+def test_faults_are_named_with_a_remedy(words: str, said: str, runs: Runs) -> None:
+    faults = faults_of(runs, *words.split())
+    assert any(fault.startswith(said) for fault in faults), faults
+
+
+def test_lengths_are_required_and_cut_evenly(runs: Runs) -> None:
+    where = MODEL.index("--decoder-seq-length")
+    given = ["--data-path", str(runs.data), "--vocab-file", str(runs.data.parent / "vocab.txt")]
+    without = [*MODEL[:where], *MODEL[where + 2 :], *given]
+    assert [str(fault) for fault in check(read_command_line(without), 1)] == [
+        "--decoder-seq-length: is required by t5 and was not given. Add --decoder-seq-length."
+    ]
+    faults = faults_of(runs, "--decoder-seq-length", "11", TP, "2", "--sequence-parallel", world_size=2)
+    assert faults == [
+        "--decoder-seq-length = 11: is not divisible by --tensor-model-parallel-size = 2, over which "
+        "--sequence-parallel cuts it. Nearest lengths: [10, 12]; or leave --sequence-parallel out."
+    ]
+
+
+def test_pipelines_share_out_the_layers_of_both_stacks(runs: Runs) -> None:
+    assert faults_of(runs, PP, "4", world_size=4) == []
+    faults = faults_of(runs, PP, "5", "--micro-batch-size", "1", world_size=5)
+    assert faults == [
+        "--pipeline-model-parallel-size = 5: is more than the 4 layers, of which each stage needs one. Use at most 4 "
+        "stages."
+    ]
+    relative = ["--position-embedding-type", "relative"]
+    assert faults_of(runs, PP, "2", *relative, world_size=2) == []
+    faults = faults_of(runs, PP, "4", *relative, world_size=4)
+    assert [fault.split(".")[0] for fault in faults] == [
+        "--pipeline-model-parallel-size = 4: cuts a stack of layers, all of which share one table of distances"
+    ]
+
+
+def test_the_originals_options_are_those_of_t5_alone() -> None:
+    words = "gpt --normalization RMSNorm --disable-bias-linear --activation-function relu".split()
+    faults = [str(fault) for fault in check(read_command_line(words), 1)]
+    assert "--normalization = RMSNorm: is an option of t5; gpt has none such. Leave it out." in faults
+    assert "--disable-bias-linear: is an option of t5; gpt has none such. Leave it out." in faults
+    assert "--activation-function = relu: is an option of t5; gpt has none such. Leave it out." in faults
+
+
+@pytest.mark.parametrize("options", [[], ORIGINAL], ids=["megatron", "original"])
+def test_operations_are_those_that_pytorch_counts(options: list[str]) -> None:
+    words = "--attention-dropout 0 --hidden-dropout 0 --ffn-hidden-size 40 --kv-channels 6".split()
+    run = read_command_line([*MODEL, *words, *options])
+    model = T5(run.model, 64, untie_embeddings_and_output_weights=bool(options))
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    # Attention out of plain products, and logits, which the counter knows.
+    for module in model.modules():
+        if hasattr(module, "attend"):
+            module.attend = plain_attention  # type: ignore[assignment]
+    tokens = torch.ones(5, 24 + 12, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, padding=torch.zeros(5, 24, dtype=torch.int32)).sum().backward()
+    assert counter.get_total_flops() == pytest.approx(step_flops(run, 64, 5), rel=1e-3)
+
+
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    return torch.softmax(q @ k.mT, -1) @ v
+
+
+def test_blended_files_train_and_another_inner_width_is_another_model(
+    runs: Runs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = write_sentences(tmp_path, name="other_sentence", seed=8)
+    words = [*MODEL, "--vocab-file", str(runs.data.parent / "vocab.txt"), "--train-iters", "4", "--save-interval", "4"]
+    words += ["--data-path", "0.6", str(runs.data), "0.4", str(other), "--save", str(tmp_path / "run")]
+    assert main(["pretrain", *words]) == 0
+    assert len(steps_of(tmp_path / "run")) == 4
+    assert events_of(tmp_path / "run", "blend_built")[0]["weights"] == pytest.approx([0.6, 0.4])
+    capfd.readouterr()
+    assert main(["pretrain", *words, "--ffn-hidden-size", "64"]) == 2
+    assert "ffn_hidden_size is 128 in the checkpoint and 64 in this run" in capfd.readouterr().err
+
+
+def test_a_vocabulary_that_does_not_fit_the_data_is_said(
+    runs: Runs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    short = tmp_path / "vocab.txt"
+    short.write_text("".join(f"{token}\n" for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "w0", "##p0")))
+    # The padding of the vocabulary holds all ids of the data.
+    words = [*MODEL, "--vocab-file", str(short), "--data-path", str(runs.data), "--make-vocab-size-divisible-by", "64"]
+    assert main(["pretrain", *words]) == 2
+    assert "the file was prepared with another tokenizer" in capfd.readouterr().err
+
+
+def test_made_up_data_measures_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*MODEL, "--vocab-size", "50", "--steps", "1", "--warmup", "1", "--json"]
+    assert main(["bench", *words]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["task"] == "t5" and figures["tokens_per_second"] > 0
+    assert figures["tokens_per_second"] == pytest.approx(8 * 36 / figures["step_seconds"])
+    assert figures["model_tflops_causal"] < figures["model_tflops"]
+
+
+def test_the_flags_of_megatrons_program_train_two_steps(runs: Runs) -> None:
+    words = """
+        --num-layers 2 --hidden-size 16 --num-attention-heads 2 --kv-channels 8 --ffn-hidden-size 32
+        --encoder-seq-length 16 --decoder-seq-length 8 --micro-batch-size 2 --global-batch-size 4
+        --max-position-embeddings 16 --train-iters 2 --lr-decay-iters 2 --vocab-extra-ids 8 --split 949,50,1
+        --lr 0.0001 --min-lr 0.00001 --lr-decay-style linear --lr-warmup-fraction .01 --weight-decay 1e-2
+        --clip-grad 1.0 --log-interval 1 --save-interval 10000 --eval-interval 1000 --eval-iters 0 --fp16
+        --initial-loss-scale 128 --data-impl mmap
+    """.split()
+    files = ["--data-path", str(runs.data), "--vocab-file", str(runs.data.parent / "vocab.txt")]
+    command = [sys.executable, "-m", "megalith.pretrain_t5", *words, *files]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**environment, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    pattern = r"^ iteration +([12])/ +2 \|.* lm loss: (\d\.\d+E\+\d+) \| loss scale"
+    steps = re.findall(pattern, done.stdout, re.MULTILINE)
+    assert [number for number, _ in steps] == ["1", "2"], done.stdout
+    assert all(4.0 < float(loss) < 5.5 for _, loss in steps)
+    assert "building T5 model ..." in done.stdout and "> finished creating T5 datasets ..." in done.stdout
+    assert " > loading indexed mapping from " in done.stdout
