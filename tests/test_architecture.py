@@ -34,6 +34,7 @@ LEVELS = [
     {
         "adopt",
         "bench",
+        "forecast",
         "job",
         "owner",
         "resume",

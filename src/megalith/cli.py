@@ -192,6 +192,13 @@ def bench(words: Sequence[str], started: float) -> int:
     return bench_main(words, started=started)
 
 
+def plan(words: Sequence[str], started: float) -> int:
+    """Say what a job of any size will need on each rank, before it is queued."""
+    from megalith.forecast import main as plan_main
+
+    return plan_main(words)
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose faults are said like all others."""
 
@@ -206,4 +213,5 @@ COMMANDS: dict[str, Callable[[Sequence[str], float], int]] = {
     "evaluate": evaluate,
     "convert": convert,
     "bench": bench,
+    "plan": plan,
 }

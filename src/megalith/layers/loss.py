@@ -121,19 +121,23 @@ def _slopes_and_losses(
     if logits_CV.is_cuda:
         compiled: tuple[Tensor, Tensor] = _compiled_slopes()(logits_CV, labels_C1, softmax_in_16_bit)
         return compiled
+    minus_one = logits_CV.new_full((1, 1), -1.0).expand_as(labels_C1)
     if logits_CV.dtype != torch.float32:
-        return plain_slopes(logits_CV, labels_C1, softmax_in_16_bit)
+        logs_CV = torch.log_softmax(logits_CV, -1, dtype=logits_CV.dtype if softmax_in_16_bit else torch.float32)
+        losses_C = -logs_CV.gather(1, labels_C1)[:, 0]
+        slopes_CV = logs_CV.exp_().scatter_add_(1, labels_C1, minus_one.to(logs_CV.dtype))
+        return slopes_CV.to(logits_CV.dtype), losses_C
     p_CV = torch.softmax(logits_CV, -1, out=logits_CV)
     label_p_C = p_CV.gather(1, labels_C1)[:, 0]
     losses_C = -label_p_C.log()
     lost = (label_p_C < 1e-30).nonzero()[:, 0]
     if len(lost):
         losses_C[lost] = _losses(hidden_CD[lost], table_VD, bias_V, labels_C1[lost, 0], False, len(lost))
-    return p_CV.scatter_add_(1, labels_C1, p_CV.new_full((1, 1), -1.0).expand_as(labels_C1)), losses_C
+    return p_CV.scatter_add_(1, labels_C1, minus_one), losses_C
 
 
 def plain_slopes(logits_CV: Tensor, labels_C1: Tensor, softmax_in_16_bit: bool) -> tuple[Tensor, Tensor]:
-    """What `_slopes_and_losses` gives, as a formula."""
+    """What `_slopes_and_losses` gives, as a formula without changes in place, which the compiler fuses."""
     logs_CV = torch.log_softmax(logits_CV, -1, dtype=logits_CV.dtype if softmax_in_16_bit else torch.float32)
     losses_C = -logs_CV.gather(1, labels_C1)[:, 0]
     is_label_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == labels_C1
