@@ -1,14 +1,23 @@
-"""A fine-tuning takes over the weights of another run, as far as its task says that they fit (Fit in task.py)."""
+"""A run takes over the weights of another, as far as its task says that they fit (Fit and Origin in task.py)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megalith.checkpoint.directory import CheckpointError
 from megalith.checkpoint.index import Index
 from megalith.checkpoint.pieces import Piece
+from megalith.checkpoint.store import Loaded, load_latest
 from megalith.parallel.apply import Held, local_part
-from megalith.task import Fit
+from megalith.task import Fit, Origin
+
+# What must be the same in two families for their encoders to be the same.
+ENCODER = (
+    *("num_layers", "hidden_size", "num_attention_heads", "kv_channels", "max_position_embeddings"),
+    *("padded_vocab_size", "tokenizer", "norm_after_residual"),
+)
 
 
 class Adoption:
@@ -52,3 +61,50 @@ class Adoption:
                 resized = resized.narrow(dim, first, local.shape[dim])
             local.copy_(resized)
         self._other_size = {}
+
+
+def begin_with(held: Mapping[str, Held], origin: Origin, *, identity: Mapping[str, Any], prefix: str) -> Loaded:
+    """Give the parameters the values that the newest checkpoint of another family's run has for them; in place.
+
+    identity: what weights of this run depend on. Raises ValueError for a run of another task, a model of other sizes,
+    or if no checkpoint verifies.
+    """
+    # A value that several parameters take is read for each of them.
+    rounds: list[dict[str, Held]] = [{}]
+    for name, parameter in held.items():
+        source = origin.source_of(name)
+        if source is not None:
+            if all(source in taken for taken in rounds):
+                rounds.append({})
+            next(taken for taken in rounds if source not in taken)[source] = parameter
+
+    def pieces(index: Index, taken: Mapping[str, Held]) -> dict[str, Piece]:
+        if faults := list(_faults(index, origin, identity, [prefix + name for name in taken])):
+            raise ValueError(f"{origin.flag} = {origin.directory}: {'; '.join(faults)}")
+        return {prefix + name: Piece(local_part(h.parameter.data), h.whole, h.offset) for name, h in taken.items()}
+
+    for taken in rounds:
+        try:
+            loaded = load_latest(
+                origin.directory,
+                lambda index, taken=taken: pieces(index, taken),  # type: ignore[misc]
+                may_stay_unread=lambda name: True,
+            )
+        except CheckpointError as error:
+            raise ValueError(f"{origin.flag} = {origin.directory}: {error}") from error
+        if loaded is None:
+            raise ValueError(f"{origin.flag} = {origin.directory}: holds no checkpoint. Correct the path.")
+    assert loaded is not None, "a model has parameters"
+    return loaded
+
+
+def _faults(index: Index, origin: Origin, identity: Mapping[str, Any], names: list[str]) -> Iterator[str]:
+    stored = index.state["model"]
+    if stored.get("task") != origin.task:
+        yield f"its task is {stored.get('task')}, not {origin.task}"
+        return
+    for name in ENCODER:
+        if stored.get(name) != identity.get(name):
+            yield f"{name} is {stored.get(name)} there and {identity.get(name)} in this run"
+    if missing := [name for name in names if name not in index.tensors]:
+        yield f"it has no {', '.join(missing)}"

@@ -65,7 +65,7 @@ def _positive(run: Run) -> Iterator[Fault]:
         "num_layers_per_virtual_pipeline_stage context_parallel_size data_parallel_shard_size join_timeout",
         "checkpoint": "save_interval keep_last keep_every adlr_autoresume_interval",
         "monitor": "profile_step_start profile_step_end log_interval tensorboard_log_interval tensorboard_queue_size",
-        "evaluate": "eval_interval",
+        "evaluate": "eval_interval indexer_batch_size indexer_log_interval",
         "train": "train_iters train_samples exit_interval exit_duration_in_mins seed",
     }
     for part, names in counts.items():

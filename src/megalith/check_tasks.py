@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+from megalith.check_ict import ict_faults
 from megalith.check_t5 import t5_alone, t5_faults
 from megalith.check_vit import vit_faults
 from megalith.config import Fault, Run, flag_of
@@ -37,6 +38,6 @@ def _corpus(run: Run) -> Iterator[Fault]:
 
 
 # Tasks whose rows can make up data.
-MOCKED = ("gpt", "t5", "vit")
+MOCKED = ("gpt", "t5", "ict", "vit")
 # What is checked for one task alone.
-RULES: dict[str, Callable[[Run], Iterator[Fault]]] = {"t5": t5_faults, "vit": vit_faults}
+RULES: dict[str, Callable[[Run], Iterator[Fault]]] = {"t5": t5_faults, "ict": ict_faults, "vit": vit_faults}

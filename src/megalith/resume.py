@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megalith import __version__
-from megalith.adopt import Adoption
+from megalith.adopt import Adoption, begin_with
 from megalith.checkpoint.directory import CheckpointError, list_checkpoints, try_run_directory
 from megalith.checkpoint.index import Index
 from megalith.checkpoint.pieces import Piece
@@ -272,6 +272,7 @@ def resume(job: Job) -> None:
     book = LedgerFile(job.run.checkpoint.save).read() if job.run.checkpoint.save is not None else None
     if source is None or job.run.train.exit_before_training:
         job.ledger.restore(None, book)
+        begin_with_another(job)
         return
     started = time.monotonic()
     job.log.report(LoadStarted(str(source.directory), list_checkpoints(source.directory)[-1].step))
@@ -302,6 +303,21 @@ def resume(job: Job) -> None:
             str(source.directory), job.progress.step, time.monotonic() - started, loaded.index.notes["megalith"]
         )
     )
+
+
+def begin_with_another(job: Job) -> None:
+    """Take over weights of another family's run where the task names one (--bert-load); in place."""
+    origin = job.task.origin(job.run)
+    if origin is None or job.run.train.exit_before_training:
+        return
+    started = time.monotonic()
+    loaded = begin_with(job.laid.trained.held, origin, identity=identity_of(job), prefix=WEIGHT)
+    # Replicas that share out the optimizer have loaded their own rows only.
+    job.laid.reduction.after_update()
+    for message in loaded.messages():
+        job.log.report(Warned(message))
+    seconds = time.monotonic() - started
+    job.log.line(f"began with the weights of step {loaded.index.step} of {origin.directory} ({seconds:.1f} s)")
 
 
 def wanted(job: Job, index: Index, *, with_optimizer: bool, adoption: Adoption | None = None) -> dict[str, Piece]:

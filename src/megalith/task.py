@@ -34,6 +34,22 @@ class Fit:
     resized: Callable[[str, Tensor, tuple[int, ...]], Tensor]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """A run of another family, with whose weights a model begins unless it goes on from a checkpoint."""
+
+    flag: str  # that names it
+    directory: str
+    task: str
+    # Of a parameter here: the parameter there whose value it takes; None: it is drawn.
+    source_of: Callable[[str], str | None]
+
+
+def no_origin(run: Run) -> Origin | None:
+    """For a task whose weights are drawn."""
+    return None
+
+
 def no_baseline(run: Run, source: BatchSource) -> Baseline | None:
     """For a task that has none."""
     return None
@@ -82,6 +98,7 @@ class Task:
     baseline: Callable[[Run, BatchSource], Baseline | None] = no_baseline
     # What a checkpoint's weights depend on beside the sizes of the transformer, by name of the setting.
     identity: Callable[[Run], dict[str, Any]] = same_identity
+    origin: Callable[[Run], Origin | None] = no_origin
     fit: Fit | None = None  # None: --finetune takes the very same model only
     # Commands to go on with at the end of a run: (word, command with {save}).
     next_commands: tuple[tuple[str, str], ...] = field(default=())

@@ -13,6 +13,7 @@ from megalith.layers.float8 import use_float8
 from megalith.layers.initial import Shard, draw_weights
 from megalith.parallel.collectives import Group, all_reduce
 from megalith.parallel.context import cut_context
+from megalith.parallel.contrast import share_candidates
 from megalith.parallel.mesh import Groups, Layout
 from megalith.parallel.recompute import compile_blocks, recompute_blocks
 from megalith.parallel.reduce import (
@@ -145,6 +146,7 @@ def lay_out(
         cut_context(part, groups.context, exchange=config.context_exchange)
         if config.fp8_format is not None:
             use_float8(part, config.fp8_format)  # type: ignore[arg-type]
+        share_candidates(part, groups.replicas)
         recompute_blocks(part, recompute, every=config.checkpoint_num_layers, group=_saved_over(config, groups))
         if config.compile_blocks:
             compile_blocks(part, memory_budget=config.activation_memory_budget)

@@ -24,6 +24,7 @@ from megalith.layers.norm import LayerNorm, RMSNorm
 from megalith.layers.relative import RelativePositions
 from megalith.models.bert import Bert, TokenHead
 from megalith.models.decoder import Decoder
+from megalith.models.retrieval import Tower
 from megalith.models.t5 import T5
 from megalith.models.vit import VisionTransformer
 from megalith.parallel.collectives import (
@@ -216,6 +217,13 @@ def _copy_of(parameter: Tensor) -> Cut:
     return Cut(tuple(parameter.shape), (0,) * parameter.dim(), is_copy=True)
 
 
+def _copy_projection(module: Tower, path: str, cutter: Cutter) -> None:
+    """Every rank projects the embedding, which all of them have."""
+    for name, parameter in module.named_parameters(prefix=path):
+        if name.startswith(f"{path}.projection."):
+            cutter.cuts[name] = _copy_of(parameter)
+
+
 def cut_vocabulary(table: Embedding, path: str, cutter: Cutter) -> None:
     """Each rank holds the rows of some tokens; a token's row is summed from the one rank that has it."""
     first, _ = cutter.rows_of(table.weight.shape[0])
@@ -247,6 +255,7 @@ SPLITS: dict[type[nn.Module], Callable[[Any, str, Cutter], None]] = {
     Decoder: _cut_decoder,
     VisionTransformer: _cut_vision_transformer,
     Bert: _cut_bert,
+    Tower: _copy_projection,
     TokenHead: _cut_token_head,
     T5: _cut_t5,
 }

@@ -1,0 +1,57 @@
+"""What is checked for bi-encoders alone: blocks and titles, towers, and what they start from."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megalith.config import Fault, Run, flag_of
+from megalith.data.indexed import bin_path, idx_path
+
+
+def ict_faults(run: Run) -> Iterator[Fault]:
+    """Every fault of an ICT's settings."""
+    yield from biencoder_faults(run)
+    data = run.data
+    if not 0 <= data.query_in_block_prob <= 1:
+        yield _fault("query_in_block_prob", data.query_in_block_prob, "must be from 0 to 1", "Give a share")
+    if data.mock_data or data.corpus is not None:
+        if data.titles_data_path is not None:
+            other = "mock_data" if data.mock_data else "corpus"
+            rule = f"stands beside {flag_of(other)}, which brings its own"
+            yield _fault("titles_data_path", data.titles_data_path, rule, "Leave one out")
+        return
+    if data.data_path and len(data.data_path) > 1:
+        rule = f"has {len(data.data_path)} words; titles belong to the documents of one file, so ict takes one prefix"
+        yield _fault("data_path", " ".join(data.data_path), rule, "Merge the files, or give one")
+    if data.titles_data_path is None:
+        remedy = "Add --titles-data-path PREFIX, of a file with the title of each document"
+        yield _fault("titles_data_path", None, "is required by ict and was not given", remedy)
+    elif not (idx_path(data.titles_data_path).exists() and bin_path(data.titles_data_path).exists()):
+        rule = "is no prefix of a token file (.bin and .idx)"
+        yield _fault("titles_data_path", data.titles_data_path, rule, "Correct the path")
+
+
+def biencoder_faults(run: Run) -> Iterator[Fault]:
+    """Every fault of the settings that all bi-encoders share."""
+    model, evaluate, checkpoint = run.model, run.evaluate, run.checkpoint
+    stages = run.parallel.pipeline_model_parallel_size
+    if stages > 1:
+        rule = "cuts one stack of layers, and a bi-encoder has two that meet in the loss only"
+        yield _fault("pipeline_model_parallel_size", stages, rule, "Use tensor or data parallelism")
+    if model.biencoder_projection_dim < 0:
+        value = model.biencoder_projection_dim
+        yield _fault("biencoder_projection_dim", value, "must not be negative", "Give a width, or 0 for none")
+    if not 0 < run.data.sample_rate <= 1:
+        yield _fault("sample_rate", run.data.sample_rate, "must be above 0 and at most 1", "Give such a share")
+    counts = evaluate.retriever_report_topk_accuracies
+    if any(k < 1 for k in counts) or len(set(counts)) < len(counts):
+        shown = " ".join(map(str, counts))
+        yield _fault("retriever_report_topk_accuracies", shown, "takes numbers above 0, each once", "Correct them")
+    if checkpoint.bert_load is not None:
+        if not Path(checkpoint.bert_load).is_dir():
+            yield _fault("bert_load", checkpoint.bert_load, "is not a directory", "Name the run directory of a bert")
+        if checkpoint.load is not None and checkpoint.load != checkpoint.save:
+            yield _fault("bert_load", checkpoint.bert_load, "contradicts --load: both give weights", "Leave one out")
+
+
+def _fault(name: str, value: object, rule: str, remedy: str) -> Fault:
+    return Fault(flag_of(name), value, rule, remedy)
