@@ -146,7 +146,7 @@ def generate(words: Sequence[str], started: float) -> int:
 
 
 def evaluate(words: Sequence[str], started: float) -> int:
-    """Loss and perplexity of a trained model on a split of its data or on text files; of a vit, its accuracy."""
+    """Loss and perplexity of a trained model on its data or on files; a vit's accuracy; what a retriever finds."""
     parser = _Parser(prog="megalith evaluate", description=evaluate.__doc__)
     parser.add_argument("run", help="run directory (what --save named)")
     what = parser.add_mutually_exclusive_group()
@@ -161,13 +161,24 @@ def evaluate(words: Sequence[str], started: float) -> int:
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use [the newest]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_search_flags(parser)
     options = parser.parse_args(words)
 
     import json
 
     from megalith.trained import measure, run_of
 
-    if run_of(options.run).task == "vit":
+    task = run_of(options.run).task
+    if task in ("ict", "retriever"):
+        from megalith.retrieving import answer
+
+        found = answer(options)
+        if options.json:
+            print(json.dumps(found))
+        return 0
+    if options.qa_data_dev or options.qa_data_test:
+        raise ValueError(f"--qa-data-dev, --qa-data-test: {options.run} holds a {task} model; questions are for an ict")
+    if task == "vit":
         from megalith.trained_images import measure_images as measure
     report = measure(options.run, split=options.split, files=options.file, step=options.step, device=options.device)
     if options.json:
@@ -176,6 +187,27 @@ def evaluate(words: Sequence[str], started: float) -> int:
     for name, value in report.items():
         print(f"{name:>14}: {value:,.4f}" if isinstance(value, float) else f"{name:>14}: {value}")
     return 0
+
+
+def _add_search_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of open-domain question answering, Megatron-LM's where it has them."""
+    add = parser.add_argument_group("of a bi-encoder (ict)").add_argument
+    for split in ("dev", "test"):
+        add(f"--qa-data-{split}", metavar="TSV", help="questions, each with a list of answers")
+    add("--evidence-data-path", metavar="TSV", help="the passages [what the run says]")
+    add("--embedding-path", metavar="FILE", help="what megalith index made of them [what the run says]")
+    add("--faiss-topk-retrievals", type=int, default=100, metavar="N", help="passages found for a question [100]")
+    add("--faiss-match", choices=("string", "regex"), default="string", help="answers are words, or patterns [string]")
+    add("--faiss-use-gpu", action="store_true", help="accepted; the exact search runs on the GPU with --device cuda")
+    add("--search", choices=("torch", "faiss"), default="torch", help="exact products, or FAISS's flat index [torch]")
+    add("--retriever-report-topk-accuracies", type=int, nargs="+", metavar="K", help="which accuracies to print")
+
+
+def index(words: Sequence[str], started: float) -> int:
+    """Embed passages with a trained bi-encoder (ict), to be searched by megalith evaluate."""
+    from megalith.indexing import main as index_main
+
+    return index_main(words)
 
 
 def convert(words: Sequence[str], started: float) -> int:
@@ -211,6 +243,7 @@ COMMANDS: dict[str, Callable[[Sequence[str], float], int]] = {
     "preprocess": preprocess,
     "generate": generate,
     "evaluate": evaluate,
+    "index": index,
     "convert": convert,
     "bench": bench,
     "plan": plan,

@@ -98,9 +98,9 @@ def empty_model(run: Run, vocab_size: int, device: str) -> Decoder:
     return model.to_empty(device=chosen).eval()
 
 
-def compute_type(run: Run, device: str) -> tuple[torch.device, torch.dtype]:
+def compute_type(run: Run, device: str, local_rank: int = 0) -> tuple[torch.device, torch.dtype]:
     """The device chosen, and the type in which a run's model computes there."""
-    chosen = choose_device(device, 0)
+    chosen = choose_device(device, local_rank)
     # 16-bit products are emulated on most processors.
     return chosen, torch.float32 if chosen.type == "cpu" else getattr(torch, compute_dtype(run))
 

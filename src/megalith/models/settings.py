@@ -29,7 +29,7 @@ class ModelConfig:
         "LayerNorm after each residual sum and the embeddings, as the original BERT has it",
         section="network size",
         switch="on",
-        task="bert",
+        task="bert, ict",
     )
     openai_gelu: bool = setting(False, "tanh GELU in the unfused path", section="network size", switch="on")
     onnx_safe: bool | None = setting(None, "ONNX work-arounds", section="network size")

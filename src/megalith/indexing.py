@@ -1,0 +1,272 @@
+"""megalith index: a trained tower embeds all passages of an evidence file, over any number of ranks.
+
+The passages are cut into spans by their numbers alone. Each is written whole as a small file of embeddings, and at the
+end all are joined into one. So what was embedded when the command was killed is found by the next start, with
+whichever number of ranks.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch.distributed as dist
+from torch import nn
+
+from megalith.data.evidence import Passage, read_passages
+from megalith.evaluate.embeddings import Embeddings, open_embeddings, write_block, write_joined
+from megalith.files import DISK, TEMPORARY_SUFFIX, Disk, digest_of, make_directories
+from megalith.launch import end_with_parent, launch
+from megalith.parallel.mesh import Layout, choose_device, joined, make_layout
+from megalith.parallel.settings import ParallelConfig
+from megalith.trained import run_of
+from megalith.trained_retrieval import TrainedRetriever, digest_of_weights, embed, open_retriever
+
+SPAN_BATCHES = 16  # batches of a span: what a killed rank loses at most
+DTYPES = {"fp16": np.float16, "fp32": np.float32}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be embedded, how, and where the vectors go."""
+
+    retriever: TrainedRetriever
+    evidence: str
+    path: Path
+    batch: int  # passages embedded at once
+    log_interval: int  # batches
+    sample_rate: float
+    dtype: str
+    made_from: Mapping[str, Any]
+
+    @property
+    def tower(self) -> nn.Module:
+        return self.retriever.model.context
+
+    @property
+    def folder(self) -> Path:
+        """Where the spans lie until all are there."""
+        return self.path.with_name(f"{self.path.name}.parts")
+
+    def span(self, number: int) -> Path:
+        return self.folder / f"{number:08}"
+
+
+def main(words: Sequence[str]) -> int:
+    """Embed the evidence as the words say; return the exit status."""
+    options = _parser().parse_args(words)
+    if options.nproc is not None and "RANK" not in os.environ:
+        if options.nproc < 1:
+            raise ValueError(f"--nproc = {options.nproc}: must be greater than 0. Give a positive number")
+        command = [sys.executable, "-m", "megalith", "index", *words]
+        return launch(command, options.nproc, stop_grace=ParallelConfig().stop_grace)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun leaves its ranks behind when it is killed.
+        end_with_parent()
+    layout = make_layout(os.environ, tensor=1, pipeline=1)
+    with joined(layout, choose_device(options.device, layout.local_rank)):
+        make_index(plan(options, layout), layout)
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose faults are said like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see megalith index --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="megalith index", description="Embed passages with a trained bi-encoder, to be searched.")
+    add = parser.add_argument
+    add("run", help="run directory of an ict or a retriever (what --save named)")
+    add("--evidence-data-path", metavar="TSV", help="passages: a header line, then id, text, title [what the run says]")
+    add("--embedding-path", metavar="FILE", help="the file to make [what the run says]")
+    add("--indexer-batch-size", type=int, metavar="N", help="passages embedded at once [what the run says, 128]")
+    add("--indexer-log-interval", type=int, metavar="N", help="batches between progress lines [1000]")
+    add("--retriever-seq-length", type=int, metavar="N", help="tokens of a passage [what the run says, 256]")
+    add("--sample-rate", type=float, metavar="X", help="share of the passages that is read [1]")
+    add("--embedding-dtype", choices=tuple(DTYPES), default="fp16", help="how vectors are kept [fp16]")
+    add("--nproc", type=int, metavar="N", help="ranks to start on this machine")
+    add("--step", type=int, metavar="N", help="checkpoint to use [the newest]")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return parser
+
+
+def plan(options: argparse.Namespace, layout: Layout) -> Work:
+    """What the words and the run together ask for. Raises ValueError for what is missing or unfit."""
+    run = run_of(options.run)
+
+    def given(name: str, otherwise: Any) -> Any:
+        value = getattr(options, name)
+        return otherwise if value is None else value
+
+    evidence = given("evidence_data_path", run.data.evidence_data_path)
+    path = given("embedding_path", run.evaluate.embedding_path)
+    batch = given("indexer_batch_size", run.evaluate.indexer_batch_size)
+    interval = given("indexer_log_interval", run.evaluate.indexer_log_interval)
+    rate = given("sample_rate", run.data.sample_rate)
+    faults = [
+        f"--{name}: is required and was not given. Add it." for name, value in _needed(evidence, path) if not value
+    ]
+    for name, count in (("indexer-batch-size", batch), ("indexer-log-interval", interval)):
+        if count < 1:
+            faults.append(f"--{name} = {count}: must be greater than 0. Give a positive number.")
+    if not 0 < rate <= 1:
+        faults.append(f"--sample-rate = {rate}: must be above 0 and at most 1. Give such a share.")
+    if evidence and not Path(evidence).is_file():
+        faults.append(f"--evidence-data-path = {evidence}: is not a file. Correct the path.")
+    if path and not Path(path).parent.is_dir():
+        faults.append(f"--embedding-path = {path}: there is no directory {Path(path).parent}. Make it.")
+    if faults:
+        raise ValueError("\n".join(faults))
+    retriever = open_retriever(
+        options.run,
+        step=options.step,
+        device=options.device,
+        length=options.retriever_seq_length,
+        local_rank=layout.local_rank,
+    )
+    made_from = {
+        "weights": digest_of_weights(retriever.model.context),
+        "step": retriever.step,
+        "tokenizer": retriever.tokenizer.digest,
+        "evidence": digest_of(evidence).digest,
+        "sample_rate": rate,
+        "seed": run.train.seed,
+        "length": retriever.marks.length,
+        "batch": batch,
+        "dtype": options.embedding_dtype,
+    }
+    return Work(retriever, evidence, Path(path), batch, interval, rate, options.embedding_dtype, made_from)
+
+
+def _needed(evidence: str | None, path: str | None) -> list[tuple[str, str | None]]:
+    return [("evidence-data-path", evidence), ("embedding-path", path)]
+
+
+def make_index(work: Work, layout: Layout, *, disk: Disk = DISK) -> None:
+    """Embed what is not embedded yet, and join it all. Every rank calls it.
+
+    Raises ValueError if there is a file of other embeddings already, or the evidence is damaged or empty.
+    """
+    if work.path.exists():
+        if open_embeddings(work.path).made_from != work.made_from:
+            raise ValueError(
+                f"--embedding-path = {work.path}: holds other embeddings. Remove it, or name another file."
+            )
+        if layout.rank == 0:
+            clear(work.folder, disk=disk)  # the last start may have been killed between the two
+        _say(layout, f"{work.path} is there already, made of the same weights and passages")
+        return
+    make_directories(work.folder, disk=disk)
+    count = embed_spans(work, layout, disk=disk)
+    if not count:
+        raise ValueError(f"{work.evidence}: holds no passage")
+    _wait(layout)
+    if layout.rank == 0:
+        join_spans(work, count, disk=disk)
+        _say(layout, f"{count} passages are embedded in {work.path}")
+    _wait(layout)
+
+
+def embed_spans(work: Work, layout: Layout, *, disk: Disk) -> int:
+    """Embed the spans of this rank that are not there yet; give the number of passages of all ranks."""
+    size = work.batch * SPAN_BATCHES
+    passages = read_passages(work.evidence, sample_rate=work.sample_rate, seed=int(work.made_from["seed"]))
+    progress = _Progress(work, layout)
+    count = 0
+    for number, span in groupby(passages, lambda passage: passage.number // size):
+        if number % layout.world_size != layout.rank:
+            count += sum(1 for _ in span)
+            continue
+        held = list(span)
+        count += len(held)
+        if _is_there(work, number, held):
+            progress.found(len(held))
+            continue
+        vectors = [vectors for batch in _batches(held, work.batch) for vectors in progress.embedded(batch)]
+        rows = np.concatenate(vectors).astype(DTYPES[work.dtype])
+        ids = np.array([passage.id for passage in held], np.int64)
+        if not np.isfinite(rows).all():
+            wrong = int(ids[~np.isfinite(rows).all(1)][0])
+            raise ValueError(
+                f"passage {wrong}: its vector is not finite in {work.dtype}; --embedding-dtype fp32 is wider"
+            )
+        write_block(work.span(number), ids, rows, {**work.made_from, "span": number}, disk=disk)
+    return count
+
+
+def _batches(held: list[Passage], size: int) -> Iterator[list[Passage]]:
+    for first in range(0, len(held), size):
+        yield held[first : first + size]
+
+
+class _Progress:
+    """Embeds batches and says how far the first rank is, in Megatron-LM's words; others do as much in the same time."""
+
+    def __init__(self, work: Work, layout: Layout) -> None:
+        self._work, self._layout = work, layout
+        self._batches = self._total = 0
+
+    def found(self, count: int) -> None:
+        self._batches += -(-count // self._work.batch)
+        self._total += count * self._layout.world_size
+
+    def embedded(self, batch: list[Passage]) -> Iterator[Any]:
+        tokenizer, marks = self._work.retriever.tokenizer, self._work.retriever.marks
+        ids = tokenizer.encode_batch([text for passage in batch for text in (passage.title, passage.text)])
+        sequences = [marks.mark(*ids[place : place + 2]) for place in range(0, len(ids), 2)]
+        yield embed(self._work.tower, marks, sequences)
+        self._batches += 1
+        self._total += len(batch) * self._layout.world_size
+        if self._batches % self._work.log_interval == 0:
+            _say(self._layout, f"Batch {self._batches:10d} | Total {self._total:10d}")
+
+
+def _is_there(work: Work, number: int, held: list[Passage]) -> bool:
+    """Whether a span was embedded by an earlier start; what is damaged or of other weights is embedded again."""
+    if not work.span(number).exists():
+        return False
+    with suppress(ValueError):
+        found = open_embeddings(work.span(number))
+        return found.made_from == {**work.made_from, "span": number} and found.ids.tolist() == [p.id for p in held]
+    return False
+
+
+def join_spans(work: Work, count: int, *, disk: Disk) -> None:
+    """Make one file of all spans, then remove them. Raises ValueError for one that is missing or damaged."""
+    parts: list[Embeddings] = []
+    while sum(map(len, parts)) < count:
+        if not work.span(len(parts)).exists():
+            raise ValueError(f"{work.span(len(parts))}: is missing; all ranks must write to the same directory")
+        parts.append(open_embeddings(work.span(len(parts))))
+    assert sum(map(len, parts)) == count, "spans are cut alike by all ranks"
+    for remains in work.path.parent.glob(f".{work.path.name}.*{TEMPORARY_SUFFIX}"):
+        disk.remove(remains)
+    write_joined(work.path, parts, work.made_from, disk=disk)
+    clear(work.folder, disk=disk)
+
+
+def clear(folder: Path, *, disk: Disk) -> None:
+    """Remove the folder of the spans, if it is there; nothing else lies in it."""
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            disk.remove(path)
+        disk.remove_directory(folder)
+
+
+def _wait(layout: Layout) -> None:
+    if layout.world_size > 1:
+        dist.barrier()
+
+
+def _say(layout: Layout, text: str) -> None:
+    if layout.rank == 0:
+        print(text, flush=True)
