@@ -36,6 +36,7 @@ LEVELS = [
         "adopt",
         "bench",
         "forecast",
+        "guard",
         "job",
         "owner",
         "resume",

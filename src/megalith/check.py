@@ -25,6 +25,7 @@ def check(run: Run, world_size: int) -> list[Fault]:
         *_length(run),
         *_schedule(run),
         *_precision(run),
+        *_numbers(run),
         *_data(run),
         *task_faults(run),
         *_checkpoint(run),
@@ -60,9 +61,10 @@ def _positive(run: Run) -> Iterator[Fault]:
         "make_vocab_size_divisible_by img_dim num_channels num_classes patch_dim",
         "data": "seq_length encoder_seq_length decoder_seq_length retriever_seq_length corpus_vocab_size vocab_size",
         "optimizer": "micro_batch_size global_batch_size hysteresis loss_scale_window loss_scale initial_loss_scale "
-        "min_loss_scale lr_decay_iters lr_decay_samples",
+        "min_loss_scale lr_decay_iters lr_decay_samples spike_window",
         "parallel": "tensor_model_parallel_size pipeline_model_parallel_size checkpoint_num_layers nproc "
-        "num_layers_per_virtual_pipeline_stage context_parallel_size data_parallel_shard_size join_timeout",
+        "num_layers_per_virtual_pipeline_stage context_parallel_size data_parallel_shard_size join_timeout "
+        "check_replicas",
         "checkpoint": "save_interval keep_last keep_every adlr_autoresume_interval",
         "monitor": "profile_step_start profile_step_end log_interval tensorboard_log_interval tensorboard_queue_size",
         "evaluate": "eval_interval indexer_batch_size indexer_log_interval",
@@ -74,7 +76,8 @@ def _positive(run: Run) -> Iterator[Fault]:
             if value is not None and not value > 0:
                 yield fault(name, value, "must be greater than 0", "Give a positive number")
     not_negative = {
-        "optimizer": "lr min_lr weight_decay clip_grad adam_eps lr_warmup_iters lr_warmup_samples",
+        "optimizer": "lr min_lr weight_decay clip_grad adam_eps lr_warmup_iters lr_warmup_samples max_bad_steps "
+        "spike_threshold",
         "data": "num_workers vocab_extra_ids",
         "evaluate": "eval_iters",
         "parallel": "max_restarts stop_grace hang_timeout",
@@ -220,6 +223,21 @@ def _precision(run: Run) -> Iterator[Fault]:
             f"is above --initial-loss-scale = {optimizer.initial_loss_scale}",
             "Lower it",
         )
+
+
+def _numbers(run: Run) -> Iterator[Fault]:
+    optimizer, checkpoint, ratio = run.optimizer, run.checkpoint, run.monitor.slow_rank_ratio
+    if optimizer.on_nan == "rewind":
+        if checkpoint.save is None:
+            yield fault("on_nan", "rewind", "needs checkpoints to go back to", "Add --save DIR")
+        if checkpoint.no_save_optim:
+            yield fault("on_nan", "rewind", "needs the optimizer in checkpoints", "Leave --no-save-optim out")
+    if optimizer.spike_window == 1:
+        yield fault("spike_window", 1, "is too short to tell a spike", "Give 2 or more; 128 is usual")
+    if optimizer.on_spike != "warn" and not optimizer.spike_threshold:
+        yield fault("on_spike", optimizer.on_spike, "needs to know what a spike is", "Add --spike-threshold 10")
+    if ratio and not ratio > 1:
+        yield fault("slow_rank_ratio", ratio, "must be above 1, or 0", "1.5 is usual")
 
 
 def _data(run: Run) -> Iterator[Fault]:

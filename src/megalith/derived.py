@@ -149,4 +149,12 @@ OURS = (
     "fp8_format",
     "compile_blocks",
     "activation_memory_budget",
+    "on_nan",
+    "max_bad_steps",
+    "spike_threshold",
+    "spike_window",
+    "on_spike",
+    "check_replicas",
+    "on_replica_fault",
+    "slow_rank_ratio",
 )

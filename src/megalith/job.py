@@ -6,13 +6,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from megalith.config import Run
 from megalith.data.loader import BatchSource, Loader
-from megalith.data.order import CyclicOrder, Order, SingleOrder, sample_counts
+from megalith.data.order import CyclicOrder, Order, RoundOrder, SingleOrder, sample_counts
 from megalith.data.tokenizer import Tokenizer, load_tokenizer, padded_vocab_size
 from megalith.derived import (
     compute_dtype,
@@ -43,16 +41,20 @@ from megalith.monitor.flops import datasheet_flops
 from megalith.monitor.interval import Interval
 from megalith.monitor.ledger import Ledger, LedgerFile
 from megalith.monitor.log import RunLog, choose_format
+from megalith.monitor.pace import Pace
 from megalith.monitor.peers import seconds_of_life
 from megalith.monitor.scalars import Scalars
+from megalith.monitor.spikes import Spikes
 from megalith.monitor.timers import SETUP_TIMERS, Timers
 from megalith.notices import notes, overridden, padding_warning, warnings_of
 from megalith.optim.batch_size import ConstantBatch, RampedBatch, make_batch_sizes, steps_for_samples
+from megalith.optim.finite import BadSteps
 from megalith.optim.groups import build_optimizer
 from megalith.optim.loss_scale import LossScale, make_loss_scale
 from megalith.optim.schedule import Schedule, make_schedule
 from megalith.parallel.apply import TIED, Laid, Sizes, lay_out
 from megalith.parallel.mesh import Groups, Layout, make_groups
+from megalith.parallel.seen import SeenLosses
 from megalith.task import Task
 from megalith.task_rows import TASK_ROWS
 
@@ -69,6 +71,8 @@ class Progress:
     schedule_samples: int = 0  # of steps that were not skipped: what the learning rate counts
     loss_scale: LossScale | None = None
     skipped_steps: int = 0
+    bad_steps: BadSteps = field(default_factory=BadSteps)
+    spikes: Spikes = field(default_factory=lambda: Spikes(window=2, threshold=0.0))
 
 
 @dataclass
@@ -87,12 +91,15 @@ class Job:
     tokenizer: Tokenizer | None  # None for a task that reads no text
     vocab_size: int  # padded; 0 without a tokenizer
     laid: Laid
+    seen: SeenLosses
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     batch_sizes: ConstantBatch | RampedBatch
     last_step: int
     progress: Progress
     interval: Interval
+    pace: Pace
+    stop: str | None = None  # what went so wrong in a step that the run must stop after it
     memory_reported: bool = False
     # Step and mean losses of each evaluation on the validation data in this start.
     validations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
@@ -143,9 +150,10 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
     log.line(lines.building_model(task.title), detail=True)
     with timers("model-and-optimizer-setup"):
         dtype: torch.dtype = getattr(torch, compute_dtype(run))
+        seen = SeenLosses(task.run_part)
         laid = lay_out(
             task.build_part(run, vocab_size, dtype),
-            task.run_part,
+            seen,
             model_sizes(run, task, vocab_size, dtype),
             run.parallel,
             layout,
@@ -182,11 +190,16 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         laid=laid,
+        seen=seen,
         optimizer=optimizer,
         schedule=schedule,
         batch_sizes=batch_sizes,
         last_step=last_step,
-        progress=Progress(loss_scale=make_loss_scale(run.optimizer)),
+        progress=Progress(
+            loss_scale=make_loss_scale(run.optimizer),
+            spikes=Spikes(window=run.optimizer.spike_window, threshold=run.optimizer.spike_threshold),
+        ),
+        pace=Pace(device),
         book=LedgerFile(run.checkpoint.save) if run.checkpoint.save is not None and layout.rank == 0 else None,
         interval=Interval(time.perf_counter(), last_step=last_step, num_devices=layout.world_size, peak_flops=peak),
     )
@@ -370,14 +383,3 @@ def make_loader(job: Job, name: str, source: BatchSource) -> Loader:
         data_parallel=job.layout.data,
         pinned=job.device.type == "cuda",
     )
-
-
-class RoundOrder:
-    """Each sample in its place, beginning anew after the last; for evaluation, which never runs out."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-
-    def global_indices(self, consumed: int, count: int) -> NDArray[np.int64]:
-        """The indices at these positions."""
-        return np.arange(consumed, consumed + count) % self.total

@@ -23,8 +23,8 @@ NOT_STARTED = 2  # a fault that was named
 PEER_LOST = 77  # another rank died or failed
 HUNG = 78  # no progress for --hang-timeout seconds
 
-# 0, and what train.py ends with after all ranks have agreed to: they follow, each in its time.
-ALL_END_SO = (0, 74, 75, 76)
+# 0, and what train.py and guard.py end with after all ranks have agreed to: they follow, each in its time.
+ALL_END_SO = (0, 74, 75, 76, 80, 81)
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SECONDS_TO_FOLLOW = 1.0  # that ranks get to end by themselves once one is lost

@@ -28,7 +28,8 @@ from megalith.monitor.events import (
 )
 from megalith.monitor.ledger import LedgerFile
 from megalith.monitor.timers import Timer
-from megalith.optim.groups import num_updates, optimizer_tensors, set_num_updates
+from megalith.optim.finite import BadSteps
+from megalith.optim.groups import num_updates, optimizer_tensors, set_num_updates, take_optimizer_tensors
 from megalith.optim.schedule import resumed_schedule, schedule_to_json
 from megalith.owner import Lease
 from megalith.parallel.apply import local_part
@@ -116,6 +117,10 @@ class Keeper:
                 "there. Make room, or choose another directory."
             )
 
+    def forget_saved(self) -> None:
+        """The run went back: what was saved last is of no step that it is at."""
+        self._saved_step = None
+
     def before_update(self) -> None:
         """Wait until the checkpoint that was begun is copied: only then may the weights change."""
         if self._saver is not None and self._saver.is_copying:
@@ -197,6 +202,8 @@ def state_of(job: Job) -> dict[str, Any]:
         "consumed_valid_samples": progress.consumed_valid_samples,
         "schedule_samples": progress.schedule_samples,
         "skipped_steps": progress.skipped_steps,
+        "bad_steps": progress.bad_steps.to_json(),
+        "spikes": progress.spikes.state(),
         "num_updates": num_updates(job.laid.trained, job.optimizer),
         "loss_scale": None if progress.loss_scale is None else progress.loss_scale.to_json(),
         "schedule": schedule_to_json(job.schedule),
@@ -281,18 +288,11 @@ def resume(job: Job) -> None:
     fit = job.task.fit if fresh else None
     adoption = None if fit is None else Adoption(job.laid.trained.held, fit, prefix=WEIGHT)
     try:
-        loaded = load_latest(
-            source.directory,
-            lambda index: wanted(job, index, with_optimizer=with_optimizer, adoption=adoption),
-            may_stay_unread=lambda name: not with_optimizer and (adoption is not None or not name.startswith(WEIGHT)),
-        )
+        loaded = load(job, source.directory, with_optimizer=with_optimizer, adoption=adoption)
     except CheckpointError as error:
         raise ValueError(str(error)) from error
-    assert loaded is not None, "its checkpoints were listed"
     if adoption is not None:
         adoption.finish()
-    # Replicas that share out the optimizer have loaded their own rows only.
-    job.laid.reduction.after_update()
     for message in loaded.messages():
         job.log.report(Warned(message))
     if not fresh:
@@ -318,6 +318,49 @@ def begin_with_another(job: Job) -> None:
         job.log.report(Warned(message))
     seconds = time.monotonic() - started
     job.log.line(f"began with the weights of step {loaded.index.step} of {origin.directory} ({seconds:.1f} s)")
+
+
+def go_back(job: Job, step: int) -> None:
+    """Go on from an earlier checkpoint of this run, in the middle of it; in place.
+
+    Raises CheckpointError if it is damaged or gone; then nothing has changed.
+    """
+    save, started = str(job.run.checkpoint.save), time.monotonic()
+    job.log.report(LoadStarted(save, step))
+    loaded = load(job, Path(save), step=step, with_optimizer=True)
+    restore(job, loaded, with_optimizer=True)
+    job.validations = [(taken, means) for taken, means in job.validations if taken <= step]
+    job.ledger.go_back(loaded.index.notes["ledger"])
+    job.log.report(CheckpointLoaded(save, step, time.monotonic() - started, loaded.index.notes["megalith"]))
+
+
+def load(
+    job: Job, directory: Path, *, with_optimizer: bool, step: int | None = None, adoption: Adoption | None = None
+) -> Loaded:
+    """Fill weights and the optimizer's tensors, in place, from the newest checkpoint that verifies, or from a step's.
+
+    Raises CheckpointError if there is none that can be read.
+    """
+    pieces: dict[str, Piece] = {}
+
+    def wanted_of(index: Index) -> dict[str, Piece]:
+        pieces.clear()
+        pieces.update(wanted(job, index, with_optimizer=with_optimizer, adoption=adoption))
+        return pieces
+
+    loaded = load_latest(
+        directory,
+        wanted_of,
+        step=step,
+        may_stay_unread=lambda name: not with_optimizer and (adoption is not None or not name.startswith(WEIGHT)),
+    )
+    assert loaded is not None, "its checkpoints were listed"
+    if with_optimizer:
+        moments = {name: piece.local for name, piece in pieces.items() if not name.startswith(WEIGHT)}
+        take_optimizer_tensors(job.laid.trained, job.optimizer, moments)
+    # Replicas that share out the optimizer have loaded their own rows only.
+    job.laid.reduction.after_update()
+    return loaded
 
 
 def wanted(job: Job, index: Index, *, with_optimizer: bool, adoption: Adoption | None = None) -> dict[str, Piece]:
@@ -349,6 +392,9 @@ def restore(job: Job, loaded: Loaded, *, with_optimizer: bool) -> None:
     progress.consumed_valid_samples = int(state["consumed_valid_samples"])
     progress.schedule_samples = int(state["schedule_samples"])
     progress.skipped_steps = int(state["skipped_steps"])
+    # Checkpoints of earlier versions have neither.
+    progress.bad_steps = BadSteps.from_json(state.get("bad_steps", {}))
+    progress.spikes.restore(state.get("spikes", {}))
     if with_optimizer:
         set_num_updates(job.laid.trained, job.optimizer, int(state["num_updates"]))
         if progress.loss_scale is not None and state["loss_scale"] is not None:

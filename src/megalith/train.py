@@ -7,8 +7,10 @@ fixed once it is built (job.py). So a checkpoint is these three, and a resumed r
 import os
 import signal
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import SupportsFloat
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from megalith.allocator import keep_freed_memory
 from megalith.closing import tell_what_next
 from megalith.config import Run
 from megalith.corpora import prepare_corpus
+from megalith.guard import EXIT_STATUS, leaves_out, may_save, reason_to_give_up, report_slow_ranks
 from megalith.job import Job, build_job, open_data, open_log
 from megalith.layers.random import dropout_rows
 from megalith.monitor import lines
@@ -24,6 +27,7 @@ from megalith.monitor.events import Evaluated, PlaceReached, RunEnded, StepDone,
 from megalith.monitor.memory import memory_use
 from megalith.monitor.signals import StopSignals
 from megalith.optim.clip import clip_gradients, count_zeros, global_norm, unscale_gradients
+from megalith.optim.finite import GRAD_NORM, measure
 from megalith.optim.groups import set_learning_rate
 from megalith.optim.schedule import learning_rate
 from megalith.owner import owned
@@ -35,7 +39,7 @@ from megalith.resume import Keeper, resume, try_save_directory
 from megalith.sources import write_run_file
 from megalith.watching import Places, collective_timeout, open_watch
 
-# Exit statuses beside 0: done, or stopped where --exit-interval or --exit-duration-in-mins said.
+# Exit statuses beside 0 (done, or stopped where --exit-interval or --exit-duration-in-mins said) and those of guard.py.
 NOT_SAVED = 74  # the last checkpoint could not be written
 STOPPED_BY_SIGNAL = 75  # saved; the same command goes on
 STOPPED_UNSAVED = 76  # a signal stopped a run that has no --save
@@ -100,6 +104,8 @@ def train(run: Run, *, started: float) -> int:
         return NOT_SAVED
     if reason is None or reason.startswith("exit-"):
         return 0
+    if reason in EXIT_STATUS:
+        return EXIT_STATUS[reason]
     return STOPPED_BY_SIGNAL if run.checkpoint.save is not None else STOPPED_UNSAVED
 
 
@@ -134,10 +140,11 @@ def run_steps(job: Job, keeper: Keeper, signals: StopSignals) -> str | None:
         job.interval.add(done)
         if every(progress.step, run.monitor.log_interval):
             report_interval(job, done)
+            report_slow_ranks(job)
         if every(progress.step, run.evaluate.eval_interval):
             evaluate(job, "valid")
-        reason = reason_to_stop(job, signals, keeper)
-        if reason or every(progress.step, run.checkpoint.save_interval):
+        reason = reason_to_give_up(job, keeper) or reason_to_stop(job, signals, keeper)
+        if (reason or every(progress.step, run.checkpoint.save_interval)) and may_save(job, reason):
             keeper.save()
         if reason:
             return reason
@@ -151,10 +158,11 @@ def every(step: int, interval: int | None) -> bool:
 
 @dataclass(frozen=True)
 class Update:
-    """What became of a step's gradients."""
+    """What became of a step: its losses, and whether its gradients have changed the weights."""
 
+    losses: Mapping[str, SupportsFloat]
     skipped: bool
-    grad_norm: Tensor | None = None
+    grad_norm: float | None = None
     num_zeros: Tensor | None = None
 
 
@@ -162,8 +170,12 @@ def take_step(job: Job, keeper: Keeper) -> StepDone:
     """One optimizer step: microbatches forward and backward, one reduction, one update or none."""
     began = time.perf_counter()
     progress, run, timers = job.progress, job.run, job.timers
-    num_microbatches = job.batch_sizes.num_microbatches(progress.consumed_train_samples)
     batch_size = job.batch_sizes.batch_size(progress.consumed_train_samples)
+    if progress.bad_steps.passes_over(progress.step + 1):
+        return step_done(job, Update({}, skipped=True), batch_size, began=began, num_computed=0)
+    job.pace.begin()
+    job.seen.clear()
+    num_microbatches = job.batch_sizes.num_microbatches(progress.consumed_train_samples)
     with timers("batch-generator"), job.ledger.spend("data"):
         microbatches = job.loaders["train"].step_batch(progress.consumed_train_samples, num_microbatches)
     if run.model.hidden_dropout > 0 or run.model.attention_dropout > 0:
@@ -173,11 +185,17 @@ def take_step(job: Job, keeper: Keeper) -> StepDone:
     job.laid.clear_gradients()
     scale = 1.0 if progress.loss_scale is None else progress.loss_scale.scale
     losses = run_microbatches(job, microbatches, scale=scale, backward=True)
+    job.pace.ready()
     with timers("backward-params-all-reduce"):
         job.laid.finish_gradients()
     with timers("optimizer"):
-        update = update_weights(job, keeper, scale)
+        update = update_weights(job, keeper, losses, scale=scale, batch_size=batch_size)
+    return step_done(job, update, batch_size, began=began, num_computed=batch_size)
 
+
+def step_done(job: Job, update: Update, batch_size: int, *, began: float, num_computed: int) -> StepDone:
+    """Count the step, in place, and give what is to be said of it. num_computed: samples, of batch_size drawn."""
+    progress, run = job.progress, job.run
     progress.step += 1
     progress.consumed_train_samples += batch_size
     progress.skipped_steps += update.skipped
@@ -186,9 +204,9 @@ def take_step(job: Job, keeper: Keeper) -> StepDone:
     return StepDone(
         step=progress.step,
         consumed_samples=progress.consumed_train_samples,
-        num_tokens=batch_size * job.task.num_places(run),
+        num_tokens=num_computed * job.task.num_places(run),
         seconds=time.perf_counter() - began,
-        losses=losses,
+        losses=update.losses,
         learning_rate=learning_rate(progress.schedule_samples, job.schedule),
         global_batch_size=batch_size,
         loss_scale=1.0 if progress.loss_scale is None else progress.loss_scale.scale,
@@ -196,7 +214,7 @@ def take_step(job: Job, keeper: Keeper) -> StepDone:
         grad_norm=update.grad_norm,
         num_zeros=update.num_zeros,
         params_norm=weights_norm(job) if run.monitor.log_params_norm else None,
-        model_flops=job.task.step_flops(run, job.vocab_size, batch_size),
+        model_flops=job.task.step_flops(run, job.vocab_size, num_computed),
         memory=memory_use(job.device) if every(progress.step, run.monitor.log_interval) else None,
     )
 
@@ -225,21 +243,26 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     return {name: entry.to(device, non_blocking=True) for name, entry in batch.items()}
 
 
-def update_weights(job: Job, keeper: Keeper, scale: float) -> Update:
-    """Unscale, look for overflow, clip and update, or skip the step; in place."""
+def update_weights(job: Job, keeper: Keeper, losses: Mapping[str, Tensor], *, scale: float, batch_size: int) -> Update:
+    """Unscale, see with all ranks whether the numbers are sound, clip and update, or skip the step; in place."""
     progress, config, timers = job.progress, job.run.optimizer, job.timers
-    gradients = job.laid.gradients()
-    with timers("optimizer-unscale-and-check-inf"):
-        overflow = bool(unscale_gradients(gradients, scale, reduce=job.laid.largest))
-    if progress.loss_scale is not None:
-        progress.loss_scale = progress.loss_scale.updated(overflow)
-    if overflow:
-        return Update(skipped=True)
-    counted = job.laid.gradients(counted=True)
+    gradients, counted = job.laid.gradients(), job.laid.gradients(counted=True)
     norm = None
-    if config.clip_grad > 0:
+    with timers("optimizer-unscale-and-check-inf"):
+        overflow = unscale_gradients(gradients, scale)
+        if config.clip_grad > 0:
+            norm = global_norm(counted, device=job.device, reduce=job.laid.total)
+        # The only place at which a step waits for the device.
+        measured = measure(losses, overflow, norm, reduce=job.laid.largest)
+    skipped = leaves_out(job, measured, batch_size=batch_size)
+    if progress.loss_scale is not None:
+        progress.loss_scale = progress.loss_scale.updated(measured.overflow)
+    known = {name: measured.values.get(name, loss) for name, loss in losses.items()}
+    if skipped:
+        return Update(known, skipped=True)
+    if norm is not None:
         with timers("optimizer-clip-main-grad"):
-            norm = clip_gradients(gradients, config.clip_grad, counted=counted, reduce=job.laid.total)
+            clip_gradients(gradients, norm, config.clip_grad)
     zeros = None
     if job.run.monitor.log_num_zeros_in_grad:
         zeros = count_zeros(counted, device=job.device, reduce=job.laid.total)
@@ -247,7 +270,7 @@ def update_weights(job: Job, keeper: Keeper, scale: float) -> Update:
     set_learning_rate(job.optimizer, learning_rate(progress.schedule_samples, job.schedule))
     job.optimizer.step()
     job.laid.reduction.after_update()
-    return Update(skipped=False, grad_norm=norm, num_zeros=zeros)
+    return Update(known, skipped=False, grad_norm=measured.values.get(GRAD_NORM), num_zeros=zeros)
 
 
 def weights_norm(job: Job) -> Tensor:

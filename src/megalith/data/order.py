@@ -68,6 +68,17 @@ class SingleOrder:
         return np.arange(consumed, consumed + count)
 
 
+class RoundOrder:
+    """Each sample in its place, beginning anew after the last; for evaluation, which never runs out."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+
+    def global_indices(self, consumed: int, count: int) -> NDArray[np.int64]:
+        """The indices at these positions."""
+        return np.arange(consumed, consumed + count) % self.total
+
+
 class CyclicOrder:
     """All samples in a new random order every epoch, without end; the epoch's number is the seed.
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from megalith.monitor import events
 from megalith.monitor.lines import perplexity
+from megalith.monitor.troubles import TROUBLES
 
 
 def clean_lines(event: events.Event) -> list[str]:
@@ -86,6 +87,11 @@ def evaluated(event: events.Evaluated) -> list[str]:
     return [f"{event.split} at step {event.step:,}: {'; '.join(losses)} ({duration(event.seconds)})"]
 
 
+def warned(event: Any) -> list[str]:
+    """Of any event that carries a text for people, unless that is empty."""
+    return [f"warning: {event.text}"] if event.text else []
+
+
 def run_ended(event: events.RunEnded) -> list[str]:
     why = {
         "done": "done",
@@ -140,6 +146,7 @@ LINES: dict[type, Callable[[Any], list[str]]] = {
     events.CheckpointSaved: checkpoint_saved,
     events.CheckpointLoaded: checkpoint_loaded,
     events.CheckpointMissing: lambda event: [f"warning: no checkpoint at {event.tracker}: starting from new weights"],
-    events.Warned: lambda event: [f"warning: {event.text}"],
+    events.Warned: warned,
+    **dict.fromkeys(TROUBLES, warned),
     events.RunEnded: run_ended,
 }

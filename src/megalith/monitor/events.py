@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import SupportsFloat, TypeAlias
 
 from megalith.monitor.memory import MemoryUse
+from megalith.monitor.troubles import Trouble
 
 
 @dataclass(frozen=True)
@@ -309,7 +310,7 @@ class Warned:
 @dataclass(frozen=True)
 class RunEnded:
     step: int
-    reason: str  # done, exit-interval, exit-duration, or the name of a signal
+    reason: str  # done, exit-interval, exit-duration, the name of a signal, or what is wrong
     minutes: float  # since the program started
     spent: Mapping[str, float]  # seconds of the whole run by what they went to, earlier starts included
 
@@ -343,5 +344,6 @@ Event: TypeAlias = (
     | CheckpointLoaded
     | CheckpointMissing
     | Warned
+    | Trouble
     | RunEnded
 )

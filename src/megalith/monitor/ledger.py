@@ -118,6 +118,18 @@ class Ledger:
         if newest is not None and not newest.get("ended", False):
             self._spent["interrupted"] += max(0, self._gap(newest))
 
+    def go_back(self, checkpoint: Mapping[str, Any]) -> None:
+        """The run goes on from a checkpoint of its own while it runs: what it did since is redone.
+
+        checkpoint: the state in the checkpoint.
+        """
+        self.switch(self.account)
+        kept = _accounts(checkpoint)
+        for name in LOST_WITH_STEPS:
+            lost = max(0, self._spent[name] - kept[name])
+            self._spent[name] -= lost
+            self._spent["redone"] += lost
+
     def _gap(self, state: Mapping[str, Any]) -> int:
         """Nanoseconds from when a state was written to when this process began."""
         if self._machine and state.get("machine") == self._machine:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megalith.monitor import events, lines
+from megalith.monitor.troubles import TROUBLES
 
 
 def reference_lines(event: events.Event, now: float) -> list[str]:
@@ -114,8 +115,9 @@ def checkpoint_loaded(event: events.CheckpointLoaded, now: float) -> list[str]:
     ]
 
 
-def warned(event: events.Warned, now: float) -> list[str]:
-    return [f"WARNING: {event.text}"]
+def warned(event: Any, now: float) -> list[str]:
+    """Of any event that carries a text for people, unless that is empty."""
+    return [f"WARNING: {event.text}"] if event.text else []
 
 
 def run_ended(event: events.RunEnded, now: float) -> list[str]:
@@ -161,5 +163,6 @@ LINES: dict[type, Callable[[Any, float], list[str]]] = {
     events.CheckpointLoaded: checkpoint_loaded,
     events.CheckpointMissing: lambda event, now: lines.checkpoint_missing(event.tracker),
     events.Warned: warned,
+    **dict.fromkeys(TROUBLES, warned),
     events.RunEnded: run_ended,
 }

@@ -47,3 +47,6 @@ class MonitorConfig:
         section="logging",
         choices=("auto", "reference", "rich", "json"),
     )
+    slow_rank_ratio: float = setting(
+        1.5, "name a rank that takes so many times as long as the others, 0 = off", section="logging", unit="times"
+    )

@@ -35,8 +35,7 @@ class Spikes:
     def __init__(self, *, window: int, threshold: float) -> None:
         if window < 2 or not threshold >= 0:
             raise ValueError(f"window={window} must be 2 or more, threshold={threshold} 0 or more")
-        self._window = window
-        self._threshold = threshold
+        self._window, self._threshold = window, threshold
         self._values: dict[str, deque[float]] = {}
 
     def find(self, values: Mapping[str, float]) -> list[Spike]:
@@ -66,12 +65,14 @@ class Spikes:
         return {name: list(kept) for name, kept in self._values.items()}
 
     def restore(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Go on from a state; of a longer window the newest values stay."""
-        self._values = {
-            str(name): deque((float(value) for value in kept), maxlen=self._window)
-            for name, kept in state.items()
-            if self._threshold
-        }
+        """Go on from a state; of a longer window the newest values stay. Raises ValueError if it is none."""
+        try:
+            values = {str(name): [float(value) for value in kept] for name, kept in state.items()}
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"the checkpoint's last losses and norms are {state!r}: {error}") from error
+        if not all(math.isfinite(value) for kept in values.values() for value in kept):
+            raise ValueError("the checkpoint's last losses and norms must all be finite")
+        self._values = {name: deque(kept, maxlen=self._window) for name, kept in values.items() if self._threshold}
 
 
 def _spread(values: Sequence[float] | deque[float]) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """What is done to all gradients together: unscaling, looking for overflow, the global norm, clipping.
 
-The sums run over what this rank holds; a `reduce` adds (or, for overflow, takes the largest of) what the ranks found.
-Its default is one rank. Where ranks hold copies of a tensor, only one of them counts it: the caller chooses by what it
-passes. Cut tensors (DTensors) count by the part that lies here.
+The sums run over what this rank holds; a `reduce` adds what the ranks found. Its default is one rank. Where ranks hold
+copies of a tensor, only one of them counts it: the caller chooses by what it passes. Cut tensors (DTensors) count by
+the part that lies here.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,17 +23,17 @@ def one_rank(found: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def unscale_gradients(gradients: Iterable[Tensor], scale: float, *, reduce: Reduction = one_rank) -> Tensor:
+def unscale_gradients(gradients: Iterable[Tensor], scale: float) -> Tensor:
     """Divide the gradients by the loss scale, in place; give 1.0 if any was infinite or NaN, else 0.0.
 
-    reduce: the maximum over all ranks, so that all skip the same step. One pass over the gradients, which must be
-    floating-point tensors on one device; at least one. The result is a scalar on that device: reading it waits for it.
+    One pass over the gradients, which must be floating-point tensors on one device; at least one. The result is a
+    scalar on that device, of this rank alone: see `finite.measure`.
     """
     local = [_local(gradient) for gradient in gradients]
     found = torch.zeros((), dtype=torch.float32, device=local[0].device)
     inverse = torch.full((), 1.0 / scale, dtype=torch.float32, device=local[0].device)
     torch._amp_foreach_non_finite_check_and_unscale_(local, found, inverse)
-    return reduce(found)
+    return found
 
 
 @torch.no_grad()
@@ -66,24 +66,15 @@ def _norms(tensors: list[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def clip_gradients(
-    gradients: Iterable[Tensor],
-    max_norm: float,
-    *,
-    counted: Iterable[Tensor] | None = None,
-    reduce: Reduction = one_rank,
-) -> Tensor:
-    """Scale all gradients, in place, so that their global L2 norm is at most max_norm; give the norm before.
+def clip_gradients(gradients: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients, in place, so that their global L2 norm, which is norm, becomes at most max_norm.
 
-    The factor is max_norm / (norm + 1e-6), applied if it is below 1. counted: those of the gradients that this rank
-    adds to the norm (default: all); reduce: the sum over ranks. A norm that is not finite makes all gradients NaN: look
-    for overflow first. At least one gradient. Nothing waits for the device.
+    The factor is max_norm / (norm + 1e-6), applied if it is below 1. A norm that is not finite makes gradients NaN or
+    0: look at it first. Nothing waits for the device.
     """
     scaled = [_local(gradient) for gradient in gradients]
-    norm = global_norm(scaled if counted is None else counted, device=scaled[0].device, reduce=reduce)
     # Multiplying by exactly 1 changes nothing, and asking the device whether it is needed would wait for it.
     torch._foreach_mul_(scaled, (max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0).float())
-    return norm
 
 
 @torch.no_grad()

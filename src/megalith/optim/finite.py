@@ -4,8 +4,7 @@ One reduction tells all ranks what any of them found, so that they skip the same
 losses and the gradient norm to the host.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from megalith.optim.loss_scale import DynamicLossScale, LossScale
 
+GRAD_NORM = "grad norm"
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -21,7 +22,7 @@ class Measured:
 
     overflow: bool  # a gradient is infinite or NaN
     not_finite: tuple[str, ...]  # the losses, and "grad norm", that are infinite or NaN
-    values: Mapping[str, float]  # of the losses and the gradient norm, by name; 0 if not finite
+    values: Mapping[str, float]  # of the other losses, and of the gradient norm, by name
 
     def is_bad(self, loss_scale: LossScale | None) -> bool:
         """Whether something is wrong, rather than a loss scale on its way down.
@@ -41,9 +42,6 @@ class Measured:
         return "a gradient" if self.overflow else "the gradient norm"
 
 
-GRAD_NORM = "grad norm"
-
-
 @torch.no_grad()
 def measure(
     losses: Mapping[str, Tensor], overflow: Tensor, grad_norm: Tensor | None, *, reduce: Callable[[Tensor], Tensor]
@@ -57,60 +55,77 @@ def measure(
     bad = (~values.isfinite()).double()
     # A maximum with NaN is what the backend makes of it: only finite numbers are handed to it.
     found = reduce(torch.cat([overflow.double().reshape(1), bad, values.nan_to_num(0.0, 0.0, 0.0)])).tolist()
-    count = len(named)
-    not_finite = tuple(name for name, flag in zip(named, found[1 : 1 + count], strict=True) if flag)
-    return Measured(bool(found[0]), not_finite, dict(zip(named, found[1 + count :], strict=True)))
+    flags, values_found = found[1 : 1 + len(named)], found[1 + len(named) :]
+    not_finite = tuple(name for name, flag in zip(named, flags, strict=True) if flag)
+    finite = {name: value for name, value in zip(named, values_found, strict=True) if name not in not_finite}
+    return Measured(bool(found[0]), not_finite, finite)
 
 
 @dataclass
 class BadSteps:
-    """The bad steps of a run: how many in a row, and which are passed over; part of its state.
+    """The bad steps of a run: how many in a row, which are passed over, and how often it went back; part of its state.
 
-    Passed-over steps, and those whose overflow only lowers the loss scale, neither go on with a row nor end it.
+    A row begins with a bad step and ends with a good one that the run has not taken before. Steps that are passed over,
+    and those whose overflow only lowers the loss scale, neither go on with a row nor end it.
     """
 
     in_a_row: int = 0
     first: int | None = None  # of the row
     passed_over: list[tuple[int, int]] = field(default_factory=list)  # first and last, in order, apart
+    rewinds: int = 0  # since the last good step beyond all that are passed over
 
     def note(self, step: int, *, bad: bool) -> None:
         """Count a step that was computed; in place."""
-        if not bad:
-            self.in_a_row, self.first = 0, None
-        else:
+        if bad:
             self.in_a_row += 1
             self.first = step if self.first is None else self.first
+            return
+        self.in_a_row, self.first = 0, None
+        if not self.passed_over or step > self.passed_over[-1][1]:
+            self.rewinds = 0
 
     def passes_over(self, step: int) -> bool:
         """Whether a step is to be passed over: its samples are not drawn, and nothing is computed."""
         return any(first <= step <= last for first, last in self.passed_over)
 
-    def passed_before(self, step: int) -> int | None:
-        """The first of the passed-over steps that end right before a step; None if that one was computed."""
-        return next((first for first, last in self.passed_over if last == step - 1), None)
+    def turns_back_below(self) -> int:
+        """To rewind, go back to a checkpoint of fewer steps than this.
 
-    def pass_over(self, first: int, last: int) -> None:
-        """From now on pass over these steps too; in place."""
-        merged: list[tuple[int, int]] = []
-        for begin, end in sorted([*self.passed_over, (first, last)]):
-            if merged and begin <= merged[-1][1] + 1:
-                merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-            else:
-                merged.append((begin, end))
-        self.passed_over = merged
+        At first one from before the row will do. If the run comes back to where it was and fails again, then what it
+        had learnt before the stretch that it passed over is to blame, and that must go too.
+        """
+        assert self.first is not None, "there is a row"
+        return self.passed_over[-1][0] - 1 if self.rewinds else self.first
+
+    def rewound(self, step: int, checkpoint: int) -> "BadSteps":
+        """What is to hold once the run has gone back from a step to a checkpoint: what is passed over from now on."""
+        assert self.first is not None, "there is a row"
+        first = checkpoint + 1 if self.rewinds else self.first
+        return BadSteps(passed_over=joined_up([*self.passed_over, (first, step)]), rewinds=self.rewinds + 1)
 
     def to_json(self) -> dict[str, Any]:
-        return {"in_a_row": self.in_a_row, "first": self.first, "passed_over": [list(s) for s in self.passed_over]}
+        passed_over = [list(stretch) for stretch in self.passed_over]
+        return {"in_a_row": self.in_a_row, "first": self.first, "passed_over": passed_over, "rewinds": self.rewinds}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, in place; {} is that of a run without bad steps. Raises ValueError if it is none."""
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> "BadSteps":
+        """The state that `to_json` gave; {} is that of a run without bad steps. Raises ValueError if it is none."""
         try:
-            first = state.get("first")
-            self.in_a_row, self.first = int(state.get("in_a_row", 0)), None if first is None else int(first)
-            self.passed_over = []
-            for begin, end in state.get("passed_over", []):
-                self.pass_over(int(begin), int(end))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"a checkpoint's bad steps are {state!r}: {error}") from error
-        if self.in_a_row < 0 or not all(math.isfinite(b) and b <= e for b, e in self.passed_over):
-            raise ValueError(f"a checkpoint's bad steps are {state!r}: they must be stretches of steps")
+            first, passed_over = state.get("first"), [(int(a), int(b)) for a, b in state.get("passed_over", [])]
+            numbers = [int(state.get("in_a_row", 0)), int(state.get("rewinds", 0)), 0 if first is None else int(first)]
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"the checkpoint's bad steps are {state!r}: {error}") from error
+        if min(numbers) < 0 or any(not 0 < begin <= end for begin, end in passed_over):
+            raise ValueError(f"the checkpoint's bad steps are {state!r}: they must be counts, and stretches of steps")
+        return cls(numbers[0], None if first is None else numbers[2], joined_up(passed_over), numbers[1])
+
+
+def joined_up(stretches: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same steps in as few stretches as can be, in order; each is its first and last step."""
+    joined: list[tuple[int, int]] = []
+    for begin, end in sorted(stretches):
+        if joined and begin <= joined[-1][1] + 1:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((begin, end))
+    return joined

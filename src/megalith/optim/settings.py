@@ -58,3 +58,23 @@ class OptimizerConfig:
     rampup_batch_size: tuple[str, ...] | None = setting(
         None, "start, increment, ramp samples", section="training", repeat="*"
     )
+    on_nan: str = setting(
+        "skip",
+        "for a step whose loss or gradient is not finite; see --max-bad-steps",
+        section="numbers",
+        choices=("skip", "stop", "rewind"),
+    )
+    max_bad_steps: int = setting(
+        10,
+        "bad steps in a row that are skipped; one more stops the run, or rewinds it",
+        section="numbers",
+        unit="steps",
+    )
+    spike_threshold: float = setting(
+        0.0,
+        "a loss or gradient norm so far above the last ones is a spike, 0 = off",
+        section="numbers",
+        unit="standard deviations",
+    )
+    spike_window: int = setting(128, "steps that a spike is judged by", section="numbers", unit="steps")
+    on_spike: str = setting("warn", "what to do at a spike", section="numbers", choices=("warn", "skip", "stop"))

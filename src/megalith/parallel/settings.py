@@ -126,3 +126,9 @@ class ParallelConfig:
         section="training",
         unit="0 to 1",
     )
+    check_replicas: int | None = setting(
+        None, "compare the weights that ranks hold alike, every so many steps", section="numbers", unit="steps"
+    )
+    on_replica_fault: str = setting(
+        "stop", "what to do if --check-replicas finds a difference", section="numbers", choices=("stop", "warn")
+    )

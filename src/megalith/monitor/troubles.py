@@ -1,0 +1,66 @@
+"""Events of a run whose numbers go wrong, or that somebody should look after; each carries its text for people.
+
+`monitor/events.py` has all others.
+"""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True)
+class StepLeftOut:
+    """A step was computed, but its update was left out: its numbers are not finite, or a spike."""
+
+    step: int
+    found: str  # "the lm loss is not finite"
+    samples: tuple[int, ...]  # by their numbers in the run: of the microbatches in which it was found, or of the step
+    in_a_row: int
+    text: str
+
+
+@dataclass(frozen=True)
+class SpikeFound:
+    """A loss or gradient norm far above those of the last steps."""
+
+    step: int
+    name: str
+    value: float
+    median: float
+    score: float  # distance to the median in standard deviations
+    samples: tuple[int, ...]  # of the step
+    text: str
+
+
+@dataclass(frozen=True)
+class Rewound:
+    """The run went back to a checkpoint; first to last are the steps that it passes over from now on."""
+
+    step: int  # of the checkpoint
+    left: int  # the step at which it turned back
+    first: int
+    last: int
+    text: str
+
+
+@dataclass(frozen=True)
+class ReplicasCompared:
+    """The weights and the optimizer's state of ranks that hold the same were compared."""
+
+    step: int
+    seconds: float
+    differing: tuple[int, ...]  # ranks
+    text: str  # empty if all are alike
+
+
+@dataclass(frozen=True)
+class RankIsSlow:
+    """The others wait for a rank."""
+
+    step: int
+    rank: int
+    ratio: float  # of its time to that of the others
+    text: str
+
+
+Trouble: TypeAlias = StepLeftOut | SpikeFound | Rewound | ReplicasCompared | RankIsSlow
+TROUBLES = (StepLeftOut, SpikeFound, Rewound, ReplicasCompared, RankIsSlow)
