@@ -46,7 +46,7 @@ COLLECTIVES = {
 }
 AXES = (("tensor",), ("context",), ("data",), ("pipeline",), ("data", "context"))
 # Collectives this small carry a few numbers for all: losses, counts, the norm. They are added up in one row.
-NUMBERS, MOST_NUMBERS = 16, 2048  # bytes each, bytes of a step
+NUMBERS, MOST_NUMBERS = 48, 2048  # bytes each, bytes of a step
 Moved = dict[tuple[str, str], int]
 
 TP, PP, CP, SHARD = (

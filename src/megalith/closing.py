@@ -22,8 +22,11 @@ def tell_what_next(job: Job, reason: str | None) -> None:
         _tell_losses(job)
         _tell_sample(job)
     save = job.run.checkpoint.save
-    # Megatron-LM's form of the log ends with Megatron-LM's lines.
-    if save is None or choose_format(job.run.monitor.log_format, sys.stdout) == "reference":
+    in_megatrons_form = choose_format(job.run.monitor.log_format, sys.stdout) == "reference"
+    # Megatron-LM's form of the log ends with Megatron-LM's lines, unless there is a ledger over several starts.
+    if save is not None or not in_megatrons_form:
+        job.log.line(job.ledger.told())
+    if save is None or in_megatrons_form:
         return
     lines = [f"the run lies in {save}"]
     if reason is not None:

@@ -97,7 +97,6 @@ def train(run: Run, *, started: float) -> int:
             )
         )
         tell_what_next(job, reason)
-        log.line(job.ledger.told())
         if job.book is not None:
             job.book.write(job.ledger, ended=reason is None or reason.startswith("exit-"))
     if keeper.failed or reason == "save-failure":

@@ -128,7 +128,8 @@ def run_ended(event: events.RunEnded, now: float) -> list[str]:
         return [lines.place_reached(f"exiting program at iteration {event.step}", now)]
     if event.reason == "exit-duration":
         return [lines.place_reached(f"exiting program after {event.minutes} minutes", now)]
-    return [lines.place_reached(f"exiting program after receiving {event.reason}", now)]
+    why = f"receiving {event.reason}" if event.reason.startswith("SIG") else event.reason
+    return [lines.place_reached(f"exiting program after {why}", now)]
 
 
 LINES: dict[type, Callable[[Any, float], list[str]]] = {
