@@ -199,7 +199,7 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
             loss_scale=make_loss_scale(run.optimizer),
             spikes=Spikes(window=run.optimizer.spike_window, threshold=run.optimizer.spike_threshold),
         ),
-        pace=Pace(device),
+        pace=Pace(device, is_measured=layout.world_size > 1 and run.monitor.slow_rank_ratio > 0),
         book=LedgerFile(run.checkpoint.save) if run.checkpoint.save is not None and layout.rank == 0 else None,
         interval=Interval(time.perf_counter(), last_step=last_step, num_devices=layout.world_size, peak_flops=peak),
     )

@@ -175,7 +175,7 @@ def take_step(job: Job, keeper: Keeper) -> StepDone:
     job.pace.begin()
     job.seen.clear()
     num_microbatches = job.batch_sizes.num_microbatches(progress.consumed_train_samples)
-    with timers("batch-generator"), job.ledger.spend("data"):
+    with timers("batch-generator"), job.ledger.spend("data"), job.pace.own():
         microbatches = job.loaders["train"].step_batch(progress.consumed_train_samples, num_microbatches)
     if run.model.hidden_dropout > 0 or run.model.attention_dropout > 0:
         num_places = job.task.num_places(run)
@@ -184,7 +184,6 @@ def take_step(job: Job, keeper: Keeper) -> StepDone:
     job.laid.clear_gradients()
     scale = 1.0 if progress.loss_scale is None else progress.loss_scale.scale
     losses = run_microbatches(job, microbatches, scale=scale, backward=True)
-    job.pace.ready()
     with timers("backward-params-all-reduce"):
         job.laid.finish_gradients()
     with timers("optimizer"):
@@ -232,7 +231,7 @@ def run_microbatches(job: Job, microbatches: list[Batch], *, scale: float, backw
         masks=job.task.masks(job.run),
         scale=scale,
         group=job.groups.replicas,
-        timers=job.timers if backward else job.untimed,
+        timers=job.pace.around(job.timers) if backward else job.untimed,
         backward=backward,
     )
 

@@ -1,36 +1,53 @@
 """Which rank keeps the others waiting.
 
 All ranks need the same time for a step, for the fast ones wait in the exchange of gradients. So each measures what it
-does by itself: from the beginning of a step until its gradients are ready to be exchanged.
+does by itself: reading its samples, and its forward and backward passes.
 """
 
 import statistics
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
 FEWEST_STEPS = 10  # that are judged; the median of so many forgives single ones
-MOST_STEPS = 1000
+MOST_STEPS = 100
 
 
 class Pace:
     """Takes the time of this rank's own work in each step; with a GPU by its clock, and nothing waits for that."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, is_measured: bool) -> None:
         self._with_events = device.type == "cuda"
-        self._began: Any = None
-        self._own: deque[tuple[Any, Any]] = deque(maxlen=MOST_STEPS)
+        self._is_measured = is_measured
+        self._own: deque[list[tuple[Any, Any]]] = deque(maxlen=MOST_STEPS)
 
     def begin(self) -> None:
         """A step begins."""
-        self._began = self._now()
+        self._own.append([])
 
-    def ready(self) -> None:
-        """What this rank does alone in the step is done."""
-        self._own.append((self._began, self._now()))
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """What is done inside is this rank's own work."""
+        if not self._is_measured:
+            yield
+            return
+        began = self._now()
+        yield
+        self._own[-1].append((began, self._now()))
+
+    def around(self, timers: Callable[[str], AbstractContextManager[object]]) -> Callable[[str], Any]:
+        """Timers inside of which everything is own work: forward and backward passes."""
+
+        @contextmanager
+        def timed(name: str) -> Iterator[None]:
+            with timers(name), self.own():
+                yield
+
+        return timed
 
     def _now(self) -> Any:
         if not self._with_events:
@@ -41,13 +58,14 @@ class Pace:
 
     def median(self) -> float | None:
         """Seconds of the median step since the last answer; None as long as they are too few to be judged."""
-        if len(self._own) < FEWEST_STEPS:
+        if not self._is_measured or len(self._own) < FEWEST_STEPS:
             return None
-        own = list(self._own)
+        steps = list(self._own)
         self._own.clear()
-        if self._with_events:
-            return float(statistics.median(began.elapsed_time(ready) for began, ready in own)) / 1000.0
-        return float(statistics.median(ready - began for began, ready in own))
+        return statistics.median(sum(self._seconds(*span) for span in spans) for spans in steps)
+
+    def _seconds(self, began: Any, ended: Any) -> float:
+        return float(began.elapsed_time(ended)) / 1000.0 if self._with_events else float(ended - began)
 
 
 class Slow(NamedTuple):

@@ -66,11 +66,11 @@ def digests_held(
 def _holders(name: str, laid: Laid, layout: Layout, config: ParallelConfig, *, of_weights: bool) -> str:
     """Which ranks hold the same of a parameter, or of what the optimizer keeps of it: a name that they all give it."""
     replica = layout.place("data") * layout.context + layout.place("context")
-    shard = 0
+    shard = "0"
     if config.data_parallel_sharding in ("gradients", "parameters"):
-        shard = replica % (config.data_parallel_shard_size or layout.data * layout.context)
+        shard = str(replica % (config.data_parallel_shard_size or layout.data * layout.context))
     elif config.data_parallel_sharding == "optimizer" and not of_weights:
-        shard = replica
+        shard = f"{replica} of the optimizer"
     stage = "ends" if name == TIED and laid.has_tied_copy else str(layout.place("pipeline"))
     tensor = "all" if laid.cuts[name].is_copy else str(layout.place("tensor"))
     return f"stage {stage}, tensor {tensor}, shard {shard}"
