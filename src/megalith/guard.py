@@ -4,19 +4,20 @@ Everything is decided from what all ranks have exchanged, so all ranks decide al
 """
 
 import time
+from pathlib import Path
 
 from megalith.checkpoint.directory import CheckpointError, StepDirectory, discard, list_checkpoints
 from megalith.checkpoint.exchange import Ranks, RanksError
 from megalith.checkpoint.shards import DamagedError
 from megalith.files import DISK
 from megalith.job import Job
-from megalith.monitor.events import Warned
+from megalith.monitor.events import CheckpointLoaded, LoadStarted, Warned
 from megalith.monitor.pace import slow_ranks
 from megalith.monitor.troubles import RankIsSlow, ReplicasCompared, Rewound, SpikeFound, StepLeftOut
 from megalith.optim.clip import global_norm
 from megalith.optim.finite import GRAD_NORM, Measured
 from megalith.parallel.replicas import Difference, all_alike, differences, digests_held, folded
-from megalith.resume import Keeper, go_back
+from megalith.resume import Keeper, load, restore
 
 # Why a run stops, and its exit status then.
 TOO_MANY_BAD_STEPS, SPIKE, REPLICAS_DIFFER = "too many bad steps", "a spike", "replicas that differ"
@@ -137,6 +138,20 @@ def rewind(job: Job, keeper: Keeper) -> bool:
         Warned(f"there is no checkpoint in {save} of fewer than {bad.turns_back_below()} steps to go back to")
     )
     return False
+
+
+def go_back(job: Job, step: int) -> None:
+    """Go on from an earlier checkpoint of this run, in the middle of it; in place.
+
+    Raises CheckpointError if it is damaged or gone; then nothing has changed.
+    """
+    save, started = str(job.run.checkpoint.save), time.monotonic()
+    job.log.report(LoadStarted(save, step))
+    loaded = load(job, Path(save), step=step, with_optimizer=True)
+    restore(job, loaded, with_optimizer=True)
+    job.validations = [(taken, means) for taken, means in job.validations if taken <= step]
+    job.ledger.go_back(loaded.index.notes["ledger"])
+    job.log.report(CheckpointLoaded(save, step, time.monotonic() - started, loaded.index.notes["megalith"]))
 
 
 def remove_after(job: Job, step: int) -> None:

@@ -320,20 +320,6 @@ def begin_with_another(job: Job) -> None:
     job.log.line(f"began with the weights of step {loaded.index.step} of {origin.directory} ({seconds:.1f} s)")
 
 
-def go_back(job: Job, step: int) -> None:
-    """Go on from an earlier checkpoint of this run, in the middle of it; in place.
-
-    Raises CheckpointError if it is damaged or gone; then nothing has changed.
-    """
-    save, started = str(job.run.checkpoint.save), time.monotonic()
-    job.log.report(LoadStarted(save, step))
-    loaded = load(job, Path(save), step=step, with_optimizer=True)
-    restore(job, loaded, with_optimizer=True)
-    job.validations = [(taken, means) for taken, means in job.validations if taken <= step]
-    job.ledger.go_back(loaded.index.notes["ledger"])
-    job.log.report(CheckpointLoaded(save, step, time.monotonic() - started, loaded.index.notes["megalith"]))
-
-
 def load(
     job: Job, directory: Path, *, with_optimizer: bool, step: int | None = None, adoption: Adoption | None = None
 ) -> Loaded:
