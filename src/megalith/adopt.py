@@ -39,6 +39,8 @@ class Adoption:
         pieces: dict[str, Piece] = {}
         for name, held in self._held.items():
             stored = index.tensors.get(self._prefix + name)
+            if stored is None and self.fit.may_be_missing(name):
+                continue
             if stored is None or tuple(stored.shape) == held.whole:
                 pieces[self._prefix + name] = Piece(local_part(held.parameter.data), held.whole, held.offset)
                 continue

@@ -257,7 +257,9 @@ def _data(run: Run) -> Iterator[Fault]:
         if run.checkpoint.save is None:
             yield fault("corpus", data.corpus, "needs --save, where its text and tokenizer are kept", "Add --save DIR")
         return
-    if not data.data_path:
+    if run.task == "classify":
+        pass  # its files are checked with their format
+    elif not data.data_path:
         given = "FOLDER, or --corpus shapes" if run.task == "vit" else "PREFIX, or --corpus python"
         yield fault("data_path", None, "is required and was not given", f"Add --data-path {given}")
     elif run.task != "vit" and len(data.data_path) > 1 and len(data.data_path) % 2:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 
+from megalith.check_bert import bert_faults
+from megalith.check_classify import classify_faults
 from megalith.check_ict import ict_faults
 from megalith.check_t5 import t5_alone, t5_faults
 from megalith.check_vit import vit_faults
@@ -32,12 +34,20 @@ def _mock_data(run: Run) -> Iterator[Fault]:
 def _corpus(run: Run) -> Iterator[Fault]:
     """A corpus is of text or of images."""
     corpus = run.data.corpus
-    if corpus is not None and (corpus == "shapes") != (run.task == "vit"):
+    if corpus is not None and run.task == "classify":
+        yield Fault(flag_of("corpus"), corpus, "has no classes to learn", "Give --train-data and --valid-data")
+    elif corpus is not None and (corpus == "shapes") != (run.task == "vit"):
         fits = "shapes" if run.task == "vit" else "python"
         yield Fault(flag_of("corpus"), corpus, f"is no data for {run.task}", f"Use --corpus {fits}")
 
 
 # Tasks whose rows can make up data.
-MOCKED = ("gpt", "t5", "ict", "vit")
+MOCKED = ("gpt", "bert", "t5", "ict", "vit")
 # What is checked for one task alone.
-RULES: dict[str, Callable[[Run], Iterator[Fault]]] = {"t5": t5_faults, "ict": ict_faults, "vit": vit_faults}
+RULES: dict[str, Callable[[Run], Iterator[Fault]]] = {
+    "bert": bert_faults,
+    "t5": t5_faults,
+    "ict": ict_faults,
+    "vit": vit_faults,
+    "classify": classify_faults,
+}

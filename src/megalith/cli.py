@@ -180,6 +180,8 @@ def evaluate(words: Sequence[str], started: float) -> int:
         raise ValueError(f"--qa-data-dev, --qa-data-test: {options.run} holds a {task} model; questions are for an ict")
     if task == "vit":
         from megalith.trained_images import measure_images as measure
+    elif task == "classify":
+        from megalith.trained_pairs import measure_pairs as measure
     report = measure(options.run, split=options.split, files=options.file, step=options.step, device=options.device)
     if options.json:
         print(json.dumps(report))
@@ -208,6 +210,13 @@ def index(words: Sequence[str], started: float) -> int:
     from megalith.indexing import main as index_main
 
     return index_main(words)
+
+
+def finetune(words: Sequence[str], started: float) -> int:
+    """Fine-tune a trained BERT to class pairs of sentences (MNLI, QQP); the flags of pretrain may follow."""
+    from megalith.finetune import main as finetune_main
+
+    return finetune_main(words, started=started, pretrain=pretrain)
 
 
 def convert(words: Sequence[str], started: float) -> int:
@@ -244,6 +253,7 @@ COMMANDS: dict[str, Callable[[Sequence[str], float], int]] = {
     "generate": generate,
     "evaluate": evaluate,
     "index": index,
+    "finetune": finetune,
     "convert": convert,
     "bench": bench,
     "plan": plan,

@@ -45,9 +45,23 @@ def open_corpus(prefix: str, run: Run, report: Report, *, sentences: bool = Fals
     if run.data.mmap_warmup:
         indexed.warm_up()
     seconds = time.perf_counter() - started
-    report(CorpusOpened(indexed.num_documents, seconds, warmed_up=run.data.mmap_warmup))
+    num_sentences = indexed.num_items if sentences else None
+    report(CorpusOpened(indexed.num_documents, seconds, run.data.mmap_warmup, num_sentences))
     parts = split_documents(run.data.split, indexed.num_documents if sentences else indexed.num_items)
-    report(CorpusSplit(tuple(CorpusPart(SPOKEN[name], part.start, part.stop) for name, part in parts.items())))
+    index = indexed.document_index
+    report(
+        CorpusSplit(
+            tuple(
+                CorpusPart(
+                    SPOKEN[name],
+                    part.start,
+                    part.stop,
+                    (int(index[part.start]), int(index[part.stop])) if sentences else None,
+                )
+                for name, part in parts.items()
+            )
+        )
+    )
     return Corpus(indexed, parts)
 
 

@@ -15,6 +15,7 @@ TASK_DEFAULTS: dict[str, dict[str, str]] = {
     "t5": {"tokenizer_type": "BertWordPieceLowerCase"},
     "ict": {"tokenizer_type": "BertWordPieceLowerCase"},
     "vit": {"dataloader_type": "cyclic"},
+    "classify": {"tokenizer_type": "BertWordPieceLowerCase", "dataloader_type": "cyclic"},
 }
 
 
@@ -111,6 +112,9 @@ OURS = (
     "relative_attention_max_distance",
     "output_bias",
     "scale_decoder_outputs",
+    "pairs_format",
+    "train_data",
+    "valid_data",
     "optimizer_state_dtype",
     "tokenizer_model",
     "data_cache_path",

@@ -32,6 +32,7 @@ class Fit:
     begins_anew: Callable[[str], bool]  # by a parameter's name: it keeps its first values
     # Of a weight with other rows: (name, as it is stored, shape wanted) -> as it begins. Raises ValueError.
     resized: Callable[[str, Tensor, tuple[int, ...]], Tensor]
+    may_be_missing: Callable[[str], bool] = lambda name: False  # where the checkpoint has none, it begins anew
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megalith.data.causal import SampleRows
 from megalith.data.masking import Pieces, SpanRule, mask_tokens, random_of
+from megalith.data.mock import mix_words
 from megalith.data.sentence_rows import SentenceRows
 
 SPECIAL_TOKENS = 3  # [CLS] and two [SEP]
@@ -129,3 +131,64 @@ class PairRows:
             row[2 * length : 3 * length] = sample.labels
             row[-2], row[-1] = sample.swapped, sample.num_tokens
         return rows
+
+
+class MockPairRows:
+    """Rows as those of PairRows, made up on the spot: full samples of two halves with evenly distributed ids."""
+
+    def __init__(self, num_samples: int, *, length: int, vocab_size: int, share: float, seed: int) -> None:
+        self.num_samples = num_samples
+        self.length = length
+        self.vocab_size = vocab_size
+        self.share = share  # of the tokens that are masked
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def batch(self, indices: NDArray[np.int64]) -> NDArray[Any]:
+        """[B, 3 T + 2]"""
+        length = self.length
+        places = np.arange(2 * length + 1, dtype=np.uint64)
+        numbers = np.asarray(indices).astype(np.uint64)[:, None] * np.uint64(2 * length + 1) + places
+        words = mix_words(numbers + mix_words(np.array([self.seed], np.uint64)))
+        rows = np.empty((len(words), 3 * length + 2), np.int64)
+        rows[:, :length] = words[:, :length] % np.uint64(self.vocab_size)
+        rows[:, length : 2 * length] = np.arange(length) >= length // 2
+        masked = words[:, length : 2 * length] < np.uint64(self.share * 2.0**64)
+        rows[:, 2 * length : 3 * length] = np.where(masked, rows[:, :length], -1)
+        rows[:, -2], rows[:, -1] = words[:, -1] % np.uint64(2), length
+        return rows
+
+
+@dataclass(frozen=True)
+class PairBatches:
+    """Batches for BERT, from rows as those of PairRows; what a Loader reads from."""
+
+    rows: SampleRows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, indices: NDArray[np.int64], samples: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Each with B first.
+
+        tokens, types, labels: int64 BT; labels are -1 where nothing is masked. loss_mask: float32 BT, 1 where something
+        is. padding: int32 BT, 1 where a token is real. order: int64 B, 1 where the parts are swapped; order_mask:
+        float32 B, all 1. samples: int64 B.
+        """
+        rows = self.rows.batch(indices)
+        length = (rows.shape[1] - 2) // 3
+        padding = (np.arange(length) < rows[:, -1:]).astype(np.int32)
+        labels = rows[:, 2 * length : 3 * length].astype(np.int64)
+        return {
+            "tokens": rows[:, :length].astype(np.int64),
+            # Behind the text's end they have the id of [PAD], which need not be one of two types.
+            "types": rows[:, length : 2 * length].astype(np.int64) * padding,
+            "labels": labels,
+            "loss_mask": (labels >= 0).astype(np.float32),
+            "padding": padding,
+            "order": rows[:, -2].astype(np.int64),
+            "order_mask": np.ones(len(rows), np.float32),
+            "samples": np.asarray(samples, np.int64),
+        }

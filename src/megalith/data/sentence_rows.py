@@ -47,3 +47,12 @@ class SentenceRows:
                 f"in the vocabulary of {self.vocab_size}; the file was prepared with another tokenizer"
             )
         return tokens
+
+    def all_tokens(self, most: int) -> NDArray[Any]:
+        """The tokens of all sentences that stand in some sample, each sentence once; about most of them at the most."""
+        counts = np.zeros(self.indexed.num_items + 1, np.int64)
+        np.add.at(counts, self.rows[:, 0].astype(np.int64), 1)
+        np.add.at(counts, self.rows[:, 1].astype(np.int64), -1)
+        used = np.flatnonzero(np.cumsum(counts[:-1]) > 0)
+        used = used[np.cumsum(self.indexed.lengths[used], dtype=np.int64) <= most]
+        return np.concatenate([self.sentence(int(number)) for number in used])

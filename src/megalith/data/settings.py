@@ -34,6 +34,19 @@ class DataConfig:
         256, "retriever sequence length", section="data and dataloader", unit="tokens", task="ict"
     )
     sample_rate: float = setting(1.0, "sub-sample retriever data", section="data and dataloader", task="ict")
+    pairs_format: str | None = setting(
+        None,
+        "how the files of pairs of sentences are laid out",
+        section="classification",
+        choices=("MNLI", "QQP"),
+        task="classify",
+    )
+    train_data: tuple[str, ...] | None = setting(
+        None, "files of pairs to learn from", section="classification", repeat="+", task="classify"
+    )
+    valid_data: tuple[str, ...] | None = setting(
+        None, "files of pairs to validate on", section="classification", repeat="+", task="classify"
+    )
     mask_prob: float = setting(0.15, "masked-LM probability", section="data and dataloader", task="bert, t5")
     short_seq_prob: float = setting(
         0.1, "chance of a shortened BERT/T5 sample", section="data and dataloader", task="bert, t5"

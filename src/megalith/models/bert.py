@@ -39,9 +39,9 @@ class Bert(nn.Module):
     its own for each encoder of a model, which sets their dropout apart. token_types: whether there is a table of them;
     None: where two parts of a text are told apart, that is unless bert_binary_head is off.
 
-    With norm_after_residual the norms are where the original has them: after the embeddings and after every sum, so
-    there is no final one. layers, first, last, dtype and the seams: as for `Decoder`; first_token gives the hidden
-    state of place 0 from those of the tokens that are held here.
+    num_classes: of a classification. With norm_after_residual the norms are where the original has them: after the
+    embeddings and after every sum, so there is no final one. layers, first, last, dtype and the seams: as for
+    `Decoder`; first_token gives the hidden state of place 0 from those of the tokens that are held here.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Bert(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         head: Head | None = "pretraining",
+        num_classes: int = 0,
         stack: str = "layers",
         token_types: bool | None = None,
         layers: Iterable[int] | None = None,
@@ -88,7 +89,7 @@ class Bert(nn.Module):
             if config.bert_binary_head:
                 self.binary_head = Linear(shape.width, 2, inner, device=device)
         if last and head == "classification":
-            self.classification_head = Linear(shape.width, config.num_classes, inner, device=device)
+            self.classification_head = Linear(shape.width, num_classes, inner, device=device)
         self._drop_embedding = key("dropout", stack, "embedding")
         self._drop_pooled = key("dropout", stack, "pooled")
         self.run_blocks: Callable[..., Tensor] = run_whole

@@ -107,6 +107,7 @@ class CorpusOpened:
     num_documents: int
     seconds: float
     warmed_up: bool = False  # the whole file was read once, to have it in memory
+    num_sentences: int | None = None  # where a document has an item for each
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class CorpusPart:
     name: str  # train, validation or test
     first: int  # document
     end: int  # one past the last document
+    sentences: tuple[int, int] | None = None  # the first and the one past the last, where documents have them
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,10 @@ def targets(*, train: int, validation: int, test: int) -> list[str]:
     ]
 
 
-def corpus_opened(num_documents: int, seconds: float, *, warmed_up: bool) -> list[str]:
+def corpus_opened(
+    num_documents: int, seconds: float, *, warmed_up: bool, num_sentences: int | None = None
+) -> list[str]:
+    """num_sentences: where a document has several."""
     return [
         " > building dataset index ...",
         *(["    warming up index mmap file..."] if warmed_up else []),
@@ -127,18 +130,23 @@ def corpus_opened(num_documents: int, seconds: float, *, warmed_up: bool) -> lis
         "    creating numpy buffer of mmap...",
         "    creating memory view of numpy buffer...",
         f" > finished creating indexed dataset in {seconds:.6f} seconds",
+        *([] if num_sentences is None else [" > indexed dataset stats:"]),
         f"    number of documents: {num_documents}",
+        *([] if num_sentences is None else [f"    number of sentences: {num_sentences}"]),
     ]
 
 
-def dataset_split(parts: Iterable[tuple[str, int, int]]) -> list[str]:
-    """parts: name, first document and the one past the last."""
+def dataset_split(parts: Iterable[tuple[str, int, int, tuple[int, int] | None]]) -> list[str]:
+    """parts: name, first document and the one past the last, the same of sentences where documents have them."""
     shown = [" > dataset split:"]
-    for name, first, end in parts:
+    for name, first, end, sentences in parts:
         shown += [
             f"    {name}:",
             f"     document indices in [{first}, {end}) total of {end - first} documents",
         ]
+        if sentences is not None:
+            begin, stop = sentences
+            shown.append(f"     sentence indices in [{begin}, {stop}) total of {stop - begin} sentences")
     return shown
 
 

@@ -52,7 +52,7 @@ def model_built(event: events.ModelBuilt, now: float) -> list[str]:
 
 
 def corpus_split(event: events.CorpusSplit, now: float) -> list[str]:
-    return lines.dataset_split((part.name, part.first, part.end) for part in event.parts)
+    return lines.dataset_split((part.name, part.first, part.end, part.sentences) for part in event.parts)
 
 
 def maps_built(event: events.MapsBuilt, now: float) -> list[str]:
@@ -145,7 +145,7 @@ LINES: dict[type, Callable[[Any, float], list[str]]] = {
         train=event.train, validation=event.validation, test=event.test
     ),
     events.CorpusOpened: lambda event, now: lines.corpus_opened(
-        event.num_documents, event.seconds, warmed_up=event.warmed_up
+        event.num_documents, event.seconds, warmed_up=event.warmed_up, num_sentences=event.num_sentences
     ),
     events.CorpusSplit: corpus_split,
     events.MapsBuilt: maps_built,

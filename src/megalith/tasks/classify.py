@@ -1,0 +1,145 @@
+"""Classification: a trained BERT learns which class a pair of sentences is of. `megalith finetune` trains this task."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megalith.config import Run
+from megalith.data.loader import BatchSource
+from megalith.data.pair_files import LAYOUTS, ClassBatches, Layout, read_pairs
+from megalith.data.tokenizer import Tokenizer
+from megalith.datasets import Report
+from megalith.derived import sequence_length
+from megalith.models.bert import Bert
+from megalith.models.shape import shape_of
+from megalith.monitor.flops import training_flops
+from megalith.parallel.apply import BuildPart
+from megalith.parallel.step import Batch
+from megalith.task import Baseline, Fit, Task
+
+
+def layout_of(run: Run) -> Layout:
+    """How the files of pairs are laid out."""
+    assert run.data.pairs_format is not None, "check_classify.py saw to it"
+    return LAYOUTS[run.data.pairs_format]
+
+
+def build_part(run: Run, vocab_size: int, dtype: torch.dtype) -> BuildPart:
+    """What builds a part of a BERT with a head for classes, without weights yet."""
+    num_classes = len(layout_of(run).classes)
+
+    def build(layers: range, first: bool, last: bool) -> Bert:
+        return Bert(
+            run.model,
+            vocab_size,
+            dtype=dtype,
+            head="classification",
+            num_classes=num_classes,
+            layers=layers,
+            first=first,
+            last=last,
+            device="meta",
+        )
+
+    return build
+
+
+def build_parts(
+    run: Run, tokenizer: Tokenizer, *, vocab_size: int, targets: Mapping[str, int], report: Report
+) -> dict[str, ClassBatches]:
+    """The pairs of the files for training and for validation, where they are asked for samples.
+
+    Raises ValueError naming the line of a file that is not as its format says.
+    """
+    files = {"train": run.data.train_data or (), "valid": run.data.valid_data or ()}
+    length = sequence_length(run)
+    return {
+        name: ClassBatches(read_pairs(paths, layout_of(run)), tokenizer, length=length)
+        for name, paths in files.items()
+        if paths and targets[name]
+    }
+
+
+def run_part(part: nn.Module, entering: Tensor, batch: Batch) -> Tensor:
+    """The stream, or from the last part the loss and the accuracy."""
+    leaving: Tensor = part(
+        entering,
+        batch["types"],
+        padding=batch["padding"],
+        rows=batch.get("rows"),
+        classes=batch["classes"],
+        class_weights=batch["class_mask"],
+    )
+    return leaving
+
+
+def step_flops(run: Run, vocab_size: int, batch: int) -> float:
+    """Operations of a step, by Megatron's convention."""
+    shape = shape_of(run.model)
+    blocks = training_flops(
+        num_layers=shape.num_layers,
+        hidden_size=shape.width,
+        seq_length=sequence_length(run),
+        vocab_size=0,
+        batch=batch,
+        ffn_hidden_size=shape.inner,
+        attention_width=shape.num_heads * shape.head_width,
+    )
+    return blocks + float(6 * batch * shape.width * (shape.width + len(layout_of(run).classes)))
+
+
+def chance_baseline(run: Run, source: BatchSource) -> Baseline:
+    """What guessing costs."""
+    count = len(layout_of(run).classes)
+    meaning = f"the loss of guessing among {count} classes, with an accuracy of {1 / count:.3f}"
+    return Baseline("loss", math.log(count), "chance", meaning)
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """What the weights depend on beside the sizes of the transformer."""
+    model = run.model
+    return {
+        "bert_binary_head": model.bert_binary_head,
+        "norm_after_residual": model.norm_after_residual,
+        "num_classes": len(layout_of(run).classes),
+    }
+
+
+def begins_anew(name: str) -> bool:
+    """Whether fine-tuning starts a parameter anew: what is asked for is another thing."""
+    return name.startswith("classification_head.")
+
+
+def may_be_missing(name: str) -> bool:
+    """A model that was trained without the binary head has no pooler."""
+    return name.startswith("pooler.")
+
+
+def never_resized(name: str, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Raises ValueError: a table of positions or tokens is taken over as it is."""
+    raise ValueError(f"{name} is {tuple(stored.shape)} in the checkpoint and {shape} in this run")
+
+
+TASK = Task(
+    title="BERT classification",
+    build_part=build_part,
+    build_parts=build_parts,
+    run_part=run_part,
+    losses=lambda run: ("loss", "accuracy"),
+    masks=lambda run: ("class_mask", "class_mask"),
+    num_places=sequence_length,
+    step_flops=step_flops,
+    is_tied=lambda run: False,
+    baseline=chance_baseline,
+    identity=identity,
+    fit=Fit(
+        may_differ=("task", "num_classes"),
+        begins_anew=begins_anew,
+        resized=never_resized,
+        may_be_missing=may_be_missing,
+    ),
+    next_commands=(("measure", "megalith evaluate {save}"),),
+)
