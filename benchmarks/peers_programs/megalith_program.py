@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import torch
 from protocol import asked_size, serve
 
+from megalith.allocator import keep_freed_memory
 from megalith.bench import made_for_measuring
 from megalith.check import check
 from megalith.job import build_job, open_data
@@ -28,6 +29,7 @@ if size.mode == "compiled":
 run = made_for_measuring(read_command_line(words), steps=100_000)
 assert not check(run, 1)
 layout = make_layout({}, tensor=1, pipeline=1)
+keep_freed_memory()  # As `megalith pretrain` does on a CPU.
 with ExitStack() as stack:
     silent = stack.enter_context(open(os.devnull, "w"))
     log = stack.enter_context(RunLog("json", silent, is_printing_rank=False))

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalith.layers.initial import ZEROS, Initial
+from megalith.layers.products import linear
 
 
 class Linear(nn.Module):
@@ -39,4 +39,4 @@ class Linear(nn.Module):
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.product is not None:
             return self.product(x, self.weight, bias)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, self.weight.to(x.dtype), bias)

@@ -1,0 +1,72 @@
+"""oneDNN's products and the shared table's lookup against torch's own and float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalith.layers.embedding import look_up_shared
+from megalith.layers.products import LEAST, linear, suits_onednn
+
+
+def draw(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 70), (210,)], ids=["BT", "N"])
+def test_output_and_gradients_are_those_of_float64(shape: tuple[int, ...], bias: bool) -> None:
+    x, weight, b = draw(*shape, 161), draw(129, 161, seed=2), draw(129, seed=3) if bias else None
+    inputs = [t.requires_grad_() for t in (x, weight, b) if t is not None]
+    assert suits_onednn(x, weight)
+    y = linear(x, weight, b)
+    slopes = draw(*y.shape, seed=4)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    expected = F.linear(exact[0], exact[1], exact[2] if bias else None)
+    # fp32 sums of 161 and 210 products of numbers about 1.
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=3e-5)
+    gradients = torch.autograd.grad(y, inputs, slopes)
+    for found, right in zip(gradients, torch.autograd.grad(expected, exact, slopes.double()), strict=True):
+        assert found.dtype == torch.float32 and found.is_contiguous()
+        torch.testing.assert_close(found.double(), right, rtol=0, atol=5e-5)
+
+
+def test_a_transposed_gradient_and_input_give_the_same() -> None:
+    x, weight = draw(161, 210).t().requires_grad_(), draw(129, 161, seed=2).requires_grad_()
+    slopes = draw(129, 210, seed=4).t()
+    found = torch.autograd.grad(linear(x, weight, None), (x, weight), slopes)
+    expected = torch.autograd.grad(F.linear(x, weight), (x, weight), slopes)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+def test_what_needs_no_gradient_gets_none() -> None:
+    x, weight = draw(300, 161), draw(129, 161, seed=2)
+    (grad,) = torch.autograd.grad(linear(x, weight.requires_grad_(), None).sum(), weight)
+    torch.testing.assert_close(grad, x.sum(0).expand(129, -1), rtol=0, atol=1e-4)
+    assert not linear(x, weight.detach(), None).requires_grad
+
+
+def test_the_same_product_gives_the_same_bits() -> None:
+    x, weight, b = draw(512, 161), draw(129, 161, seed=2), draw(129, seed=3)
+    assert torch.equal(linear(x, weight, b), linear(x.clone(), weight.clone(), b.clone()))
+
+
+def test_small_sixteen_bit_and_meta_products_stay_with_torch() -> None:
+    weight = draw(64, 64)
+    rows = LEAST // 64**2
+    assert suits_onednn(draw(rows, 64), weight) and not suits_onednn(draw(rows - 1, 64), weight)
+    assert not suits_onednn(draw(rows, 64).bfloat16(), weight.bfloat16())
+    assert not suits_onednn(draw(rows, 64).to("meta"), weight.to("meta"))
+
+
+def test_a_shared_tables_gradient_is_the_sum_over_its_uses_and_dense() -> None:
+    table, ids = draw(50, 8).requires_grad_(), torch.tensor([[3, 3, 49], [0, 7, 3]])
+    for look_up in (look_up_shared, F.embedding):
+        hidden = look_up(ids, table)
+        (hidden.square() @ table.t()).cos().sum().backward()
+    assert table.grad is not None and table.grad.layout == torch.strided
+    both, table.grad = table.grad, None
+    hidden = F.embedding(ids, table)
+    (hidden.square() @ table.t()).cos().sum().backward()
+    torch.testing.assert_close(both, 2 * table.grad)
