@@ -210,6 +210,13 @@ def _schedule(run: Run) -> Iterator[Fault]:
 
 def _precision(run: Run) -> Iterator[Fault]:
     optimizer, model = run.optimizer, run.model
+    if optimizer.optimizer == "sgd" and optimizer.optimizer_state_dtype != "fp32":
+        yield fault(
+            "optimizer_state_dtype",
+            optimizer.optimizer_state_dtype,
+            "is the type of Adam's moments, and --optimizer is sgd",
+            "Leave it out, or give --optimizer adam",
+        )
     if optimizer.fp16 and optimizer.bf16:
         yield fault("fp16", None, "contradicts --bf16", "Give only one of them")
     if model.fp16_lm_cross_entropy and not optimizer.fp16:

@@ -57,7 +57,6 @@ def attend(
     return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask.visible, is_causal=causal, scale=scale)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_with_dropout(
     q_BHTK: Tensor,
     k_BHSK: Tensor,
@@ -67,7 +66,6 @@ def _attend_with_dropout(
     divisor: float,
     dropout: AttentionDropout,
 ) -> Tensor:
-    """Out of the compiler's reach, which takes minutes over the loop."""
     if q_BHTK.is_cuda and mask.bias is None and _can_fuse(q_BHTK.shape[-1]):
         from megalith.layers.attend_fused import attend_fused
 

@@ -57,6 +57,7 @@ class _Attention(nn.Module):
 
     Seams for parallelism: attend, for context parallelism and recomputation; head_offset, the global number of the
     first head held here, for tensor parallelism. How many heads are held follows from the size of the projections.
+    Seams for the compiler: attend and rows_of_heads, which it is to leave alone where there is dropout.
     """
 
     def __init__(self, shape: AttentionShape, *, divisor: float, dropout: float, where: int) -> None:
@@ -67,6 +68,7 @@ class _Attention(nn.Module):
         self.dropout = dropout
         self.where = where
         self.attend: Attend = attend
+        self.rows_of_heads = rows_of_heads
         self.head_offset = 0
 
     def heads_attend(
@@ -75,7 +77,7 @@ class _Attention(nn.Module):
         """BT(HK): attention of all heads held here, joined."""
         dropout = None
         if rows_BT is not None and self.dropout > 0:
-            rows_BHT = _rows_of_heads(rows_for(rows_BT, self.where), self.head_offset, q_BTHK.shape[2])
+            rows_BHT = self.rows_of_heads(rows_for(rows_BT, self.where), self.head_offset, q_BTHK.shape[2])
             dropout = AttentionDropout(self.dropout, rows_BHT)
         o_BHTK = self.attend(
             q_BTHK.transpose(1, 2),
@@ -89,9 +91,8 @@ class _Attention(nn.Module):
         return o_BHTK.transpose(1, 2).flatten(2)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _rows_of_heads(rows_BT: Tensor, first: int, num_heads: int) -> Tensor:
-    """int32 BHT: one word per query and head. Inductor (torch 2.13, CPU) gets the words of a fused arange wrong."""
+def rows_of_heads(rows_BT: Tensor, first: int, num_heads: int) -> Tensor:
+    """int32 BHT: one word per query and head."""
     words_H = number_words(num_heads, first=first, device=rows_BT.device)
     return mix(rows_BT[:, None, :] ^ words_H[:, None])
 

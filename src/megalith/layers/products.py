@@ -1,7 +1,7 @@
 """Matrix products in fp32 on the CPU by oneDNN, whose kernels are as fast on one maker's processors as on another's.
 
-torch sends its own products to MKL, which is 5 to 15 % slower on AMD's (measured on Zen 4, more on older ones). The choice
-depends on type, device and whether it is compiled, never on a measurement, so that a run gives the same bits each time.
+torch sends its own products to MKL, which is 5 to 15 % slower on AMD's (Zen 4; more on older ones). The choice depends
+on type, device and size, never on a measurement, so that a run gives the same bits each time.
 
 Shape letters: N rows, I inputs, O outputs.
 """
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
 
 # Multiplications from which a product goes to oneDNN: starting one costs more than a small product.
 LEAST = 1 << 22

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from megalith.optim.adam import LightOptimizer, local_part
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BLOCK = 256
 # Elements that are in fp32 at once: they fit the cache of a processor, and fill a GPU.
@@ -111,7 +113,7 @@ CODECS: dict[str, dict[str, Codec]] = {
 }
 
 
-class CompactAdamW(torch.optim.Optimizer):
+class CompactAdamW(LightOptimizer):
     """AdamW as `build_optimizer` describes it, with moments kept in 16 or 8 bits; weights and arithmetic are fp32.
 
     kept_in: a key of CODECS. A sharded parameter is updated by the part that lies here.
@@ -139,7 +141,7 @@ class CompactAdamW(torch.optim.Optimizer):
         state = self.kept(parameter)
         state["step"] += 1
         step = int(state["step"])
-        weights, gradient = _local(parameter).view(-1), _local(parameter.grad).reshape(-1)
+        weights, gradient = local_part(parameter).view(-1), local_part(parameter.grad).reshape(-1)
         (beta1, beta2), eps, rate = group["betas"], group["eps"], group["lr"]
         size1 = rate / (1 - beta1**step)
         root2 = math.sqrt(1 - beta2**step)
@@ -166,13 +168,14 @@ class CompactAdamW(torch.optim.Optimizer):
             seed ^= seed >> 29
         word = (seed & 0xFFFFFFFF) - (1 << 31)
         mixed = (self._hashes[device][:count] ^ word) * _ODD
-        return mixed ^ (mixed >> 15)
+        # A shift of signed words repeats the sign, which would make all of them positive.
+        return mixed ^ ((mixed >> 15) & 0x1FFFF)
 
     def kept(self, parameter: nn.Parameter) -> dict[str, Any]:
         """The parameter's state: `step`, and the tensors of each moment; made as zeros if there is none."""
         state: dict[str, Any] = self.state[parameter]
         if "step" not in state:
-            local = _local(parameter)
+            local = local_part(parameter)
             state["step"] = torch.zeros((), dtype=torch.float32)
             for moment in MOMENTS:
                 state[moment] = self.codecs[moment].empty(local.numel(), local.device)
@@ -181,7 +184,7 @@ class CompactAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def unpacked(self, parameter: nn.Parameter, moment: str) -> Tensor:
         """fp32 on the host, of the shape of what lies here of the parameter: a copy of the moment."""
-        local, kept = _local(parameter), self.kept(parameter)[moment]
+        local, kept = local_part(parameter), self.kept(parameter)[moment]
         flat = torch.empty(local.numel(), dtype=torch.float32)
         for span in _spans(local.numel(), local.device):
             flat[span] = self.codecs[moment].read(kept, span).cpu()
@@ -190,18 +193,10 @@ class CompactAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def pack(self, parameter: nn.Parameter, moment: str, values: Tensor) -> None:
         """Take over a moment: what `unpacked` gave is kept as it was then, anything else is rounded."""
-        local, kept = _local(parameter), self.kept(parameter)[moment]
+        local, kept = local_part(parameter), self.kept(parameter)[moment]
         flat = values.reshape(-1)
         for span in _spans(local.numel(), local.device):
             self.codecs[moment].write(kept, span, flat[span].to(local.device), None)
-
-
-def _local(tensor: Tensor | None) -> Tensor:
-    """What lies on this rank of a tensor that may be sharded."""
-    assert tensor is not None
-    to_local = getattr(tensor, "to_local", None)
-    local: Tensor = tensor.detach() if to_local is None else to_local().detach()
-    return local
 
 
 def _chunk(device: torch.device) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from megalith.optim.adam import FusedAdamW
 from megalith.optim.compact import CompactAdamW
 from megalith.optim.settings import OptimizerConfig
 
@@ -52,7 +53,9 @@ def build_optimizer(
         betas = (config.adam_beta1, config.adam_beta2)
         if config.optimizer_state_dtype != "fp32":
             return CompactAdamW(groups, betas=betas, eps=config.adam_eps, kept_in=config.optimizer_state_dtype)
-        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adam_eps, fused=fused)
+        if fused:
+            return FusedAdamW(groups, lr=0.0, betas=betas, eps=config.adam_eps)
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adam_eps, fused=False)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=config.sgd_momentum, fused=fused)
     raise ValueError(f"optimizer={config.optimizer!r} must be one of {', '.join(MOMENTS)}. Change --optimizer")

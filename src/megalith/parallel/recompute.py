@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -74,6 +75,12 @@ def compile_blocks(model: nn.Module, *, memory_budget: float | None) -> None:
         import torch._functorch.config as partitioning
 
         partitioning.activation_memory_budget = memory_budget
+    for module in model.modules():
+        if isinstance(module, SelfAttention | CrossAttention) and module.dropout > 0:
+            # Said here and not where they are defined, for that alone would import the compiler, a second of start-up.
+            # It takes minutes over the loop, and Inductor (torch 2.13, CPU) gets the words of a fused arange wrong.
+            module.attend = torch.compiler.disable(module.attend)
+            module.rows_of_heads = torch.compiler.disable(module.rows_of_heads)
     for module in model.modules():
         if isinstance(module, Block):
             module.compile()
