@@ -59,7 +59,8 @@ def _positive(run: Run) -> Iterator[Fault]:
     counts = {
         "model": "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels max_position_embeddings "
         "make_vocab_size_divisible_by img_dim num_channels num_classes patch_dim",
-        "data": "seq_length encoder_seq_length decoder_seq_length retriever_seq_length corpus_vocab_size vocab_size",
+        "data": "seq_length encoder_seq_length decoder_seq_length retriever_seq_length corpus_vocab_size vocab_size "
+        "max_epochs",
         "optimizer": "micro_batch_size global_batch_size hysteresis loss_scale_window loss_scale initial_loss_scale "
         "min_loss_scale lr_decay_iters lr_decay_samples spike_window",
         "parallel": "tensor_model_parallel_size pipeline_model_parallel_size checkpoint_num_layers nproc "

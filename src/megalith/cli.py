@@ -107,6 +107,13 @@ def preprocess(words: Sequence[str], started: float) -> int:
     return prepare_main(words)
 
 
+def verify(words: Sequence[str], started: float) -> int:
+    """Hold token files and run directories against what was recorded of them, byte for byte."""
+    from megalith.verify import main as verify_main
+
+    return verify_main(words)
+
+
 def generate(words: Sequence[str], started: float) -> int:
     """Continue prompts with a trained model."""
     parser = _Parser(prog="megalith generate", description=generate.__doc__)
@@ -250,6 +257,7 @@ class _Parser(argparse.ArgumentParser):
 COMMANDS: dict[str, Callable[[Sequence[str], float], int]] = {
     "pretrain": pretrain,
     "preprocess": preprocess,
+    "verify": verify,
     "generate": generate,
     "evaluate": evaluate,
     "index": index,

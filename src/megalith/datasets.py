@@ -3,13 +3,18 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from megalith.config import Run
 from megalith.data.blend import BlendedDataset, normalize, parse_data_path, samples_of_each
 from megalith.data.causal import CausalBatches, CausalDataset, SampleRows
 from megalith.data.index_cache import IndexMapsReport, load_or_build_index_maps
-from megalith.data.indexed import IndexedDataset, open_indexed
-from megalith.data.split import PARTS, split_documents
+from megalith.data.index_maps import plan_epochs
+from megalith.data.indexed import IndexedDataset, find_prefix, open_indexed
+from megalith.data.record import check_tokenizer, identify, read_record
+from megalith.data.split import PARTS, parse_split, split_documents
 from megalith.data.tokenizer import Tokenizer
 from megalith.derived import sequence_length
 from megalith.monitor.events import (
@@ -36,6 +41,28 @@ class Corpus:
 
     indexed: IndexedDataset
     parts: Mapping[str, range]
+
+
+def identify_token_files(run: Run, tokenizer: Tokenizer, *, vocab_size: int, report: Report) -> list[dict[str, Any]]:
+    """What tells each token file from others, and its weight; held against what preprocessing recorded of it.
+
+    vocab_size: ids that the model has. Raises ValueError naming the file for one that is missing, was changed, has
+    tokens that the model lacks, or was made with another tokenizer (a warning with --allow-changed-data).
+    """
+    identities = []
+    for given, weight in zip(*parse_data_path(run.data.data_path or ()), strict=True):
+        prefix = find_prefix(given)
+        record = read_record(prefix)
+        identities.append({**identify(prefix, record, vocab_size=vocab_size), "weight": weight})
+        if record is None:
+            continue
+        try:
+            check_tokenizer(prefix, record, tokenizer.digests)
+        except ValueError as error:
+            if not run.checkpoint.allow_changed_data:
+                raise ValueError(f"{error}; or give --allow-changed-data if both give the same tokens") from error
+            report(Warned(f"--allow-changed-data: {error}"))
+    return identities
 
 
 def open_corpus(prefix: str, run: Run, report: Report, *, sentences: bool = False) -> Corpus:
@@ -78,6 +105,9 @@ def build_causal_parts(
     batches: dict[str, CausalBatches] = {}
     for name in PARTS:
         wanted = samples_of_each(weights, targets[name]) if len(prefixes) > 1 else [targets[name]]
+        for prefix, corpus, num_samples in zip(prefixes, corpora, wanted, strict=True):
+            if len(prefixes) > 1 and num_samples and not corpus.parts[name]:
+                report(Warned(f"{prefix} has no document for {SPOKEN[name]}: the other data sets take its share."))
         rows = [
             _rows(corpus, name, num_samples, run, vocab_size, report) if corpus.parts[name] and num_samples else None
             for corpus, num_samples in zip(corpora, wanted, strict=True)
@@ -90,9 +120,18 @@ def build_causal_parts(
                 reset_attention_mask=run.data.reset_attention_mask,
                 eod_mask_loss=run.data.eod_mask_loss,
             )
-    if targets["train"] and "train" not in batches:
-        raise ValueError(f"--split = {run.data.split}: leaves no document for training. Give the first share more.")
+        elif targets[name]:
+            no_documents(name, run, report)
     return batches
+
+
+def no_documents(name: str, run: Run, report: Report) -> None:
+    """Refuse a training without documents, and warn of another part that was to have some."""
+    if name == "train":
+        raise ValueError(f"--split = {run.data.split}: leaves no document for training. Give the first share more.")
+    if parse_split(run.data.split)[PARTS.index(name)] > 0:
+        text = f"--split = {run.data.split}: the share for {SPOKEN[name]} is less than one document: there is none"
+        report(Warned(f"{text}. Give it more, or make more documents of the text."))
 
 
 def _eod(run: Run, tokenizer: Tokenizer) -> int | None:
@@ -100,7 +139,25 @@ def _eod(run: Run, tokenizer: Tokenizer) -> int | None:
     return tokenizer.eod if needed else None
 
 
+def _check_amount(corpus: Corpus, name: str, num_samples: int, run: Run) -> None:
+    """Raise ValueError if a part has no token, or would be read too often; nothing is built yet."""
+    part, prefix = corpus.parts[name], corpus.indexed.prefix
+    num_tokens = int(corpus.indexed.lengths[part.start : part.stop].sum(dtype=np.int64))
+    if not num_tokens:
+        raise ValueError(
+            f"{prefix}: the {len(part)} documents that --split = {run.data.split} leaves for {SPOKEN[name]} hold no "
+            "token. Change the split, or prepare the text anew."
+        )
+    plan = plan_epochs(num_tokens, num_samples=num_samples, sequence_length=sequence_length(run))
+    if plan.epochs > run.data.max_epochs:
+        raise ValueError(
+            f"--max-epochs = {run.data.max_epochs}: {prefix} has {num_tokens:,} tokens for {SPOKEN[name]} and would be "
+            f"read {plan.epochs:,} times for {num_samples:,} samples. Give more text or fewer steps, or raise it."
+        )
+
+
 def _rows(corpus: Corpus, name: str, num_samples: int, run: Run, vocab_size: int, report: Report) -> CausalDataset:
+    _check_amount(corpus, name, num_samples, run)
     maps, made = load_or_build_index_maps(
         corpus.indexed.prefix,
         name,

@@ -5,10 +5,12 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megalith.config import Run
+from megalith.continuity import data_of
 from megalith.data.loader import BatchSource, Loader
 from megalith.data.order import CyclicOrder, Order, RoundOrder, SingleOrder, sample_counts
 from megalith.data.tokenizer import Tokenizer, load_tokenizer, padded_vocab_size
@@ -90,6 +92,7 @@ class Job:
     ledger: Ledger
     tokenizer: Tokenizer | None  # None for a task that reads no text
     vocab_size: int  # padded; 0 without a tokenizer
+    data: list[dict[str, Any]]  # what tells the data from other data
     laid: Laid
     seen: SeenLosses
     optimizer: torch.optim.Optimizer
@@ -141,6 +144,7 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
     batch_sizes = make_batch_sizes(run.optimizer, data_parallel=layout.data)
     announce_start(run, layout, batch_sizes, log)
     tokenizer, vocab_size = announce_tokenizer(run, task, layout, log)
+    data = data_of(run, task, tokenizer, vocab_size, log)
     if (folder := scalars_folder(run)) is not None:
         log.report(ScalarsOpened(folder))
     log.line(lines.initializing_distributed(), detail=True)
@@ -189,6 +193,7 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
         ledger=ledger,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
+        data=data,
         laid=laid,
         seen=seen,
         optimizer=optimizer,

@@ -15,6 +15,7 @@ from megalith.checkpoint.pieces import Piece
 from megalith.checkpoint.saver import AsyncSaver
 from megalith.checkpoint.store import Loaded, load_latest
 from megalith.config import Run
+from megalith.continuity import check_same_run, decisive
 from megalith.files import DISK
 from megalith.job import Job
 from megalith.models.shape import shape_of
@@ -208,6 +209,8 @@ def state_of(job: Job) -> dict[str, Any]:
         "loss_scale": None if progress.loss_scale is None else progress.loss_scale.to_json(),
         "schedule": schedule_to_json(job.schedule),
         "model": identity_of(job),
+        "data": job.data,
+        "samples": decisive(job.run),
     }
 
 
@@ -291,6 +294,8 @@ def resume(job: Job) -> None:
         loaded = load(job, source.directory, with_optimizer=with_optimizer, adoption=adoption)
     except CheckpointError as error:
         raise ValueError(str(error)) from error
+    if not fresh:
+        check_same_run(job.run, job.data, loaded.index.state, loaded.index.notes, job.log)
     if adoption is not None:
         adoption.finish()
     for message in loaded.messages():

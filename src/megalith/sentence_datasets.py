@@ -12,7 +12,7 @@ from megalith.data.index_cache import digest_of_lengths, load_or_build_sentence_
 from megalith.data.sentence_maps import SentencePlan, build_sentence_map
 from megalith.data.sentence_rows import SentenceRows
 from megalith.data.split import PARTS
-from megalith.datasets import SPOKEN, Corpus, Report, blend_rows, open_corpus
+from megalith.datasets import SPOKEN, Corpus, Report, blend_rows, no_documents, open_corpus
 from megalith.monitor.events import SentenceMapLoaded
 
 
@@ -46,8 +46,8 @@ def build_sentence_rows(
         ]
         if any(row is not None for row in rows):
             parts[name] = blend_rows(rows, weights, report)
-    if targets["train"] and "train" not in parts:
-        raise ValueError(f"--split = {run.data.split}: leaves no document for training. Give the first share more.")
+        elif targets[name]:
+            no_documents(name, run, report)
     return parts
 
 

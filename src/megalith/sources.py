@@ -26,7 +26,7 @@ def read_preset(name: str) -> tuple[dict[str, Any], list[Fault]]:
         known = preset_names()
         return {}, [Fault("--preset", name, f"is not one of {', '.join(known)}", nearest(name, known))]
     text = importlib.resources.files("megalith.presets").joinpath(f"{name}.toml").read_text(encoding="utf-8")
-    return _settings_of_toml(text, f"preset {name}")
+    return settings_of_toml(text, f"preset {name}")
 
 
 def read_run_file(path: Path) -> tuple[dict[str, Any], list[Fault]]:
@@ -37,10 +37,11 @@ def read_run_file(path: Path) -> tuple[dict[str, Any], list[Fault]]:
         return {}, [Fault(str(path), None, f"cannot be read ({error.strerror})", "Name a TOML run file that exists")]
     except UnicodeDecodeError:
         return {}, [Fault(str(path), None, "is not UTF-8 text", "Name a TOML run file")]
-    return _settings_of_toml(text, str(path))
+    return settings_of_toml(text, str(path))
 
 
-def _settings_of_toml(text: str, source: str) -> tuple[dict[str, Any], list[Fault]]:
+def settings_of_toml(text: str, source: str) -> tuple[dict[str, Any], list[Fault]]:
+    """The settings in the text of a run file, and what is wrong with it; source: what to call it."""
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megalith.config import Run
 from megalith.data.loader import BatchSource
+from megalith.datasets import identify_token_files
 from megalith.models.shape import shape_of
 from megalith.parallel.apply import BuildPart
 from megalith.parallel.step import RunPart
@@ -100,6 +101,9 @@ class Task:
     # What a checkpoint's weights depend on beside the sizes of the transformer, by name of the setting.
     identity: Callable[[Run], dict[str, Any]] = same_identity
     origin: Callable[[Run], Origin | None] = no_origin
+    # What tells the data from other data, fit for JSON, found before anything is built: (run, tokenizer, vocab_size=,
+    # report=). A checkpoint keeps it. Raises ValueError for data that is not there, or not as it was recorded.
+    identify_data: Callable[..., list[dict[str, Any]]] = identify_token_files
     fit: Fit | None = None  # None: --finetune takes the very same model only
     # Commands to go on with at the end of a run: (word, command with {save}).
     next_commands: tuple[tuple[str, str], ...] = field(default=())

@@ -17,8 +17,9 @@ from megalith.checkpoint.store import load_latest
 from megalith.config import ConfigError, Run, compose
 from megalith.corpora import corpus_prefix
 from megalith.data.documents import DocumentRules, Fault, parse_block, read_blocks
-from megalith.data.indexed import open_indexed
+from megalith.data.indexed import find_prefix, open_indexed
 from megalith.data.input_files import find_sources
+from megalith.data.record import check_prepared
 from megalith.data.split import split_documents
 from megalith.data.tokenizer import Tokenizer, load_saved_tokenizer
 from megalith.derived import compute_dtype, sequence_length
@@ -148,6 +149,7 @@ def split_tokens(trained: TrainedModel, split: str) -> NDArray[np.int64]:
         raise ValueError("--split: the run blends several data sets. Name the files of one: --file PREFIX.")
     prefix = corpus_prefix(run) if run.data.corpus is not None else (run.data.data_path or ("",))[0]
     indexed = open_indexed(prefix, run.data.data_impl)
+    check_prepared(indexed.prefix, trained.tokenizer.digests)
     documents = split_documents(run.data.split, indexed.num_items)[split]
     if not documents:
         raise ValueError(f"--split = {split}: has no documents in this run (--split {run.data.split}).")
@@ -158,6 +160,8 @@ def split_tokens(trained: TrainedModel, split: str) -> NDArray[np.int64]:
 def text_tokens(trained: TrainedModel, files: Sequence[str]) -> tuple[NDArray[np.int64], int]:
     """The tokens of token files (named by their prefix) or text files, and the bytes of the text (0 if not known)."""
     if all(Path(f"{name}.idx").exists() for name in files):
+        for name in files:
+            check_prepared(find_prefix(name), trained.tokenizer.digests)
         return np.concatenate([open_indexed(name).tokens for name in files]).astype(np.int64), 0
     rules = DocumentRules(keys=("text",))
     pieces: list[NDArray[np.int32]] = []

@@ -165,7 +165,10 @@ def test_the_file_beside_the_tokens_says_what_they_are(tmp_path: Path) -> None:
     for name in ("out_text_sentence.bin", "out_text_sentence.idx"):
         data = (tmp_path / name).read_bytes()
         assert content["files"][name] == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    assert content["sources"] == [{"name": source, "size": os.stat(source).st_size}]
+    text = Path(source).read_bytes()
+    digest = hashlib.sha256(text).hexdigest()
+    assert content["sources"] == [{"name": source, "size": len(text), "sha256": digest}]
+    assert content["largest_token"] == EOD
 
 
 @pytest.mark.parametrize("workers", [1, 2])

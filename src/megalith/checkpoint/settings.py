@@ -49,3 +49,10 @@ class CheckpointConfig:
         section="checkpointing",
         unit="steps",
     )
+    allow_changed_data: bool = setting(
+        False,
+        "go on from a checkpoint although data, seed or the way samples are cut differ, or with another tokenizer than "
+        "the data's; what differs is logged",
+        section="checkpointing",
+        switch="on",
+    )

@@ -10,11 +10,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megalith.data.input_files import ByteStream, Source, open_stream
+from megalith.files import Written, digest_of
 
 fast_json: Callable[[str], Any] | None
 try:
@@ -93,8 +95,12 @@ class DocumentRules:
     max_bytes: int = 1 << 28
 
 
-def read_blocks(sources: Sequence[Source], rules: DocumentRules) -> Iterator[Block]:
+def read_blocks(
+    sources: Sequence[Source], rules: DocumentRules, *, seen: dict[str, Written] | None = None
+) -> Iterator[Block]:
     """The sources in order, in blocks of about READ_SIZE bytes that end where a document ends.
+
+    seen: gets the size and digest of each source that was read to its end, by name; in place.
 
     A block is larger only where a document is: memory stays below READ_SIZE + rules.max_bytes. Small files share
     blocks. Raises ValueError for a source that cannot be read to its end.
@@ -106,7 +112,7 @@ def read_blocks(sources: Sequence[Source], rules: DocumentRules) -> Iterator[Blo
         reader = _read_parquet if source.format == "parquet" else _read_stream
         num_read = 0
         try:
-            for part, content, num_read in reader(source, rules):
+            for part, content, num_read in reader(source, rules, {} if seen is None else seen):
                 held.append((part, content))
                 size += len(content)
                 # A read cut at the end of a document is a little smaller than the read.
@@ -126,7 +132,7 @@ def _join(held: Sequence[tuple[Part, bytes]], num_read: int) -> Block:
     return Block(tuple(part for part, _ in held), b"".join(content for _, content in held), num_read)
 
 
-def _read_stream(source: Source, rules: DocumentRules) -> Iterator[tuple[Part, bytes, int]]:
+def _read_stream(source: Source, rules: DocumentRules, seen: dict[str, Written]) -> Iterator[tuple[Part, bytes, int]]:
     """The parts of a source of JSON lines or text, their bytes, and how much of the file is read."""
     form = "jsonl" if source.format == "jsonl" else rules.text_documents
     has_content = False
@@ -144,6 +150,7 @@ def _read_stream(source: Source, rules: DocumentRules) -> Iterator[tuple[Part, b
         if not has_content:
             reason = "the file is empty or holds nothing but blank lines"
             yield Part(source.name, "fault", 1, 0, reason=reason), b"", file.num_read
+        seen[source.name] = file.written
 
 
 def _cut(stream: ByteStream, end: re.Pattern[bytes], max_bytes: int) -> Iterator[tuple[int, int, bytes | None]]:
@@ -188,7 +195,7 @@ def _cut(stream: ByteStream, end: re.Pattern[bytes], max_bytes: int) -> Iterator
         yield line, offset, bytes(held)
 
 
-def _read_parquet(source: Source, rules: DocumentRules) -> Iterator[tuple[Part, bytes, int]]:
+def _read_parquet(source: Source, rules: DocumentRules, seen: dict[str, Written]) -> Iterator[tuple[Part, bytes, int]]:
     """The rows of a parquet file, a batch of about READ_SIZE bytes at a time, and about how much of it is read."""
     try:
         import pyarrow as pa
@@ -210,6 +217,7 @@ def _read_parquet(source: Source, rules: DocumentRules) -> Iterator[tuple[Part, 
                 done = (source.size or 0) * (row + batch.num_rows - 1) // num_rows
                 yield Part(source.name, "row", row, 0, len(content), batch.num_rows), content, done
                 row += batch.num_rows
+        seen[source.name] = digest_of(Path(source.name).resolve())
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{source.name}: not a readable parquet file, from row {row} on ({error!s:.200})") from error
 

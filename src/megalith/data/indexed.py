@@ -135,6 +135,7 @@ class IndexedWriter:
         if str(self.dtype) not in CODES:
             raise ValueError(f"dtype={self.dtype} cannot be written; the format knows {', '.join(CODES)}")
         self.num_tokens = 0
+        self.largest_token: int | None = None  # so far; None before the first, and for floats
         self._lengths = array("i")
         self._document_ends = array("q", [0])
         self._overwrite = overwrite
@@ -205,6 +206,8 @@ class IndexedWriter:
             raise ValueError(f"the writer of {self.prefix} is not open; use it in a `with` block")
         self._tokens.write(np.ascontiguousarray(tokens).data.cast("B") if len(tokens) else b"")
         self.num_tokens += len(tokens)
+        if len(tokens) and self.dtype.kind in "iu":
+            self.largest_token = max(int(tokens.max()), self.largest_token or 0)
 
     def _as_tokens(self, ids: NDArray[Any], lengths: NDArray[Any], counts: NDArray[Any]) -> NDArray[Any]:
         """The ids in the file's dtype; ValueError with the place of the first one that does not fit."""

@@ -6,6 +6,7 @@ small reads, so memory does not depend on its size, however far it expands.
 
 import glob
 import gzip
+import hashlib
 import os
 import stat
 import sys
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
+
+from megalith.files import Written
 
 STANDARD_INPUT = "-"
 FORMATS = ("jsonl", "text", "parquet")
@@ -136,12 +139,13 @@ def _open(name: str) -> IO[bytes]:
 
 
 class CountedFile:
-    """A file's bytes as they are, counted; the first few can be looked at before they are read."""
+    """A file's bytes as they are, counted and digested; the first few can be looked at before they are read."""
 
     def __init__(self, file: IO[bytes], name: str) -> None:
         self._file = file
         self._name = name
         self._ahead = b""
+        self._sha256 = hashlib.sha256()
         self.num_read = 0
         self.magic = self._ahead = self._read(LONGEST_MAGIC)
 
@@ -155,9 +159,16 @@ class CountedFile:
 
     def _read(self, size: int) -> bytes:
         try:
-            return self._file.read(size)
+            content = self._file.read(size)
         except OSError as error:
             raise ValueError(f"{self._name}: cannot be read ({error.strerror})") from error
+        self._sha256.update(content)
+        return content
+
+    @property
+    def written(self) -> Written:
+        """Size and digest of the file, once it is read to its end."""
+        return Written(self.num_read, self._sha256.hexdigest())
 
 
 def _decompressed(file: CountedFile, source: Source) -> ByteStream:

@@ -8,27 +8,27 @@ is done, and last of all PREFIX_KEY_document.json, which says what they were mad
 import argparse
 import dataclasses
 import difflib
-import json
 import os
 import sys
 import time
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megalith import __version__
-from megalith.data.documents import TEXT_DOCUMENTS, DocumentRules, read_blocks
-from megalith.data.indexed import IndexedWriter, best_dtype, bin_path, idx_path
+from megalith.data.documents import TEXT_DOCUMENTS, Block, DocumentRules, read_blocks
+from megalith.data.indexed import IndexedWriter, best_dtype
 from megalith.data.input_files import FORMATS, Source, find_sources
 from megalith.data.prepare_progress import Amount, Progress, open_progress
+from megalith.data.record import record_path, write_record
 from megalith.data.tokenized import TokenizedBlock, TokenRules, tokenize_block
 from megalith.data.tokenizer import KINDS, Tokenizer, load_tokenizer
 from megalith.data.worker_pool import WorkerPool
 from megalith.fields import describe, setting
-from megalith.files import digest_of, write_whole
+from megalith.files import Written
 
 MOST_FAULTS_SHOWN = 10
 
@@ -182,12 +182,14 @@ def prepare(config: PrepareConfig, *, quiet: bool = False) -> PrepareReport:
     level = "sentence" if config.split_sentences else "document"
     prefixes = [Path(f"{config.output_prefix}_{key}_{level}") for key in config.json_keys]
     prefixes[0].parent.mkdir(parents=True, exist_ok=True)
+    seen: dict[str, Written] = {}
     with ExitStack() as stack:
         writers = [
             stack.enter_context(IndexedWriter(prefix, rules.dtype, overwrite=config.overwrite)) for prefix in prefixes
         ]
         progress = stack.enter_context(open_progress(config.log_interval, quiet=quiet))
-        results = _tokenize(sources, rules, tokenizer, config.workers or _num_cores(), stack)
+        blocks = read_blocks(sources, rules.documents, seen=seen)
+        results = _tokenize(blocks, rules, tokenizer, config.workers or _num_cores(), stack)
         amount, skipped, faults = _write(results, writers, progress, sources, skip_bad=config.skip_bad)
         for key, writer in zip(config.json_keys, writers, strict=True):
             if not writer.num_documents:
@@ -195,13 +197,14 @@ def prepare(config: PrepareConfig, *, quiet: bool = False) -> PrepareReport:
                 raise ValueError(f"no document of the input has a token under the key {key!r}{bad}; nothing is written")
         # From here on the files change; what described the old ones must not outlive them.
         for prefix in prefixes:
-            sidecar_path(prefix).unlink(missing_ok=True)
+            record_path(prefix).unlink(missing_ok=True)
     sets = tuple(
         PreparedSet(key, prefix, writer.num_documents, writer.num_items, writer.num_tokens)
         for key, prefix, writer in zip(config.json_keys, prefixes, writers, strict=True)
     )
-    for made in sets:
-        _write_sidecar(made, rules, tokenizer, sources, skipped)
+    for made, writer in zip(sets, writers, strict=True):
+        content = _described(made, rules, tokenizer, seen, skipped)
+        write_record(made.prefix, content, largest_token=writer.largest_token)
     return PrepareReport(sets, amount.documents, skipped, faults, amount.num_bytes, time.monotonic() - begin)
 
 
@@ -238,10 +241,9 @@ def _check_all(config: PrepareConfig) -> tuple[list[Source], Tokenizer]:
 
 
 def _tokenize(
-    sources: Sequence[Source], rules: TokenRules, tokenizer: Tokenizer, num_workers: int, stack: ExitStack
+    blocks: Iterator[Block], rules: TokenRules, tokenizer: Tokenizer, num_workers: int, stack: ExitStack
 ) -> Iterator[TokenizedBlock]:
-    """The tokens of the sources, block by block in their order; a pool of workers is left to the stack to close."""
-    blocks = read_blocks(sources, rules.documents)
+    """The tokens of the blocks in their order; a pool of workers is left to the stack to close."""
     if num_workers == 1:
         return (tokenize_block(block, rules, tokenizer) for block in blocks)
     return stack.enter_context(WorkerPool(num_workers, rules, tokenizer)).tokenize(blocks)
@@ -276,16 +278,11 @@ def _write(
     return amount, skipped, tuple(faults)
 
 
-def sidecar_path(prefix: Path) -> Path:
-    """The file beside PREFIX.bin and PREFIX.idx that says what they were made from."""
-    return Path(f"{prefix}.json")
-
-
-def _write_sidecar(
-    made: PreparedSet, rules: TokenRules, tokenizer: Tokenizer, sources: Sequence[Source], skipped: int
-) -> None:
-    files = {path.name: digest_of(path) for path in (bin_path(made.prefix), idx_path(made.prefix))}
-    content = {
+def _described(
+    made: PreparedSet, rules: TokenRules, tokenizer: Tokenizer, seen: Mapping[str, Written], skipped: int
+) -> dict[str, Any]:
+    """What the record of a token file says beside what the files themselves are."""
+    return {
         "megalith": __version__,
         "tokenizer": {"type": tokenizer.name, "vocab_size": tokenizer.vocab_size, "digest": tokenizer.digest},
         "eod": tokenizer.eod if rules.append_eod else None,
@@ -295,10 +292,8 @@ def _write_sidecar(
         "sentences": made.sentences,
         "tokens": made.tokens,
         "skipped_documents": skipped,
-        "files": {name: {"size": written.size, "sha256": written.digest} for name, written in files.items()},
-        "sources": [{"name": source.name, "size": source.size} for source in sources],
+        "sources": [{"name": name, "size": source.size, "sha256": source.digest} for name, source in seen.items()],
     }
-    write_whole(sidecar_path(made.prefix), json.dumps(content, indent=1) + "\n")
 
 
 def _num_cores() -> int:

@@ -97,3 +97,15 @@ class DataConfig:
         choices=("all", "crop", "none"),
         task="vit",
     )
+    verify_data: bool = setting(
+        False,
+        "before the start, read all token files and hold them against the digests that preprocessing recorded",
+        section="data and dataloader",
+        switch="on",
+    )
+    max_epochs: int = setting(
+        20000,
+        "refuse to start where the training data would be read more often than this",
+        section="data and dataloader",
+        unit="passes",
+    )

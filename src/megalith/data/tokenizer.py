@@ -128,6 +128,12 @@ class Tokenizer:
         """SHA-256 in hexadecimal over all that its ids depend on: kind, roles, extra tokens and files."""
         return _digest_of(self._description())
 
+    @property
+    def digests(self) -> tuple[str, str]:
+        """Its digest, and the one it has without extra tokens, which change no id of a text."""
+        plain = {**self._description(), "vocab_extra_ids": 0}
+        return self.digest, digest_of_bytes(json.dumps(plain, sort_keys=True))
+
     def _description(self) -> dict[str, Any]:
         digests = {name: digest_of_bytes(content) for name, content in self.files.items()}
         return _describe(self.name, self.roles, len(self.extra_ids), digests)

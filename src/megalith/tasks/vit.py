@@ -1,5 +1,6 @@
 """ViT: a transformer over the patches of images that learns which class each belongs to."""
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from megalith.config import Run
-from megalith.data.images import ImageBatches, MockImages, open_folder
+from megalith.data.images import ImageBatches, MockImages, class_names, open_folder
 from megalith.data.loader import BatchSource
 from megalith.data.tokenizer import Tokenizer
 from megalith.datasets import Report
+from megalith.files import digest_of_bytes
 from megalith.models.shape import shape_of
 from megalith.models.vit import VisionTransformer, num_patches, num_places, resized_positions
 from megalith.monitor.flops import training_flops
@@ -34,6 +36,18 @@ def build_part(run: Run, vocab_size: int, dtype: torch.dtype) -> BuildPart:
         )
 
     return build
+
+
+def identify_data(run: Run, tokenizer: Tokenizer | None, *, vocab_size: int, report: Report) -> list[dict[str, Any]]:
+    """The folder of images and its classes; the images themselves are only listed when they are opened."""
+    root = Path((run.data.data_path or ("",))[0])
+    try:
+        classes = class_names(root / FOLDERS["train"])
+    except OSError as error:
+        raise ValueError(
+            f"{root / FOLDERS['train']}: cannot be read ({error.strerror}). Correct --data-path."
+        ) from error
+    return [{"name": root.name, "classes_sha256": digest_of_bytes(json.dumps(classes))}]
 
 
 def build_parts(
@@ -139,6 +153,7 @@ TASK = Task(
     title="VIT",
     build_part=build_part,
     build_parts=build_parts,
+    identify_data=identify_data,
     run_part=run_part,
     losses=lambda run: ("loss", "accuracy"),
     masks=lambda run: ("loss_mask", "loss_mask"),

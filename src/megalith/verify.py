@@ -1,0 +1,156 @@
+"""`megalith verify`: whether token files and run directories are what was written, byte for byte, and what is wrong."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megalith.checkpoint.directory import STEP_NAME, list_checkpoints, step_name
+from megalith.checkpoint.index import INDEX_NAME
+from megalith.checkpoint.shards import DamagedError, open_shard
+from megalith.checkpoint.verify import verify
+from megalith.config import ConfigError
+from megalith.data.indexed import bin_path, find_prefix, idx_path
+from megalith.data.inspect import inspect
+from megalith.data.tokenizer import load_saved_tokenizer
+from megalith.files import DISK
+from megalith.monitor.outlet import printable
+from megalith.sources import read_run_file
+
+SHOWN = ("documents", "files", "tensors", "tokens", "bytes")  # facts that are told to people
+DAMAGED = 1  # exit status if anything is not as it should be
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found out about one file or directory; sound if there are no faults."""
+
+    kind: str  # token file, checkpoint, tokenizer, run file
+    path: Path
+    faults: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def lines(self) -> Iterator[str]:
+        """The finding for people."""
+        told = ", ".join(f"{self.facts[name]:,} {name}" for name in SHOWN if name in self.facts)
+        yield f"{'DAMAGED' if self.faults else 'sound':<8} {self.kind} {self.path}{f': {told}' if told else ''}"
+        yield from (f"         {line}" for fault in self.faults for line in fault.splitlines())
+        if self.facts.get("recorded") is False:
+            yield "         nothing was recorded of it, so only its structure and its tokens were looked at"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see megalith verify --help")
+
+
+def main(words: Sequence[str]) -> int:
+    """Run `megalith verify WORDS`; return the exit status."""
+    parser = _Parser(prog="megalith verify", description="Hold files against what was recorded of them, byte for byte.")
+    parser.add_argument("path", nargs="+", help="prefix of token files, run directory, or directory of one checkpoint")
+    parser.add_argument(
+        "--vocab-size", type=int, metavar="N", help="token ids allowed are 0 to N-1 [those of the recorded tokenizer]"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(words)
+    return verify_all(options.path, vocab_size=options.vocab_size, as_json=options.json)
+
+
+def verify_all(paths: Sequence[str], *, vocab_size: int | None, as_json: bool) -> int:
+    """Verify everything at the paths and print what was found; give the exit status.
+
+    Raises ValueError, before anything is read, if a path is neither a token file's prefix nor a run directory.
+    """
+    work = [part for path in paths for part in parts_of(path)]
+    findings = []
+    for kind, path in work:
+        finding = CHECKS[kind](path) if kind != "token file" else check_token_file(path, vocab_size)
+        findings.append(finding)
+        if not as_json:
+            for line in finding.lines():
+                print(printable(line), flush=True)
+    sound = not any(finding.faults for finding in findings)
+    if as_json:
+        shown = [{**dataclasses.asdict(finding), "path": str(finding.path)} for finding in findings]
+        print(json.dumps({"sound": sound, "findings": shown}))
+    return 0 if sound else DAMAGED
+
+
+def parts_of(given: str) -> Iterator[tuple[str, Path]]:
+    """What there is to verify at a path: kind and path of each part."""
+    path = Path(given)
+    if not path.is_dir():
+        yield "token file", find_prefix(given)
+        return
+    if STEP_NAME.fullmatch(path.name) and (path / INDEX_NAME).exists():
+        yield "checkpoint", path
+        return
+    checkpoints = list_checkpoints(path)
+    if not checkpoints and not (path / "run.toml").exists():
+        if bin_path(given).exists() or idx_path(given).exists():
+            yield "token file", find_prefix(given)
+            return
+        raise ValueError(
+            f"{path}: is no run directory (it has neither run.toml nor checkpoints), and no token file has this prefix"
+        )
+    yield "run file", path / "run.toml"
+    if (path / "tokenizer").exists():
+        yield "tokenizer", path / "tokenizer"
+    # Text that --corpus made is the run's own.
+    for index in sorted((path / "corpus").glob("*.idx")):
+        yield "token file", index.with_suffix("")
+    for checkpoint in checkpoints:
+        yield "checkpoint", checkpoint.path
+
+
+def check_token_file(path: Path, vocab_size: int | None) -> Finding:
+    """Structure, sizes, tokens and, if they were recorded, digests."""
+    found = inspect(path, vocab_size=vocab_size)
+    names = "documents items tokens empty_documents largest_token dtype sha256 seconds".split()
+    facts = {name: getattr(found, name) for name in names}
+    return Finding(
+        "token file", path, tuple(found.faults), {**facts, "bytes": found.num_bytes, "recorded": found.has_record}
+    )
+
+
+def check_checkpoint(path: Path) -> Finding:
+    """Index, digest of every file, and that each file holds just the tensors that the index says."""
+    try:
+        index = verify(path)
+        for name in index.files:
+            with open_shard(path / name, disk=DISK) as shard:
+                listed = {
+                    tensor: (stored.dtype, piece.place.extent)
+                    for tensor, stored in index.tensors.items()
+                    for piece in stored.pieces
+                    if piece.file == name
+                }
+                if {tensor: shard.kind(tensor) for tensor in shard.names} != listed:
+                    raise DamagedError(f"{path / name} holds other tensors than the index says")
+        if path.name != step_name(index.step):
+            raise DamagedError(f"{path} is named after another step than that of its index, {index.step}")
+    except (DamagedError, OSError) as error:
+        return Finding("checkpoint", path, (str(error),))
+    facts = {"files": len(index.files), "tensors": len(index.tensors), "bytes": index.num_bytes}
+    return Finding("checkpoint", path, (), {**facts, "step": index.step, "data": index.state.get("data")})
+
+
+def check_tokenizer(path: Path) -> Finding:
+    """Files and manifest."""
+    try:
+        tokenizer = load_saved_tokenizer(path)
+    except (ValueError, OSError) as error:
+        return Finding("tokenizer", path, (str(error),))
+    return Finding("tokenizer", path, (), {"tokens": tokenizer.vocab_size, "digest": tokenizer.digest})
+
+
+def check_run_file(path: Path) -> Finding:
+    """TOML and settings."""
+    _, faults = read_run_file(path)
+    return Finding("run file", path, tuple(str(ConfigError([fault])) for fault in faults))
+
+
+CHECKS = {"checkpoint": check_checkpoint, "tokenizer": check_tokenizer, "run file": check_run_file}

@@ -1,0 +1,161 @@
+"""A run goes on only as the same run: other data, another seed or another split is refused, or allowed and told."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megalith.config import Run, known_settings
+from megalith.continuity import CHANGE_NOTHING, DECIDE_SAMPLES, PARTS, check_same_run, decisive
+from megalith.data.indexed import IndexedWriter, open_indexed
+from megalith.data.record import write_record
+from megalith.data.tokenizer import load_tokenizer
+from megalith.monitor.log import RunLog
+from megalith.trained import measure
+from tests.layouts.runs import MODEL, events_of, run_on, run_rank, write_data
+from tests.ranks import watch_ranks
+
+FEW = "--eval-iters 0 --save-interval 2 --lr-warmup-iters 0 --use-checkpoint-lr-scheduler".split()
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory of two steps, and the token file of the run."""
+    folder = tmp_path_factory.mktemp("kept")
+    assert run_on(1, [*FEW[:-1], "--train-iters", "2"], folder / "run", write_data(folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def save(kept: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(kept / "run", tmp_path / "run"))
+
+
+@pytest.fixture
+def data(kept: Path, tmp_path: Path) -> Path:
+    for suffix in (".bin", ".idx"):
+        shutil.copy(kept / f"bytes_document{suffix}", tmp_path / f"moved{suffix}")
+    return tmp_path / "moved"
+
+
+def refusal(save: Path, data: Path, *words: str) -> str:
+    """Why a run does not start."""
+    words = (*MODEL, "--data-path", str(data), "--save", str(save), *FEW, "--train-iters", "4", *words)
+    (end,) = watch_ranks(lambda rank: run_rank(rank, world_size=1, words=list(words), before=None), 1)
+    assert "ValueError: " in end.error, end
+    return end.error.rsplit("ValueError: ", 1)[1]
+
+
+def warnings_of(save: Path) -> list[str]:
+    return [record["text"] for record in events_of(save, "warned")]
+
+
+def write_other(prefix: Path, like: Path) -> None:
+    """A corpus with documents of the same lengths in another order, of the same size."""
+    indexed = open_indexed(like)
+    with IndexedWriter(prefix, indexed.dtype, overwrite=True) as writer:
+        for item in reversed(range(indexed.num_items)):
+            writer.add_document([indexed.read(item)])
+
+
+def test_data_may_move_and_settings_that_differ_are_told(save: Path, data: Path) -> None:
+    assert run_on(1, [*FEW, "--train-iters", "4", "--clip-grad", "0.5"], save, data) == 0
+    lines = [record["text"] for record in events_of(save, "line")]
+    told = next(text for text in lines if text.startswith("settings that differ"))
+    assert "--clip-grad is 0.5 and was 1.0" in told
+    assert "data-path" not in told and len(events_of(save, "step_done")) == 4
+
+
+def test_swapped_data_is_refused_unless_it_is_allowed_and_then_told(save: Path, data: Path, kept: Path) -> None:
+    write_other(data, kept / "bytes_document")
+    said = refusal(save, data)
+    assert "the data bytes_document was another than moved is now (idx_sha256" in said
+    assert "--allow-changed-data" in said
+    assert run_on(1, [*FEW, "--train-iters", "4", "--allow-changed-data"], save, data) == 0
+    assert any("--allow-changed-data: the run goes on although the data bytes_document" in t for t in warnings_of(save))
+
+
+def test_another_seed_and_another_split_are_refused_together(save: Path, data: Path) -> None:
+    said = refusal(save, data, "--seed", "5", "--split", "90,10,0")
+    assert "--seed was 1234 and is 5" in said and "--split was 969, 30, 1 and is 90,10,0" in said
+
+
+def test_a_fine_tuning_may_have_other_data(save: Path, data: Path, kept: Path, tmp_path: Path) -> None:
+    write_other(data, kept / "bytes_document")
+    words = [*FEW, "--train-iters", "1", "--load", str(save), "--finetune", "--seed", "9"]
+    assert run_on(1, words, tmp_path / "tuned", data) == 0
+
+
+def record_for(prefix: Path, *, vocab_size: int = 257, largest: int = 256, digest: str | None = None) -> None:
+    tokenizer = load_tokenizer("ByteLevelTokenizer")
+    described = {"type": tokenizer.name, "vocab_size": vocab_size, "digest": digest or tokenizer.digest}
+    write_record(prefix, {"megalith": "0", "tokenizer": described}, largest_token=largest)
+
+
+def test_a_start_checks_what_was_recorded_of_the_data(save: Path, data: Path) -> None:
+    record_for(data, digest="0" * 64)
+    assert "moved.bin: tokenizer: expected the run's" in refusal(save, data)
+    record_for(data, largest=264)
+    assert "largest token: expected one of the vocabulary, 0 to 263, found 264" in refusal(save, data)
+    record_for(data)
+    content = bytearray(Path(f"{data}.bin").read_bytes())
+    content[0] ^= 1
+    Path(f"{data}.bin").write_bytes(content)
+    assert "moved.bin: SHA-256: expected" in refusal(save, data, "--verify-data")
+
+
+def test_an_evaluation_refuses_tokens_of_another_tokenizer(save: Path, data: Path, kept: Path) -> None:
+    assert measure(str(save), split=None, files=[str(data)], step=None, device="cpu")["tokens"] > 100
+    record_for(data, digest="0" * 64)
+    with pytest.raises(ValueError, match=r"moved\.bin: tokenizer: expected the run's"):
+        measure(str(save), split=None, files=[str(data)], step=None, device="cpu")
+
+
+def test_verified_data_is_told(save: Path, data: Path) -> None:
+    record_for(data)
+    assert run_on(1, [*FEW, "--train-iters", "3", "--verify-data"], save, data) == 0
+    lines = [record["text"] for record in events_of(save, "line")]
+    assert any(text.startswith(f"--verify-data: {data}: ") and "are as recorded" in text for text in lines)
+
+
+def test_a_part_that_gets_no_document_is_told_or_refused(save: Path, data: Path, tmp_path: Path) -> None:
+    words = [*FEW, "--train-iters", "1", "--eval-iters", "1", "--split", "999,1,0"]
+    assert run_on(1, words, tmp_path / "new", data) == 0
+    assert any("the share for validation is less than one document" in text for text in warnings_of(tmp_path / "new"))
+    assert "leaves no document for training" in refusal(tmp_path / "other", data, "--split", "0,1,1")
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ([[], [], []], "the 3 documents that --split = 100,0,0 leaves for train hold no token"),
+        ([[5]], "--max-epochs = 20: .* has 1 tokens for train and would be read 513 times"),
+        ([], "leaves no document for training"),
+    ],
+    ids=["only empty documents", "one token", "no document"],
+)
+def test_data_without_tokens_is_refused_at_once(documents: list[list[int]], message: str, tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "corpus", np.uint16) as writer:
+        for document in documents:
+            writer.add_document([document])
+    words = ["--split", "100,0,0", "--max-epochs", "20"]
+    said = refusal(tmp_path / "run", tmp_path / "corpus", *words)
+    assert re.search(message, said), said
+
+
+def test_a_checkpoint_that_records_neither_data_nor_samples_is_not_compared() -> None:
+    with open("/dev/null", "w") as stream, RunLog("reference", stream) as log:
+        check_same_run(Run(), [{"name": "a", "idx_sha256": "1", "bin_size": 1}], {"step": 1}, {}, log)
+
+
+def test_every_setting_that_decides_is_a_known_one() -> None:
+    known = known_settings()
+    assert set(DECIDE_SAMPLES) <= set(known) and set(CHANGE_NOTHING) <= set(known)
+    assert not set(DECIDE_SAMPLES) & set(CHANGE_NOTHING)
+    assert all(known[name].part in PARTS for name in (*DECIDE_SAMPLES, *CHANGE_NOTHING))
+    state: Any = decisive(Run())
+    assert json.loads(json.dumps(state)) == state
