@@ -125,6 +125,7 @@ def run_steps(job: Job, keeper: Keeper, signals: StopSignals) -> str | None:
         evaluate(job, "valid")
     profile = open_profile(job)
     job.ledger.switch("other")
+    job.first_step = progress.step
     while progress.step < job.last_step:
         if profile is not None:
             profile.before_step(progress.step + 1)

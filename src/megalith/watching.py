@@ -1,6 +1,7 @@
 """What the watch is told of a run: where each rank is, and for how long it may stay there."""
 
 import os
+from pathlib import Path
 
 from megalith.config import Run
 from megalith.files import Disk
@@ -46,30 +47,50 @@ class Places:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._first_step: int | None = None
 
     def __call__(self) -> Place:
         job, account = self._job, self._job.ledger.account
         step = job.progress.step
-        if account in ("data", "step") and self._first_step is None:
-            self._first_step = step
-        is_start = account == "startup" or step == self._first_step
+        is_start = job.first_step is None or step == job.first_step
         limit = start_limit(job.run) if is_start else job.run.parallel.hang_timeout
         inside = ", ".join(job.timers.running())
         return Place(job.ledger.moves, step + 1, f"{account} ({inside})" if inside else account, limit)
 
 
 class NotedDisk(Disk):
-    """The disk, on which every write is progress: a slow disk is no hanging rank."""
+    """The disk, on which every operation is progress: a slow disk is no hanging rank."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
 
-    def write(self, descriptor: int, data: memoryview) -> int:
-        written = super().write(descriptor, data)
+    def create(self, path: Path) -> int:
         self._ledger.move()
-        return written
+        return super().create(path)
+
+    def open(self, path: Path) -> int:
+        self._ledger.move()
+        return super().open(path)
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        self._ledger.move()
+        return super().write(descriptor, data)
+
+    def read(self, descriptor: int, buffer: memoryview, offset: int) -> int:
+        self._ledger.move()
+        return super().read(descriptor, buffer, offset)
 
     def sync(self, descriptor: int) -> None:
-        super().sync(descriptor)
         self._ledger.move()
+        super().sync(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._ledger.move()
+        super().rename(source, target)
+
+    def remove(self, path: Path) -> None:
+        self._ledger.move()
+        super().remove(path)
+
+    def make_directory(self, path: Path) -> None:
+        self._ledger.move()
+        super().make_directory(path)

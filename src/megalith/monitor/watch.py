@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import FrameType, TracebackType
 from typing import Self
@@ -59,6 +60,7 @@ class Watch:
     ) -> None:
         self._rank, self._board = rank, board
         self._peers = {peer.rank: peer for peer in peers}
+        self._is_alone = len(peers) == 1
         self._hang_timeout = hang_timeout
         self._end, self._clock = end, clock
         self._look_at: Callable[[], Place] = lambda: Place(0, 0, "start-up", 0.0)
@@ -77,6 +79,8 @@ class Watch:
         self._look_at = look_at
 
     def __enter__(self) -> Self:
+        # A crash, and the order to abort that `_judge` gives, then show the stack.
+        faulthandler.enable(file=STREAM, all_threads=True)
         self._thread.start()
         return self
 
@@ -151,8 +155,11 @@ class Watch:
         place = self._look_at()
         self._idle = 0.0 if place.moves != self._beat.moves else self._idle + elapsed
         if place.limit:
-            # If even this thread cannot run any more, the interpreter's own watchdog shows what holds the lock.
-            faulthandler.dump_traceback_later(max(place.limit - self._idle, 0.0) + 1.2 * self._tick, file=STREAM)
+            # If even this thread cannot run any more, the interpreter's own watchdog shows what holds the lock. Of
+            # several ranks another sees to that and to the end; a single one has nobody else.
+            patience = 1.2 * self._tick if self._is_alone else 2 * SECONDS_TO_TELL + 4 * self._tick
+            left = max(place.limit - self._idle, 0.0) + patience
+            faulthandler.dump_traceback_later(left, file=STREAM, exit=self._is_alone)
         else:
             faulthandler.cancel_dump_traceback_later()
         self._put(
@@ -173,8 +180,13 @@ class Watch:
         for rank, beat in beats.items():
             number, seconds = self._silent.get(rank, (-1, 0.0))
             self._silent[rank] = (beat.beats, 0.0 if beat.beats != number else seconds + elapsed)
-            if rank != self._rank and beat.guilty:
-                self._leave(beat.guilty)
+        silence = {rank: self._silent[rank][1] if self._counts(rank) else 0.0 for rank in beats}
+        running = {rank: beat for rank, beat in beats.items() if not beat.left and beat.limit}
+        # What a silent rank said last may be of the first step, which may take longer; the others are past that.
+        shortest = min((beat.limit for beat in running.values()), default=0.0)
+        silent = [rank for rank in running if silence[rank] >= shortest / 2]
+        if guilty := next((beat.guilty for rank, beat in beats.items() if rank != self._rank and beat.guilty), ()):
+            self._judge(guilty, silent)  # as another rank has found
         if self.lost():
             self._lost_for += elapsed
             if self._lost_for >= SECONDS_TO_UNWIND:
@@ -183,58 +195,66 @@ class Watch:
                 self._board.close()
                 self._end(PEER_LOST)
             return
-        running = {rank: beat for rank, beat in beats.items() if not beat.left and beat.limit}
-        silent = [rank for rank, beat in running.items() if self._silent[rank][1] >= beat.limit and self._counts(rank)]
-        if silent or any(beat.idle >= beat.limit for beat in running.values()):
-            self._judge(silent or find_guilty(running), silent)
+        still = {rank: replace(beat, idle=beat.idle + silence[rank]) for rank, beat in running.items()}
+        if is_stuck(still) or any(silence[rank] >= shortest for rank in running):
+            self._judge(silent or find_guilty(still), silent)
 
     def _counts(self, rank: int) -> bool:
         """Whether silence is the rank's, not that of a store which answers nobody; such a store is rank 0's."""
         assert self._board is not None
         return rank == 0 or self._board.seconds_unanswered() < 5 * LONGEST_TICK
 
-    def _judge(self, guilty: list[int], silent: list[int]) -> None:
+    def _judge(self, guilty: Sequence[int], silent: Sequence[int]) -> None:
         """Say who holds the job up, let the others say where they are, and end."""
         faulthandler.cancel_dump_traceback_later()
         beats = self._beats() | {self._rank: self._beat}
         speaker = next((rank for rank in sorted(self._peers) if rank not in silent), self._rank)
         if self._rank == speaker:
+            limit = min((beat.limit for beat in beats.values() if beat.limit and not beat.left), default=0.0)
             for rank in guilty:
-                _say(self._described(rank, beats[rank], is_silent=rank in silent))
+                _say(self._described(rank, beats[rank], limit, is_silent=rank in silent))
         self._put(replace(self._beat, guilty=tuple(guilty)))
         if self._rank in guilty:
             self._show_stack()
+        # Who is silent can neither say where it is nor end by itself: an abort shows its stack, without the lock.
+        here = [self._peers[rank] for rank in silent if self._rank == speaker and self._peers[rank].is_here]
+        _send(here, signal.SIGABRT)
+        _send(here, signal.SIGCONT)
         time.sleep(SECONDS_TO_TELL)
-        if self._rank == speaker:
-            for rank in silent:
-                # It can end neither by itself nor by a signal that it would have to look at.
-                if self._peers[rank].is_here and not self._peers[rank].is_gone:
-                    os.kill(self._peers[rank].pid, signal.SIGKILL)
+        _send(here, signal.SIGKILL)
         self._end(HUNG)
 
-    def _leave(self, guilty: Sequence[int]) -> None:
-        """Another rank has ended the job."""
-        faulthandler.cancel_dump_traceback_later()
-        if self._rank in guilty:
-            self._show_stack()
-        self._end(HUNG)
-
-    def _described(self, rank: int, beat: Beat, *, is_silent: bool) -> str:
+    def _described(self, rank: int, beat: Beat, limit: float, *, is_silent: bool) -> str:
         peer = self._peers[rank]
-        seconds = self._silent[rank][1] if is_silent else beat.idle
-        text = f"{peer} made no progress for {seconds:.1f} s at step {beat.step} in {beat.phase}"
+        seconds = beat.idle + (self._silent[rank][1] if is_silent else 0.0)
+        limit = limit if is_silent else beat.limit
+        at = "; it was last seen at" if is_silent else " at"
+        text = f"{peer} made no progress for {seconds:.1f} s{at} step {beat.step} in {beat.phase}"
         if is_silent and peer.is_stopped:
             text += "; a signal has stopped it"
         elif is_silent:
             text += "; it does not answer: it holds the interpreter's lock, hangs in the kernel, or its host is gone"
         elif beat.waits:
             text += "; it waits for other ranks"
-        setting = f"--hang-timeout = {self._hang_timeout:g}" if beat.limit == self._hang_timeout else "at start-up"
-        return f"{text} (limit {beat.limit:g} s, {setting}). The job ends"
+        setting = f"--hang-timeout = {self._hang_timeout:g}" if limit == self._hang_timeout else "at start-up"
+        return f"{text} (limit {limit:g} s, {setting}). The job ends"
 
     def _show_stack(self) -> None:
         _say(f"rank {self._rank} is here, {self._beat.phase}, step {self._beat.step} (the innermost call first):")
         faulthandler.dump_traceback(file=STREAM, all_threads=True)
+
+
+def _send(peers: Sequence[Peer], number: signal.Signals) -> None:
+    for peer in peers:
+        if not peer.is_gone:
+            with suppress(ProcessLookupError):
+                os.kill(peer.pid, number)
+
+
+def is_stuck(beats: dict[int, Beat]) -> bool:
+    """Whether a rank has stood still for too long; one that only waits has not as long as another goes on."""
+    late = [beat for beat in beats.values() if beat.idle >= beat.limit]
+    return any(not beat.waits for beat in late) or (bool(late) and len(late) == len(beats))
 
 
 def find_guilty(beats: dict[int, Beat]) -> list[int]:

@@ -1,0 +1,222 @@
+"""A hung or dead rank ends the job in a bounded time, named with rank, phase and stack; whole runs on forked ranks."""
+
+import ctypes
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import megalith.train
+from megalith.checkpoint.directory import list_checkpoints
+from megalith.checkpoint.verify import verify
+from megalith.data.causal import CausalBatches
+from megalith.job import Job
+from megalith.launch import HUNG, PEER_LOST
+from megalith.monitor.board import ROW_BYTES, Beat, MemoryBoard
+from megalith.monitor.events import StepDone
+from megalith.monitor.watch import find_guilty, is_stuck
+from megalith.resume import Keeper
+from tests.faults.cluster import Ended, run_ranks
+from tests.faults.disk import slow
+from tests.layouts.runs import MODEL, run_on, steps_of, write_data
+from tests.test_train import assert_same
+
+HANG_TIMEOUT = 2.0
+STEP = 3  # in which it happens; the first step may take longer
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def at_step(act: Callable[[], None], *, step: int = STEP) -> None:
+    """From now on, call a function as that step begins."""
+    take_step = megalith.train.take_step
+
+    def acting(job: Job, keeper: Keeper) -> StepDone:
+        if job.progress.step + 1 == step:
+            act()
+        return take_step(job, keeper)
+
+    megalith.train.take_step = acting
+
+
+def hang_asleep() -> None:
+    time.sleep(60)
+
+
+def hang_with_the_lock() -> None:
+    ctypes.PyDLL(None).sleep(60)
+
+
+def hang_stopped() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def start(
+    folder: Path, data: Path, *words: str, disturb: Callable[[int], None], world_size: int = 2, save: str = "run"
+) -> Ended:
+    given = [*MODEL, "--data-path", str(data), "--save", str(folder / save), "--train-iters", "12", *words]
+    return run_ranks(["pretrain", *given], world_size, folder, disturb=disturb, follow=1.0)
+
+
+@pytest.mark.parametrize("hang", [hang_asleep, hang_with_the_lock, hang_stopped])
+def test_a_hung_rank_is_named_with_phase_and_stack_at_the_timeout(
+    hang: Callable[[], None], data: Path, tmp_path: Path
+) -> None:
+    at = tmp_path / "at"
+
+    def hang_noted() -> None:
+        time.sleep(0.5)  # for the watch to have seen this step
+        at.write_text(str(time.monotonic()))
+        hang()
+
+    def disturb(rank: int) -> None:
+        if rank == 1:
+            at_step(hang_noted)
+
+    ended = start(tmp_path, data, "--hang-timeout", str(HANG_TIMEOUT), disturb=disturb)
+    seconds = time.monotonic() - float(at.read_text())
+    print(f"{hang.__name__}: the job ended {seconds:.2f} s after it, limit {HANG_TIMEOUT} s (goal: limit + 1 s)")
+    assert not ended.hung and HUNG in ended.statuses, ended
+    assert HANG_TIMEOUT <= seconds < HANG_TIMEOUT + 8.0  # on a busy machine
+    named = re.search(r"rank 1 \(process \d+ on [^)]+\) made no progress for (\S+) s.* at step 3 in step", ended.said)
+    assert named and float(named[1]) >= HANG_TIMEOUT / 2, ended.said
+    assert "rank 0 (" not in ended.said
+    if hang is hang_stopped:  # and is let go on for a moment, to say where it is
+        assert "a signal has stopped it" in ended.said
+        assert re.search(r"in (hang_stopped|acting|take_step|run_steps)\b", ended.said), ended.said
+        return
+    assert f"line {hang.__code__.co_firstlineno + 1} in {hang.__name__}" in ended.said, ended.said
+
+
+def test_a_hung_data_thread_is_named_with_phase_and_stack(data: Path, tmp_path: Path) -> None:
+    def disturb(rank: int) -> None:
+        read = CausalBatches.read
+
+        def hanging(source: CausalBatches, indices: Any, samples: Any) -> Any:
+            if rank == 1 and samples[0] >= 8 * STEP:
+                hang_asleep()
+            return read(source, indices, samples)
+
+        setattr(CausalBatches, "read", hanging)  # noqa: B010 - mypy forbids to assign a method
+
+    ended = start(tmp_path, data, "--hang-timeout", str(HANG_TIMEOUT), disturb=disturb)
+    assert not ended.hung and HUNG in ended.statuses, ended
+    assert re.search(r"rank 1 \(.*made no progress for \S+ s at step \d+ in data \(batch-generator\)", ended.said)
+    assert "in hang_asleep" in ended.said and "rank 0 (" not in ended.said
+
+
+@pytest.mark.parametrize("hang", [hang_asleep, hang_with_the_lock])
+def test_a_single_rank_that_hangs_ends_too(hang: Callable[[], None], data: Path, tmp_path: Path) -> None:
+    ended = start(tmp_path, data, "--hang-timeout", str(HANG_TIMEOUT), disturb=lambda rank: at_step(hang), world_size=1)
+    assert not ended.hung and ended.statuses[0] in (HUNG, 1)
+    assert f"in {hang.__name__}" in ended.said
+
+
+def test_a_slow_disk_is_no_hang(data: Path, tmp_path: Path) -> None:
+    # Each operation takes a tenth of the time that a rank may stand still, a save more than all of it.
+    words = ("--hang-timeout", "1.5", "--save-interval", "4", "--train-iters", "4")
+    ended = start(tmp_path, data, *words, disturb=slow(0.15))
+    assert ended.statuses == (0, 0), ended
+    assert len(steps_of(tmp_path / "run")) == 4
+
+
+def test_a_rank_that_dies_ends_the_others_who_name_it(data: Path, tmp_path: Path) -> None:
+    at = tmp_path / "at"
+
+    def die() -> None:
+        at.write_text(str(time.monotonic()))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def disturb(rank: int) -> None:
+        if rank == 0:
+            at_step(die)
+
+    ended = start(tmp_path, data, disturb=disturb)
+    seconds = time.monotonic() - float(at.read_text())
+    print(f"the job was down {seconds:.2f} s after a rank's death (goal 2 s)")
+    assert ended.statuses[0] == -signal.SIGKILL and ended.statuses[1] in (PEER_LOST, -signal.SIGKILL)
+    assert seconds < 8.0
+    if ended.statuses[1] == PEER_LOST:
+        assert re.search(r"rank 1 ends: rank 0 \(process \d+ on [^)]+\) has died", ended.said)
+    assert "Traceback" not in ended.said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("ranks", [(1,), (0, 1)], ids=["one", "all"])
+def test_a_signal_to_one_rank_or_all_finishes_the_step_saves_and_ends_with_75(
+    number: signal.Signals, ranks: tuple[int, ...], data: Path, tmp_path: Path
+) -> None:
+    def disturb(rank: int) -> None:
+        if rank in ranks:
+            at_step(lambda: os.kill(os.getpid(), number))
+
+    ended = start(tmp_path, data, disturb=disturb)
+    assert ended.statuses == (75, 75), ended
+    assert [step["step"] for step in steps_of(tmp_path / "run")] == [1, 2, 3]
+    assert [found.step for found in list_checkpoints(tmp_path / "run")] == [3]
+    if number is signal.SIGUSR1 and len(ranks) == 1:
+        ended = start(tmp_path, data, disturb=lambda rank: None)
+        assert ended.statuses == (0, 0)
+        assert run_on(2, ["--train-iters", "12"], tmp_path / "undisturbed", data) == 0
+        assert_same(tmp_path / "run", tmp_path / "undisturbed")
+
+
+def test_a_second_signal_stops_at_once_with_the_last_commit_intact(data: Path, tmp_path: Path) -> None:
+    def ask_twice() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.2)  # what comes sooner is the same request
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the process goes on")
+
+    def disturb(rank: int) -> None:
+        at_step(ask_twice, step=7)
+
+    ended = start(tmp_path, data, "--save-interval", "4", disturb=disturb)
+    assert 128 + signal.SIGTERM in ended.statuses and "AssertionError" not in ended.said, ended
+    (found,) = list_checkpoints(tmp_path / "run")
+    assert found.step == 4 and verify(found.path).step == 4
+
+
+def test_a_signal_without_save_ends_with_76(data: Path, tmp_path: Path) -> None:
+    words = [*MODEL, "--data-path", str(data), "--train-iters", "12"]
+    del words[words.index("--save-interval") : words.index("--save-interval") + 2]
+    disturb = lambda rank: at_step(lambda: os.kill(os.getpid(), signal.SIGTERM))  # noqa: E731
+    assert run_ranks(["pretrain", *words], 1, tmp_path, disturb=disturb).statuses == (76,)
+
+
+def test_who_holds_up_the_others_is_found() -> None:
+    still = Beat(step=5, moves=40, idle=9.0, limit=10.0)
+    waiting = Beat(step=5, moves=41, idle=10.0, limit=10.0, waits=True)
+    working = Beat(step=5, moves=42, idle=0.1, limit=10.0)
+    assert find_guilty({0: waiting, 1: still, 2: waiting}) == [1]
+    assert find_guilty({0: waiting, 1: working, 2: waiting}) == [0, 2]  # all wait: those who have come least far
+    assert is_stuck({0: waiting, 1: replace(still, idle=10.0)})
+    assert not is_stuck({0: waiting, 1: working}) and not is_stuck({0: still, 1: working})  # a slow disk, say
+    assert is_stuck({0: waiting, 1: waiting})
+    behind = Beat(step=4, moves=39, idle=9.5, limit=10.0, waits=True)
+    assert find_guilty({0: waiting, 1: behind}) == [1]
+
+
+def test_a_row_that_is_being_written_is_not_read() -> None:
+    memory = os.memfd_create("board")
+    boards = [MemoryBoard(f"/proc/self/fd/{memory}", rank, 2) for rank in range(2)]
+    os.close(memory)
+    beat = Beat(beats=3, moves=2, step=7, phase="x" * 500, guilty=tuple(range(1000, 1100)))
+    assert len(beat.to_row()) <= ROW_BYTES
+    boards[0].write(beat.to_row())
+    read = Beat.from_row(boards[1].read()[0])
+    assert read is not None and (read.beats, read.step, read.phase) == (3, 7, "x" * 60)
+    assert Beat.from_row(boards[1].read()[1]) is None
+    boards[0].write(beat.to_row()[:100])
+    assert Beat.from_row(boards[1].read()[0]) is None
+    for board in boards:
+        board.close()
