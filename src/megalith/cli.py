@@ -21,6 +21,8 @@ FAULT = 2  # exit status of a command that could not start
 def main(words: Sequence[str] | None = None) -> int:
     """Run a subcommand; return the exit status."""
     started = time.time()
+    # Nothing that is written can be changed by everybody, whatever the umask was.
+    os.umask(os.umask(0o022) | 0o002)
     words = list(sys.argv[1:] if words is None else words)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -47,8 +49,10 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"megalith: rank {os.environ.get('RANK', '0')} ends: {error}", file=sys.stderr)
         return PEER_LOST
     except (ValueError, OSError) as error:
+        from megalith.monitor.outlet import printable
+
         for line in str(error).splitlines():
-            print(f"megalith: {line}", file=sys.stderr)
+            print(f"megalith: {printable(line)}", file=sys.stderr)
         return FAULT
 
 

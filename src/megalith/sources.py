@@ -12,6 +12,7 @@ from typing import Any
 from megalith.config import REMOVED, TASKS, ConfigError, Fault, Run, compose, convert, known_settings, nearest
 from megalith.fields import describe
 from megalith.files import write_whole
+from megalith.monitor.outlet import redacted
 
 
 def preset_names() -> list[str]:
@@ -74,7 +75,7 @@ def settings_of_toml(text: str, source: str) -> tuple[dict[str, Any], list[Fault
 
 
 def as_toml(run: Run) -> str:
-    """A run file that gives this run again: every setting that differs from its default, by section."""
+    """A run file that gives this run again: every setting that differs from its default, by section; no secrets."""
     lines = [f'task = "{run.task}"']
     for part in dataclasses.fields(Run):
         if part.name == "task":
@@ -94,7 +95,7 @@ def _toml_value(value: object) -> str:
         return repr(value)
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    text = redacted(str(value)).replace("\\", "\\\\").replace('"', '\\"')
     return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text) + '"'
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from megalith.monitor import events
 from megalith.monitor.lines import perplexity
+from megalith.monitor.outlet import redacted
 from megalith.monitor.settings import MonitorConfig
 
 FLUSH_SECONDS = 30.0
@@ -50,7 +51,7 @@ class EventFile:
         """As TensorBoard's text tab wants it, under NAME/text_summary."""
         metadata = self._metadata(plugin_data=self._metadata.PluginData(plugin_name="text"))
         shape = self._shape(dim=[self._shape.Dim(size=1)])
-        data = text.encode("utf-8", "backslashreplace")
+        data = redacted(text).encode("utf-8", "backslashreplace")
         tensor = self._tensor(dtype="DT_STRING", string_val=[data], tensor_shape=shape)
         value = self._summary.Value(tag=f"{name}/text_summary", metadata=metadata, tensor=tensor)
         self._add(self._event(wall_time=now, step=x, summary=self._summary(value=[value])), now)
