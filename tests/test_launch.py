@@ -264,6 +264,64 @@ def test_a_worker_of_torchrun_that_is_killed_is_started_again_and_the_run_ends_i
     seconds_until_gone(mark)
 
 
+@pytest.mark.slow
+def test_two_one_two_ranks_in_turn_give_the_losses_of_one(tmp_path: Path) -> None:
+    data = write_data(tmp_path)
+    assert run_on(1, ["--train-iters", "18"], tmp_path / "one", data) == 0
+    for nproc, exit_interval in ((2, 6), (1, 12), (2, 18)):
+        words = ["--train-iters", "18", "--exit-interval", str(exit_interval), "--nproc", str(nproc)]
+        done = subprocess.run(command(data, tmp_path / "run", *words), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    found, wanted = steps_of(tmp_path / "run"), steps_of(tmp_path / "one")
+    assert [step["step"] for step in found] == [step["step"] for step in wanted]
+    for step, want in zip(found, wanted, strict=True):
+        assert step["consumed_samples"] == want["consumed_samples"]
+        assert step["losses"] == pytest.approx(want["losses"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_an_elastic_job_goes_on_with_the_hosts_that_are_left(tmp_path: Path) -> None:
+    """torchrun --nnodes 1:2 with two agents, of which one is killed: 2 ranks, then 1."""
+    data, mark = write_data(tmp_path), uuid.uuid4().hex
+    assert run_on(1, ["--train-iters", "40"], tmp_path / "one", data) == 0
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1"]
+    agent += ["--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    agent += ["--rdzv-conf", "last_call_timeout=15,keep_alive_interval=1,keep_alive_max_attempt=3", "-m", "megalith"]
+    words = command(data, tmp_path / "run", "--train-iters", "40", "--save-interval", "5")[3:]
+    environment = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"}
+
+    def start(name: str) -> "subprocess.Popen[str]":
+        with (tmp_path / name).open("w") as out:
+            return subprocess.Popen([*agent, *words], stdout=out, stderr=out, text=True, env=environment)
+
+    first = start("first")  # it keeps the rendezvous
+    second = start("second")
+    try:
+        deadline = time.monotonic() + 200
+        log = tmp_path / "run" / "log.jsonl"
+        while not log.exists() or len(steps_of(tmp_path / "run")) < 12:
+            assert time.monotonic() < deadline, (tmp_path / "first").read_text()[-3000:]
+            time.sleep(0.05)
+        second.kill()
+        status = first.wait(timeout=250)
+        assert status == 0, (tmp_path / "first").read_text()[-3000:]
+    finally:
+        for pid in marked(mark):
+            os.kill(pid, signal.SIGKILL)
+        first.wait()
+        second.wait()
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    sizes = [record["num_devices"] for record in records if record["event"] == "training_started"]
+    assert sizes[0] == 2 and sizes[-1] == 1, sizes
+    last = {step["step"]: step for step in steps_of(tmp_path / "run")}
+    wanted = steps_of(tmp_path / "one")
+    assert sorted(last) == [step["step"] for step in wanted]
+    for want in wanted:
+        assert last[want["step"]]["losses"] == pytest.approx(want["losses"], rel=1e-5)
+
+
 def environment_of(pid: int) -> list[bytes]:
     try:
         return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")

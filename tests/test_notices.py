@@ -2,8 +2,10 @@
 
 import pytest
 
+from megalith.checkpoint.settings import CheckpointConfig
 from megalith.config import Run, known_settings
 from megalith.notices import REPLACED, notes, overridden, padding_warning, repeated_warning, warnings_of
+from megalith.report import expected_loss
 from megalith.sources import read_command_line
 
 SMALL = """
@@ -122,3 +124,21 @@ def test_every_warning_is_one_sentence_or_two_on_one_line() -> None:
     lines = warned(words)
     assert len(lines) == 5
     assert all("\n" not in line and line.endswith(".") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("save", "interval", "said"),
+    [
+        (
+            None,
+            None,
+            "a kill would cost 25.0 hours on average and up to 50.0: the run takes that long, and there is no",
+        ),
+        ("run", 200_000, "and --save-interval = 200000 is longer. Save more often"),
+        ("run", 1000, None),
+    ],
+)
+def test_what_a_kill_would_cost_is_told_in_hours(save: str | None, interval: int | None, said: str | None) -> None:
+    told = expected_loss(CheckpointConfig(save=save, save_interval=interval), 100_000, 1.8)
+    assert told is None if said is None else said in str(told)
+    assert expected_loss(CheckpointConfig(), 10, 1.8) is None

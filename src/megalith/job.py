@@ -104,6 +104,7 @@ class Job:
     pace: Pace
     stop: str | None = None  # what went so wrong in a step that the run must stop after it
     memory_reported: bool = False
+    risk_told: bool = False  # what a kill would cost
     first_step: int | None = None  # the step from which this start goes on; None before the training
     # Step and mean losses of each evaluation on the validation data in this start.
     validations: list[tuple[int, dict[str, float]]] = field(default_factory=list)

@@ -3,11 +3,14 @@
 import time
 from pathlib import Path
 
+from megalith.checkpoint.settings import CheckpointConfig
 from megalith.job import Job
-from megalith.monitor.events import MemoryReported, RankMemory, StepDone, TimersReported
+from megalith.monitor.events import MemoryReported, RankMemory, StepDone, TimersReported, Warned
 from megalith.monitor.memory import MemoryUse
 from megalith.monitor.profile import Profile
 from megalith.monitor.timers import STEP_TIMERS
+
+SHORTEST_RISK = 0.1  # hours; what takes less is done again without regret
 
 
 def open_profile(job: Job) -> Profile | None:
@@ -28,8 +31,25 @@ def report_interval(job: Job, last: StepDone) -> None:
     if not job.memory_reported and done.learning_rate > 0:
         job.memory_reported = True
         job.log.report(MemoryReported(last.step, memory_of_ranks(job, last.memory)))
+    if not job.risk_told:
+        job.risk_told = True
+        text = expected_loss(job.run.checkpoint, job.last_step, done.seconds / done.num_steps)
+        if text is not None:
+            job.log.report(Warned(text))
     seconds = job.timers.elapsed(STEP_TIMERS)
     job.log.report(TimersReported(seconds, num_steps=job.run.monitor.log_interval, step=last.step))
+
+
+def expected_loss(checkpoint: CheckpointConfig, num_steps: int, seconds: float) -> str | None:
+    """What a kill costs a run of that many steps, of so many seconds each, that saves nothing before its end."""
+    hours = num_steps * seconds / 3600
+    if hours < SHORTEST_RISK or (checkpoint.save is not None and (checkpoint.save_interval or 0) <= num_steps):
+        return None
+    why = "there is no --save" if checkpoint.save is None else f"--save-interval = {checkpoint.save_interval} is longer"
+    return (
+        f"a kill would cost {hours / 2:.1f} hours on average and up to {hours:.1f}: the run takes that long, and "
+        f"{why}. Save more often"
+    )
 
 
 def memory_of_ranks(job: Job, memory: MemoryUse | None) -> tuple[RankMemory, ...]:

@@ -1,0 +1,91 @@
+"""Ranks that do not find each other: a sentence within the stated seconds; and a store that only this host reaches."""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torch._C._distributed_c10d import FileStore
+
+from megalith.parallel.rendezvous import call_roll, on_one_host, open_store
+from tests.processes import listeners
+from tests.ranks import watch_ranks
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port that is free, in all likelihood, once asked for."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        found = server.getsockname()[1]
+    yield int(found)
+
+
+def test_a_port_that_is_taken_is_told_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+        began = time.monotonic()
+        with pytest.raises(
+            ValueError, match=r"MASTER_PORT = \d+: rank 0 cannot listen there \(Address already in use\)"
+        ):
+            open_store(environment, rank=0, world_size=2, seconds=60)
+        assert time.monotonic() - began < 5
+
+
+def test_an_address_that_nobody_knows_is_told() -> None:
+    environment = {"MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "6000"}
+    for rank in (0, 1):
+        began = time.monotonic()
+        with pytest.raises(ValueError, match=r"MASTER_ADDR = no-such-host\.invalid"):
+            open_store(environment, rank=rank, world_size=2, seconds=2)
+        assert time.monotonic() - began < 20
+
+
+def test_a_rank_0_that_does_not_come_is_told_after_the_seconds(port: int) -> None:
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"rank 1 found no rank 0 there within 1 s"):
+        open_store(environment, rank=1, world_size=2, seconds=1)
+    assert 0.5 < time.monotonic() - began < 15
+
+
+def test_the_ranks_that_do_not_come_are_named(tmp_path: Path) -> None:
+    store = FileStore(str(tmp_path / "store"), 4)
+    store.set("megalith/present/2", '[1, "host", 2]')
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="--join-timeout = 1: ranks 1, 3 of 4 did not come within that many seconds"):
+        call_roll(store, 0, 4, seconds=1)
+    assert 0.9 < time.monotonic() - began < 15
+
+
+def test_no_port_is_a_fault_of_the_setting() -> None:
+    for value in ("0", "65536", "ssh", "-1", ""):
+        with pytest.raises(ValueError, match=f"MASTER_PORT = {value}: must be a number"):
+            open_store({"MASTER_PORT": value}, rank=0, world_size=2, seconds=1)
+
+
+def test_the_store_of_one_host_is_reached_by_loopback_only(port: int) -> None:
+    environment = {"MASTER_ADDR": socket.gethostname(), "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
+
+    def on_rank(rank: int) -> list[tuple[str, bool]]:
+        if rank:
+            return []
+        store = open_store(environment, rank=0, world_size=2, seconds=10)
+        found = [(listener.address, listener.is_local) for listener in listeners([os.getpid()])]
+        del store
+        return found
+
+    ends = watch_ranks(on_rank, 2)
+    assert not ends[0].error, ends[0].error
+    assert ends[0].value and all(is_local for _, is_local in ends[0].value), ends[0].value
+
+
+def test_which_environments_say_that_all_ranks_are_here() -> None:
+    assert on_one_host({"MEGALITH_STORE": "/proc/self/fd/3"}, 8)
+    assert on_one_host({"MASTER_ADDR": "127.0.0.1"}, 8)
+    assert on_one_host({"MASTER_ADDR": "node7", "LOCAL_WORLD_SIZE": "8"}, 8)
+    assert on_one_host({"MASTER_ADDR": "node7", "SLURM_STEP_NUM_NODES": "1"}, 8)
+    assert not on_one_host({"MASTER_ADDR": "node7", "LOCAL_WORLD_SIZE": "4"}, 8)
+    assert not on_one_host({"MASTER_ADDR": "node7", "SLURM_NNODES": "2"}, 8)
+    assert not on_one_host({"MASTER_ADDR": "node7"}, 8)
