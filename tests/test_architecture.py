@@ -56,6 +56,7 @@ LEVELS = [
         "verify",
         "watching",
         "convert",
+        "convert_from_hugging_face",
         "convert_from_megatron",
         "convert_to_megatron",
     },

@@ -7,6 +7,7 @@ from megalith.data.masking import WORDPIECE
 from megalith.data.spans import SPECIAL_TOKENS
 from megalith.derived import tokenizer_type
 
+WITH_SENTINELS = "HuggingFaceTokenizer"  # a kind whose files may hold them
 # Options that make a t5 the original one.
 ONLY_T5 = (
     "normalization",
@@ -98,10 +99,10 @@ def t5_alone(run: Run) -> Iterator[Fault]:
 
 def _sentinels(run: Run) -> Iterator[Fault]:
     kind = tokenizer_type(run)
-    if run.data.corpus is None and kind not in WORDPIECE:
-        rule = "does not say which tokens begin a word, on which spans depend"
-        yield _fault("tokenizer_type", kind, rule, f"Use {' or '.join(WORDPIECE)}")
-    if run.data.vocab_extra_ids == 0:
+    if run.data.corpus is None and kind not in (*WORDPIECE, WITH_SENTINELS):
+        rule = "has no tokens to stand for spans"
+        yield _fault("tokenizer_type", kind, rule, f"Use {' or '.join(WORDPIECE)}, or a {WITH_SENTINELS} that has some")
+    if run.data.vocab_extra_ids == 0 and kind != WITH_SENTINELS:
         rule = "leaves t5 no token to stand for a span"
         yield _fault("vocab_extra_ids", 0, rule, "Give the number of sentinel tokens, usually 100")
 

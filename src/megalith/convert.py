@@ -1,4 +1,4 @@
-"""`megalith convert`: checkpoints of Megatron-LM into run directories, and the other way round.
+"""`megalith convert`: checkpoints of Megatron-LM into run directories, and the other way round; T5s of Hugging Face.
 
 A converted run goes on where the other program stopped: weights, optimizer, schedule, loss scale, samples consumed. Its
 dropout differs from then on, for ours is derived from the step and the sample instead of a generator's state.
@@ -7,6 +7,8 @@ dropout differs from then on, for ours is derived from the step and the sample i
 import argparse
 from collections.abc import Sequence
 from typing import NoReturn
+
+HUGGING_FACE = "huggingface"  # a kind of checkpoint
 
 
 def main(words: Sequence[str]) -> int:
@@ -45,27 +47,37 @@ def _to_other(options: argparse.Namespace) -> int:
 
 def _from_other(options: argparse.Namespace) -> int:
     kind, directory = options.source
-    _check_kind(kind)
+    if kind != HUGGING_FACE:
+        _check_kind(kind)
     if len(options.target) != 1:
         raise ValueError(f"--to {' '.join(options.target)}: with --from it takes one word, the run directory to make")
 
-    from megalith.convert_from_megatron import from_megatron
-
     given = {name: getattr(options, name) for name in ("vocab_file", "merge_file", "tokenizer_model", "tokenizer_type")}
-    for line in from_megatron(
-        directory,
-        options.target[0],
-        iteration=options.iteration,
-        weights_only=options.weights_only,
-        tokenizer_settings={name: value for name, value in given.items() if value is not None},
-    ):
+    tokenizer_settings = {name: value for name, value in given.items() if value is not None}
+    if kind == HUGGING_FACE:
+        from megalith.convert_from_hugging_face import from_hugging_face
+
+        lines = from_hugging_face(directory, options.target[0], tokenizer_settings=tokenizer_settings)
+    else:
+        from megalith.convert_from_megatron import from_megatron
+
+        lines = from_megatron(
+            directory,
+            options.target[0],
+            iteration=options.iteration,
+            weights_only=options.weights_only,
+            tokenizer_settings=tokenizer_settings,
+        )
+    for line in lines:
         print(line, flush=True)
     return 0
 
 
 def _check_kind(kind: str) -> None:
     if kind != "megatron":
-        raise ValueError(f"{kind}: is not a kind of checkpoint that can be converted; megatron is")
+        raise ValueError(
+            f"{kind}: is not a kind of checkpoint that can be converted; megatron is, and from {HUGGING_FACE} a T5"
+        )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,13 +88,17 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="megalith convert",
-        usage="megalith convert --from megatron DIR --to RUN_DIR [...]\n"
+        usage="megalith convert --from megatron|huggingface DIR --to RUN_DIR [...]\n"
         "       megalith convert --to megatron RUN_DIR OUT_DIR [...]",
         description=main.__doc__,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--from", dest="source", nargs=2, metavar=("KIND", "DIR"), help="megatron and what --save named there"
+        "--from",
+        dest="source",
+        nargs=2,
+        metavar=("KIND", "DIR"),
+        help="megatron and what --save named there, or huggingface and the directory of a T5",
     )
     parser.add_argument(
         "--to", dest="target", nargs="+", required=True, metavar="WORD", help="RUN_DIR, or megatron RUN_DIR OUT_DIR"

@@ -24,6 +24,7 @@ from megalith.files import Disk, Written, naming, write_parts
 
 LENGTH_BYTES = 8
 HEADER_LIMIT = 64 << 20  # bytes
+METADATA = "__metadata__"  # the one entry of a header that is no tensor
 ALIGNMENT = 8  # bytes; the header is padded with blanks so that the elements start at a multiple
 BLOCK = 4 << 20  # bytes read at a time
 SEEK = 1 << 20  # bytes: of rows longer than this only the wanted part is read, shorter ones are read whole
@@ -197,6 +198,8 @@ def _parse_header(path: Path, text: bytes, data_start: int, data_size: int) -> d
     entries = {}
     spans = []
     for name, fields in listed.items():
+        if name == METADATA and isinstance(fields, dict):
+            continue  # words of whoever wrote the file; ours has none
         if TENSOR_NAME.fullmatch(name) is None:
             raise DamagedError(f"{path}: the header lists a tensor {name[:100]!r}, which no checkpoint contains")
         dtype, shape, start, end = _parse_entry(path, name, fields)

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalith.data.causal import SampleRows
-from megalith.data.masking import Pieces, SpanRule, choose_spans, random_of
+from megalith.data.masking import WORDPIECE, Pieces, SpanRule, choose_spans, pieces_of, random_of
 from megalith.data.mock import MockRows
 from megalith.data.sentence_rows import SentenceRows
+from megalith.data.tokenizer import Tokenizer
 
 SPECIAL_TOKENS = 2  # by which a sample's longest target is shorter than the encoder's sequence
 
@@ -78,6 +79,22 @@ def _filled(values: Sequence[int], length: int, filling: int) -> NDArray[np.int6
     row = np.full(length, filling, np.int64)
     row[: len(values)] = values
     return row
+
+
+def pieces_for_spans(tokenizer: Tokenizer) -> Pieces:
+    """What masking needs of a tokenizer: of BERT's WordPiece, or of any that shows where its words begin.
+
+    There a token begins a word if white space stands before it when it is decoded behind another.
+    """
+    if tokenizer.name in WORDPIECE:
+        return pieces_of(tokenizer)
+    size = tokenizer.vocab_size
+    other = tokenizer.encode("a")[-1]
+    skipped = len(tokenizer.decode([other]))
+    begins_word = np.array([tokenizer.decode([other, n])[skipped : skipped + 1].isspace() for n in range(size)])
+    fixed = np.zeros(size, bool)
+    fixed[[*tokenizer.roles.values(), *tokenizer.extra_ids]] = True
+    return Pieces(size, begins_word, fixed)
 
 
 class SpanRows:

@@ -156,12 +156,21 @@ def make_hugging_face(files: Files, names: Mapping[str, str]) -> Parts:
         tokenizer = LibraryTokenizer.from_str(_decode(files["tokenizer.json"], name))
         codec = HuggingFaceCodec(tokenizer)
     vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    extra = _sentinels(vocabulary)
     if "tokenizer_config.json" in files:
         config = parse_json(files["tokenizer_config.json"], names["tokenizer_config.json"])
         said = {role: _token_of(config.get(key)) for role, key in CONFIG_ROLES.items()}
-        return Parts(codec, {role: vocabulary[token] for role, token in said.items() if token in vocabulary})
+        return Parts(codec, {role: vocabulary[token] for role, token in said.items() if token in vocabulary}, extra)
     usual = [token for token in USUAL_ENDS if token in vocabulary]
-    return Parts(codec, {"eod": vocabulary[usual[0]], "eos": vocabulary[usual[0]]} if usual else {})
+    return Parts(codec, {"eod": vocabulary[usual[0]], "eos": vocabulary[usual[0]]} if usual else {}, extra)
+
+
+def _sentinels(vocabulary: Mapping[str, int]) -> tuple[int, ...]:
+    """The ids of <extra_id_0>, <extra_id_1> and so on, as far as they go."""
+    found: list[int] = []
+    while (number := vocabulary.get(f"<extra_id_{len(found)}>")) is not None:
+        found.append(number)
+    return tuple(found)
 
 
 def make_sentencepiece(files: Files, names: Mapping[str, str]) -> Parts:

@@ -10,8 +10,15 @@ from torch import Tensor, nn
 
 from megalith.config import Run
 from megalith.data.loader import BatchSource
-from megalith.data.masking import T5_LONGEST, SpanRule, pieces_of
-from megalith.data.spans import SPECIAL_TOKENS, MockSpanRows, SpanBatches, SpanCutRule, SpanRows
+from megalith.data.masking import T5_LONGEST, SpanRule
+from megalith.data.spans import (
+    SPECIAL_TOKENS,
+    MockSpanRows,
+    SpanBatches,
+    SpanCutRule,
+    SpanRows,
+    pieces_for_spans,
+)
 from megalith.data.tokenizer import Tokenizer
 from megalith.datasets import Report
 from megalith.derived import num_layers, sequence_length
@@ -67,11 +74,14 @@ def build_parts(
     fit the vocabulary.
     """
     length = sequence_length(run)
+    if not tokenizer.extra_ids:
+        raise ValueError(f"{tokenizer.name}: its file has no tokens <extra_id_0>, ... to stand for spans; use another")
     rule = SpanCutRule(
         encoder_length=length,
         decoder_length=decoder_length(run),
-        pieces=pieces_of(tokenizer),
-        bos=tokenizer.bos,
+        pieces=pieces_for_spans(tokenizer),
+        # The original T5 has no token for the start: its decoder begins with padding.
+        bos=tokenizer.roles.get("bos", tokenizer.pad),
         eos=tokenizer.eos,
         pad=tokenizer.pad,
         sentinels=tokenizer.extra_ids,
