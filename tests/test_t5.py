@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -190,3 +191,28 @@ def test_the_flags_of_megatrons_program_train_two_steps(runs: Runs) -> None:
     assert all(4.0 < float(loss) < 5.5 for _, loss in steps)
     assert "building T5 model ..." in done.stdout and "> finished creating T5 datasets ..." in done.stdout
     assert " > loading indexed mapping from " in done.stdout
+
+
+def made_up_documents(*, code: bool) -> Iterator[tuple[str, str]]:
+    """Texts in which every word follows from the others."""
+    colours = ("red", "green", "blue", "white", "black")
+    for number in range(80):
+        colour, other = colours[number % 5], colours[number % 7 % 5]
+        sentence = f"The {colour} box number {number} stands behind the {other} door of the {colour} house. "
+        yield f"box {number}", sentence * (3 + number % 4)
+
+
+def test_the_preset_learns_and_tells_what_frequencies_would_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("megalith.corpora.titled_documents", made_up_documents)
+    words = """
+        --preset quickstart-t5 --num-layers 1 --hidden-size 64 --train-iters 80 --eval-iters 2 --eval-interval 100
+        --corpus-vocab-size 300 --log-format json --device cpu
+    """.split()
+    assert main(["pretrain", *words, "--save", str(tmp_path / "run")]) == 0
+    first, last = events_of(tmp_path / "run", "evaluated")
+    said = re.search(r"unigram entropy: (\d+\.\d+), .* the model is (-?\d+\.\d+) below it", capfd.readouterr().out)
+    assert said is not None
+    assert float(said[1]) - float(said[2]) == pytest.approx(last["losses"]["lm loss"], abs=2e-3)
+    assert last["losses"]["lm loss"] < float(said[1]) - 0.5 < first["losses"]["lm loss"]
