@@ -145,6 +145,7 @@ class SpanBatches:
     rows: SampleRows
     encoder_length: int
     pad: int
+    sentinels: tuple[int, ...] = ()  # for whoever counts labels
 
     def __len__(self) -> int:
         return len(self.rows)

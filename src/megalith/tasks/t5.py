@@ -97,7 +97,7 @@ def build_parts(
         targets=targets,
         report=report,
     )
-    return {name: SpanBatches(part, length, rule.pad) for name, part in rows.items()}
+    return {name: SpanBatches(part, length, rule.pad, tokenizer.extra_ids) for name, part in rows.items()}
 
 
 def build_mock(run: Run, vocab_size: int, targets: Mapping[str, int]) -> dict[str, SpanBatches]:
@@ -151,11 +151,17 @@ def step_flops(run: Run, vocab_size: int, batch: int, *, causal: bool = False) -
 
 
 def unigram_baseline(run: Run, source: BatchSource) -> Baseline:
-    """Nats per token of the frequencies of what the decoder has to tell, in the first samples of the data."""
+    """Nats per token of the frequencies of what the decoder has to tell, in the first samples of the data.
+
+    Which sentinel comes next follows from those before it, so all count as one token.
+    """
     numbers = np.arange(min(len(source), MOST_COUNTED))
     batch = source.read(numbers, numbers)
-    entropy = unigram_entropy(batch["labels"][batch["loss_mask"] > 0])
-    meaning = "the loss of knowing how often the decoder has to tell each token and nothing else"
+    told = batch["labels"][batch["loss_mask"] > 0]
+    if isinstance(source, SpanBatches) and source.sentinels:
+        told = np.where(np.isin(told, source.sentinels), source.sentinels[0], told)
+    entropy = unigram_entropy(told)
+    meaning = "the loss of knowing how often each token is told (which sentinel is free) and nothing else"
     return Baseline("lm loss", entropy, "unigram entropy", meaning)
 
 
