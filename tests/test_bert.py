@@ -16,6 +16,7 @@ from megalith.bench import main as bench_main
 from megalith.check import check
 from megalith.cli import main
 from megalith.config import Run
+from megalith.data.corpus import titled_documents
 from megalith.data.indexed import open_indexed
 from megalith.data.masking import SpanRule, pieces_of
 from megalith.data.pairs import MockPairRows, PairBatches, PairRows, PairRule
@@ -217,3 +218,29 @@ def test_bench_measures_a_bert_without_data(capsys: pytest.CaptureFixture[str]) 
     words = [*MODEL, "--mock-data", "--vocab-size", "50", "--train-iters", "4", "--device", "cpu"]
     assert bench_main(words, started=0.0) == 0
     assert "tokens" in capsys.readouterr().out
+
+
+def test_the_preset_learns_and_tells_what_the_unigram_baseline_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("megalith.corpora.titled_documents", some_documents)
+    words = (
+        "--preset quickstart-bert --train-iters 40 --eval-iters 2 --eval-interval 100 --log-format json --device cpu"
+    )
+    assert main(["pretrain", *words.split(), "--save", str(tmp_path / "run")]) == 0
+    first, last = events_of(tmp_path / "run", "evaluated")
+    said = capfd.readouterr().out
+    found = re.search(r"unigram entropy: (\d\.\d+), the loss of knowing how often each token occurs", said)
+    assert found is not None, said
+    assert first["losses"]["lm loss"] > float(found[1]) + 1
+    # It begins with how often tokens occur; the preset's own number of steps takes it far below.
+    assert last["losses"]["lm loss"] < first["losses"]["lm loss"] - 1
+    assert "finetune: megalith finetune" in said
+    # A second start finds the corpus and the run where they are.
+    assert main(["pretrain", *words.split(), "--save", str(tmp_path / "run")]) == 0
+    assert "making a corpus" not in capfd.readouterr().out
+
+
+def some_documents(*, code: bool) -> list[tuple[str, str]]:
+    """A part of the text, so that a tokenizer is trained in a second."""
+    return list(titled_documents(code=code))[::12]

@@ -64,7 +64,7 @@ def pretrain_words(words: Sequence[str]) -> list[str]:
         *model_words(pretrained),
         *("--seq-length", str(sequence_length(pretrained))),
         *("--tokenizer-type", tokenizer.name, "--vocab-file", str(folder / "vocab.txt")),
-        *("--vocab-extra-ids", str(len(tokenizer.extra_ids))),
+        *(("--vocab-extra-ids", str(len(tokenizer.extra_ids))) if tokenizer.extra_ids else ()),
         *("--load", options.run, "--finetune", "--save", f"{str(options.run).rstrip('/')}-{options.task.lower()}"),
         *("--pairs-format", options.task, "--train-data", *options.train_data, "--valid-data", *options.valid_data),
         *USUAL,

@@ -29,7 +29,7 @@ class ModelConfig:
         "LayerNorm after each residual sum and the embeddings, as the original BERT has it",
         section="network size",
         switch="on",
-        task="bert, ict",
+        task="bert, ict, classify",
     )
     openai_gelu: bool = setting(False, "tanh GELU in the unfused path", section="network size", switch="on")
     onnx_safe: bool | None = setting(None, "ONNX work-arounds", section="network size")
@@ -39,7 +39,7 @@ class ModelConfig:
         section="network size",
         flag="--bert-no-binary-head",
         switch="off",
-        task="bert",
+        task="bert, classify",
     )
     attention_dropout: float = setting(0.1, "dropout on attention probabilities", section="regularization")
     hidden_dropout: float = setting(0.1, "dropout on embeddings and residual branches", section="regularization")

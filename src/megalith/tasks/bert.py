@@ -152,4 +152,5 @@ TASK = Task(
     is_tied=lambda run: True,
     baseline=unigram_baseline,
     identity=identity,
+    next_commands=(("finetune", "megalith finetune {save} --task MNLI --train-data FILE --valid-data FILE"),),
 )
