@@ -26,6 +26,7 @@ LEVELS = [
         "check_ict",
         "check_t5",
         "check_vit",
+        "compiling",
         "notices",
         "datasets",
         "sentence_datasets",

@@ -154,6 +154,7 @@ OURS = (
     "data_parallel_shard_size",
     "deterministic",
     "fp8_format",
+    "compile",
     "compile_blocks",
     "activation_memory_budget",
     "on_nan",

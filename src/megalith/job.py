@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megalith.compiling import decide
 from megalith.config import Run
 from megalith.continuity import data_of
 from megalith.data.loader import BatchSource, Loader
@@ -154,6 +155,11 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
     announce_ranks(run, layout, log, started=started)
 
     log.line(lines.building_model(task.title), detail=True)
+    last_step, peak = steps_of(run, batch_sizes), peak_flops(device, compute_dtype(run))
+    flops = task.step_flops(run, vocab_size, batch_sizes.global_batch_size) / layout.world_size
+    compiled, why = decide(run, device_type=device.type, peak_flops=peak, step_flops=flops, num_steps=last_step)
+    if why is not None:
+        log.line(why)
     with timers("model-and-optimizer-setup"):
         dtype: torch.dtype = getattr(torch, compute_dtype(run))
         seen = SeenLosses(task.run_part)
@@ -167,6 +173,7 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
             device=device,
             seed=None if run.train.exit_before_training else run.train.seed,
             recompute=recompute_granularity(run),
+            compiled=compiled,
             compute_dtype=dtype,
             is_tied=task.is_tied(run),
         )
@@ -178,11 +185,9 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
         train_iters=run.train.train_iters,
         train_samples=run.train.train_samples,
     )
-    last_step = steps_of(run, batch_sizes)
     if run.train.train_iters is None:
         log.line(f"setting training iterations to {last_step}", detail=True)
     log.report(ScheduleBuilt(schedule.style))
-    peak = peak_flops(device, compute_dtype(run))
     return Job(
         run=run,
         task=task,

@@ -130,12 +130,14 @@ def lay_out(
     device: torch.device,
     seed: int | None,
     recompute: str | None,
+    compiled: bool,
     compute_dtype: torch.dtype,
     is_tied: bool,
 ) -> Laid:
     """Build this rank's parts of the model and connect them with those of the others.
 
-    seed: of the weights; None leaves them on the meta device. recompute: full, selective or None.
+    seed: of the weights; None leaves them on the meta device. recompute: full, selective or None. compiled: whether
+    every block is.
     """
     if config.deterministic:
         fix_arithmetic(device)
@@ -148,7 +150,7 @@ def lay_out(
             use_float8(part, config.fp8_format)  # type: ignore[arg-type]
         share_candidates(part, groups.replicas)
         recompute_blocks(part, recompute, every=config.checkpoint_num_layers, group=_saved_over(config, groups))
-        if config.compile_blocks:
+        if compiled:
             compile_blocks(part, memory_budget=config.activation_memory_budget)
     count = sum(parameter.numel() for part in parts.values() for parameter in part.parameters())
     sharded = config.data_parallel_sharding in ("gradients", "parameters") and groups.replicas is not None

@@ -3,8 +3,10 @@
 Dropout masks are functions of counters, so computing twice needs no generator's state.
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +73,9 @@ def compile_blocks(model: nn.Module, *, memory_budget: float | None) -> None:
     memory_budget: the share of activations, 0 to 1, that the compiler may keep for the backward pass; what is cheapest
     to compute again it computes again (torch's activation_memory_budget). None keeps what it likes.
     """
+    # Beside the user's other caches, so that a restart finds what was compiled; PyTorch's own place is the machine's
+    # temporary folder. Read when the first block is compiled.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(os.environ) / "compiled"))
     if memory_budget is not None:
         import torch._functorch.config as partitioning
 
@@ -84,3 +89,8 @@ def compile_blocks(model: nn.Module, *, memory_budget: float | None) -> None:
     for module in model.modules():
         if isinstance(module, Block):
             module.compile()
+
+
+def cache_folder(environment: Mapping[str, str]) -> Path:
+    """Where Megalith keeps what can be made again: XDG_CACHE_HOME or ~/.cache."""
+    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megalith"

@@ -114,15 +114,21 @@ class ParallelConfig:
         section="mixed precision",
         choices=("e4m3", "hybrid"),
     )
+    compile: str = setting(
+        "off",
+        "compile each transformer block (torch.compile); auto: where the run is long enough to gain, and says so",
+        section="training",
+        choices=("off", "auto", "on"),
+    )
     compile_blocks: bool = setting(
         False,
-        "compile each transformer block (torch.compile); pays on GPUs, rarely on CPUs",
+        "the same as --compile on",
         section="training",
         switch="on",
     )
     activation_memory_budget: float | None = setting(
         None,
-        "with --compile-blocks: keep this share of the activations, recompute the cheapest rest",
+        "with --compile: keep this share of the activations, recompute the cheapest rest",
         section="training",
         unit="0 to 1",
     )

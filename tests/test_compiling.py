@@ -1,0 +1,59 @@
+"""`--compile auto` decides by the length of the run and the device, alike in every restart, and says so."""
+
+import os
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from megalith.compiling import COMPILING, SAVED_ON_GPU, USUAL_UTILIZATION, decide
+from megalith.parallel.recompute import cache_folder, compile_blocks
+from megalith.sources import read_command_line
+
+PEAK = 1e15
+
+
+def decided(words: str, *, device: str = "cuda", seconds: float = 1e6) -> tuple[bool, str | None]:
+    """For a run whose steps take so many seconds in all on the device."""
+    flops = seconds / 100 * PEAK * USUAL_UTILIZATION
+    run = read_command_line(words.split())
+    return decide(run, device_type=device, peak_flops=PEAK, step_flops=flops, num_steps=100)
+
+
+def test_nothing_is_compiled_or_said_unless_asked() -> None:
+    assert decided("") == (False, None)
+
+
+@pytest.mark.parametrize("words", ["--compile on", "--compile-blocks"])
+def test_what_is_asked_is_done_on_any_device_and_for_any_length(words: str) -> None:
+    assert decided(words, device="cpu", seconds=1) == (True, None)
+
+
+def test_auto_compiles_where_twice_its_cost_is_saved_on_a_gpu() -> None:
+    even = 2 * COMPILING / SAVED_ON_GPU
+    for seconds, compiles in ((0.99 * even, False), (1.01 * even, True)):
+        found, why = decided("--compile auto", seconds=seconds)
+        assert found == compiles
+        assert why is not None and f"about {seconds / 60:,.0f} minutes of steps" in why
+
+
+def test_auto_leaves_a_cpu_and_a_split_backward_pass_alone() -> None:
+    assert decided("--compile auto", device="cpu") == (
+        False,
+        "blocks are not compiled (--compile auto): on a CPU it saves less than it costs.",
+    )
+    compiles, why = decided("--compile auto --pipeline-schedule zero-bubble")
+    assert not compiles and why is not None and "zero-bubble" in why
+
+
+def test_compiled_code_is_kept_with_the_users_other_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cache_folder({"XDG_CACHE_HOME": "/somewhere"}) == Path("/somewhere/megalith")
+    assert cache_folder({}) == Path.home() / ".cache/megalith"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "so that it is put back as it was")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    compile_blocks(nn.Linear(1, 1), memory_budget=None)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/somewhere/megalith/compiled"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    compile_blocks(nn.Linear(1, 1), memory_budget=None)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
