@@ -51,6 +51,7 @@ LEVELS = [
         "trained_images",
         "trained_pairs",
         "finetune",
+        "trained_zeroshot",
         "trained_retrieval",
         "indexing",
         "retrieving",

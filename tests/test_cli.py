@@ -88,3 +88,24 @@ def test_evaluate_gives_loss_and_perplexity_of_a_split_and_of_files(trained: Pat
     empty = megalith("evaluate", str(trained), "--split", "test")
     assert empty.returncode == 2
     assert "has no documents" in empty.stderr
+
+
+def test_zero_shot_tasks_print_the_lines_of_megatron(trained: Path, tmp_path: Path) -> None:
+    text = tmp_path / "wikitext.tokens"
+    text.write_text(" = Title = \n It 's a text , with 10 @,@ 000 words . \n" * 3)
+    words = ["evaluate", str(trained), "--task", "WIKITEXT103", "--valid-data", str(text), "--overlapping-eval", "4"]
+    done = megalith(*words)
+    assert done.returncode == 0, done.stderr
+    rule, line, _ = done.stdout.splitlines()
+    assert line.startswith(" validation results on WIKITEXT103 | avg loss: ") and len(rule) == len(line) + 1
+    report = json.loads(megalith(*words, "--json").stdout)
+    assert report["detokenized"] == "wikitext" and f"ppl: {report['perplexity']:.4E}" in line
+    passages = tmp_path / "lambada.jsonl"
+    passages.write_text('{"text": "one two three"}\n{"text": "four five six"}\n')
+    words = ["evaluate", str(trained), "--task", "LAMBADA", "--strict-lambada", "--valid-data", str(passages)]
+    done = megalith(*words)
+    assert done.returncode == 0, done.stderr
+    assert "| total examples: 2.0000E+00 | avg accuracy: " in done.stdout
+    passages.write_text('{"text": "one two three"}\n{"txt": "four"}\n')
+    done = megalith(*words)
+    assert done.returncode == 2 and "lambada.jsonl, line 2: has no key text" in done.stderr

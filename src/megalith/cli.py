@@ -173,6 +173,7 @@ def evaluate(words: Sequence[str], started: float) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     _add_search_flags(parser)
+    _add_zeroshot_flags(parser)
     options = parser.parse_args(words)
 
     import json
@@ -189,6 +190,8 @@ def evaluate(words: Sequence[str], started: float) -> int:
         return 0
     if options.qa_data_dev or options.qa_data_test:
         raise ValueError(f"--qa-data-dev, --qa-data-test: {options.run} holds a {task} model; questions are for an ict")
+    if options.task is not None:
+        return _evaluate_zeroshot(options)
     if task == "vit":
         from megalith.trained_images import measure_images as measure
     elif task == "classify":
@@ -199,6 +202,35 @@ def evaluate(words: Sequence[str], started: float) -> int:
         return 0
     for name, value in report.items():
         print(f"{name:>14}: {value:,.4f}" if isinstance(value, float) else f"{name:>14}: {value}")
+    return 0
+
+
+def _add_zeroshot_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of zero-shot tasks, Megatron-LM's where it has them."""
+    add = parser.add_argument_group("zero-shot tasks of a gpt").add_argument
+    add("--task", choices=("WIKITEXT103", "LAMBADA"), help="perplexity per word, or the last words of passages")
+    add("--valid-data", nargs="+", default=[], metavar="FILE", help="a text, or JSON lines with passages as text")
+    add("--overlapping-eval", type=int, default=32, metavar="N", help="new tokens in each window [32]")
+    add("--strict-lambada", action="store_true", help="the whole last word is to be told, not its last token")
+    add("--detokenize", choices=("wikitext", "ptb", "none"), help="tokenization to undo [by the file's name]")
+
+
+def _evaluate_zeroshot(options: argparse.Namespace) -> int:
+    import json
+
+    from megalith.trained_zeroshot import measure_zeroshot
+
+    figures, line = measure_zeroshot(
+        options.run,
+        task=options.task,
+        files=options.valid_data,
+        overlap=options.overlapping_eval,
+        strict=options.strict_lambada,
+        detokenize=options.detokenize,
+        step=options.step,
+        device=options.device,
+    )
+    print(json.dumps(figures) if options.json else line)
     return 0
 
 
