@@ -5,8 +5,8 @@ the run. Where Megatron-LM silently corrects a value (a tensor-parallel size abo
 """
 
 import math
+import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from megalith.check_layout import layout_faults, num_replicas
 from megalith.check_tasks import task_faults
@@ -297,7 +297,7 @@ def _tokenizer(run: Run) -> Iterator[Fault]:
         path = getattr(data, name)
         if path is None:
             yield fault(name, None, f"is required by {kind} and was not given", f"Add {flag_of(name)} FILE")
-        elif not Path(path).is_file():
+        elif not os.path.isfile(path):
             yield fault(name, path, "is not a file", "Correct the path")
 
 
@@ -305,7 +305,7 @@ def _checkpoint(run: Run) -> Iterator[Fault]:
     checkpoint = run.checkpoint
     if checkpoint.save is not None and checkpoint.save_interval is None:
         yield fault("save_interval", None, "is required with --save", "Add --save-interval STEPS")
-    if checkpoint.load is not None and checkpoint.load != checkpoint.save and not Path(checkpoint.load).is_dir():
+    if checkpoint.load is not None and checkpoint.load != checkpoint.save and not os.path.isdir(checkpoint.load):
         yield fault("load", checkpoint.load, "is not a directory", "Correct the path")
     if checkpoint.finetune and checkpoint.load is None:
         yield fault("finetune", None, "needs --load, the checkpoint to start from", "Add --load DIR")

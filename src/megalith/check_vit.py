@@ -1,5 +1,6 @@
 """What is checked for ViT alone: images, patches and classes."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def _folders(run: Run) -> Iterator[Fault]:
         yield _fault("data_path", " ".join(words), rule, "Give one")
         return
     wanted = ["train"] if run.evaluate.eval_iters == 0 else ["train", "val"]
-    missing = [name for name in wanted if not (Path(words[0]) / name).is_dir()]
+    missing = [name for name in wanted if not os.path.isdir(os.path.join(words[0], name))]
     if missing:
         rule = f"has no folder {' and no folder '.join(missing)} with a folder of images for each class"
         yield _fault("data_path", words[0], rule, "Correct the path")

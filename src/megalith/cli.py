@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from megalith.launch import PEER_LOST, PeerLostError, end_with_parent
+from megalith.terminal import printable
 
 if TYPE_CHECKING:
     from megalith.config import Run
@@ -34,7 +35,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     command = COMMANDS.get(words[0])
     if command is None:
-        print(f"megalith: {words[0]} is not a command.\n\n{usage()}", file=sys.stderr)
+        print(f"megalith: {printable(words[0])} is not a command.\n\n{usage()}", file=sys.stderr)
         return FAULT
     try:
         return command(words[1:], started)
@@ -46,11 +47,9 @@ def main(words: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except PeerLostError as error:
-        print(f"megalith: rank {os.environ.get('RANK', '0')} ends: {error}", file=sys.stderr)
+        print(f"megalith: rank {os.environ.get('RANK', '0')} ends: {printable(str(error))}", file=sys.stderr)
         return PEER_LOST
     except (ValueError, OSError) as error:
-        from megalith.monitor.outlet import printable
-
         for line in str(error).splitlines():
             print(f"megalith: {printable(line)}", file=sys.stderr)
         return FAULT
@@ -201,7 +200,7 @@ def evaluate(words: Sequence[str], started: float) -> int:
         print(json.dumps(report))
         return 0
     for name, value in report.items():
-        print(f"{name:>14}: {value:,.4f}" if isinstance(value, float) else f"{name:>14}: {value}")
+        print(f"{name:>14}: {value:,.4f}" if isinstance(value, float) else f"{name:>14}: {printable(str(value))}")
     return 0
 
 

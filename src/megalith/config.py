@@ -143,7 +143,7 @@ def convert(name: str, known: Known, value: object) -> tuple[Any, Fault | None]:
         return None, None if optional else Fault(known.flag, None, "needs a value", "Give one, or leave it out")
     try:
         converted = _converted(kind, value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         wanted = "numbers" if described["repeat"] else getattr(kind, "__name__", str(kind))
         words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
         return None, Fault(known.flag, value, f"must be {words.get(wanted, wanted)}", "Change the value")

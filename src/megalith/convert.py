@@ -8,6 +8,8 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
+from megalith.terminal import printable
+
 HUGGING_FACE = "huggingface"  # a kind of checkpoint
 
 
@@ -41,7 +43,7 @@ def _to_other(options: argparse.Namespace) -> int:
         stages=options.pipeline_model_parallel_size,
         layers_per_chunk=options.num_layers_per_virtual_pipeline_stage,
     ):
-        print(line, flush=True)
+        print(printable(line), flush=True)
     return 0
 
 
@@ -69,7 +71,7 @@ def _from_other(options: argparse.Namespace) -> int:
             tokenizer_settings=tokenizer_settings,
         )
     for line in lines:
-        print(line, flush=True)
+        print(printable(line), flush=True)
     return 0
 
 

@@ -24,9 +24,9 @@ from megalith.checkpoint.exchange import Ranks
 from megalith.checkpoint.shards import DamagedError, read_file
 from megalith.config import ConfigError, Run
 from megalith.files import DISK, Disk, Location, make_directories, sync_directory, write_whole
-from megalith.monitor.outlet import printable
 from megalith.monitor.peers import Peer, this_process
 from megalith.parallel.mesh import Layout
+from megalith.terminal import printable
 
 FILE_NAME = "lease.json"
 # Files of a run directory that are replaced whole; a kill may leave their temporary names behind.

@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import importlib.resources
+import os
+import stat
 import tomllib
 import typing
 from collections.abc import Sequence
@@ -12,7 +14,11 @@ from typing import Any
 from megalith.config import REMOVED, TASKS, ConfigError, Fault, Run, compose, convert, known_settings, nearest
 from megalith.fields import describe
 from megalith.files import write_whole
-from megalith.monitor.outlet import redacted
+from megalith.terminal import redacted
+
+LARGEST_RUN_FILE = 256 << 10  # bytes
+MOST_DOTS = 1000  # in a line: the library's work on a key of so many parts is their square
+LONGEST_LIST = 1000  # characters; longer ones are written with a line for each entry
 
 
 def preset_names() -> list[str]:
@@ -33,6 +39,10 @@ def read_preset(name: str) -> tuple[dict[str, Any], list[Fault]]:
 def read_run_file(path: Path) -> tuple[dict[str, Any], list[Fault]]:
     """The settings of a TOML run file, and what is wrong with it. `task` stands at the top, the others in sections."""
     try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_RUN_FILE:
+            rule = f"is no regular file of at most {LARGEST_RUN_FILE} bytes"
+            return {}, [Fault(str(path), None, rule, "Name a TOML run file")]
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         return {}, [Fault(str(path), None, f"cannot be read ({error.strerror})", "Name a TOML run file that exists")]
@@ -43,9 +53,12 @@ def read_run_file(path: Path) -> tuple[dict[str, Any], list[Fault]]:
 
 def settings_of_toml(text: str, source: str) -> tuple[dict[str, Any], list[Fault]]:
     """The settings in the text of a run file, and what is wrong with it; source: what to call it."""
+    if any(line.count(".") > MOST_DOTS for line in text.splitlines()):
+        return {}, [Fault(source, None, f"has a line with more than {MOST_DOTS} dots", "Break the line")]
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        # ValueError itself: of a number with more digits than Python reads.
         return {}, [Fault(source, None, f"is not valid TOML: {error}", "Correct the file")]
     known, values, faults = known_settings(), dict[str, Any](), list[Fault]()
     sections = {"model", "data", "optimizer", "parallel", "checkpoint", "monitor", "evaluate", "train"}
@@ -94,7 +107,9 @@ def _toml_value(value: object) -> str:
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, tuple):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+        items = [_toml_value(item) for item in value]
+        flat = f"[{', '.join(items)}]"
+        return flat if len(flat) <= LONGEST_LIST else "[\n    " + ",\n    ".join(items) + ",\n]"
     text = redacted(str(value)).replace("\\", "\\\\").replace('"', '\\"')
     return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text) + '"'
 

@@ -30,6 +30,7 @@ from megalith.models.decoder import Decoder
 from megalith.parallel.mesh import choose_device
 from megalith.resume import WEIGHT
 from megalith.sources import read_run_file
+from megalith.terminal import printable
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -87,7 +88,7 @@ def load_weights(directory: str, build: Callable[[Index], Model], *, step: int |
     if loaded is None:
         raise ValueError(f"{directory}: holds no checkpoint yet. Wait for one, or train longer.")
     for message in loaded.messages():
-        print(f"warning: {message}", file=sys.stderr)
+        print(f"warning: {printable(message)}", file=sys.stderr)
     return made[0], loaded.index.step
 
 

@@ -17,8 +17,8 @@ from megalith.data.indexed import bin_path, find_prefix, idx_path
 from megalith.data.inspect import inspect
 from megalith.data.tokenizer import load_saved_tokenizer
 from megalith.files import DISK
-from megalith.monitor.outlet import printable
 from megalith.sources import read_run_file
+from megalith.terminal import printable
 
 SHOWN = ("documents", "files", "tensors", "tokens", "bytes")  # facts that are told to people
 DAMAGED = 1  # exit status if anything is not as it should be

@@ -126,15 +126,21 @@ def _load(wanted: Wanted) -> dict[str, NDArray[Any]]:
             raise _UnfitError(f"{path} cannot be read ({error.strerror})") from error
         if found != written[name]:
             raise _UnfitError(f"{path} is damaged")
-    return {
-        name: np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray) for name, path in wanted.paths.items()
-    }
+    try:
+        return {
+            name: np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+            for name, path in wanted.paths.items()
+        }
+    except (ValueError, OverflowError) as error:
+        # As recorded, yet no array that fits its file: whoever wrote that is not believed either.
+        raise _UnfitError(f"they are no arrays ({error!s:.80})") from error
 
 
 def _recorded_files(wanted: Wanted) -> dict[str, Written]:
     """What the record says of the arrays; _UnfitError unless they were made from what is asked for."""
     try:
-        with open(wanted.record, "rb") as file:
+        # Without O_NONBLOCK opening a named pipe would wait for its writer.
+        with open(os.open(wanted.record, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             text = file.read(LARGEST_RECORD)
         record = json.loads(text)
     except FileNotFoundError as error:

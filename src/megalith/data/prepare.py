@@ -29,6 +29,7 @@ from megalith.data.tokenizer import KINDS, Tokenizer, load_tokenizer
 from megalith.data.worker_pool import WorkerPool
 from megalith.fields import describe, setting
 from megalith.files import Written
+from megalith.terminal import printable
 
 MOST_FAULTS_SHOWN = 10
 
@@ -319,10 +320,10 @@ def main(words: Sequence[str]) -> int:
     try:
         report = prepare(PrepareConfig(**given))
     except ChildProcessError as error:
-        print(f"megalith: {error}", file=sys.stderr)
+        print(f"megalith: {printable(str(error))}", file=sys.stderr)
         return 1
     for line in report.lines():
-        print(line)
+        print(printable(line))
     return 0
 
 

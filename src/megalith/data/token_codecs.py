@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -92,6 +93,23 @@ class WordPieceCodec:
         return " ".join(self._tokens[number] for number in ids).replace(f" {CONTINUED}", "")
 
 
+class LibraryFaults:
+    """Turns what the tokenizers library raises (Exception itself, or a panic of its Rust code) into a ValueError."""
+
+    def __init__(self, name: str, expected: str) -> None:
+        self._name = name
+        self._expected = expected
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is Exception or (kind is not None and kind.__name__ == "PanicException"):
+            raise ValueError(f"{self._name}: expected {self._expected}, found a fault: {error!s:.200}") from error
+
+
 class HuggingFaceCodec:
     """Whatever a tokenizer.json describes, run by the `tokenizers` library.
 
@@ -106,13 +124,15 @@ class HuggingFaceCodec:
         self._tokenizer = tokenizer
 
     def encode(self, texts: Sequence[str]) -> tuple[Ids, Places]:
-        return _flat(
-            encoding.ids
-            for begin in range(0, len(texts), TEXTS_AT_ONCE)
-            for encoding in self._tokenizer.encode_batch_fast(
-                _checked(texts[begin : begin + TEXTS_AT_ONCE]), add_special_tokens=False
+        # A pattern of the file may give up on a text: the library bounds its work and panics.
+        with LibraryFaults("tokenizer.json", "patterns that come to an end on every text"):
+            return _flat(
+                encoding.ids
+                for begin in range(0, len(texts), TEXTS_AT_ONCE)
+                for encoding in self._tokenizer.encode_batch_fast(
+                    _checked(texts[begin : begin + TEXTS_AT_ONCE]), add_special_tokens=False
+                )
             )
-        )
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)

@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from megalith.data.bpe import byte_symbols
@@ -14,6 +13,7 @@ from megalith.data.token_codecs import (
     BytePairCodec,
     Codec,
     HuggingFaceCodec,
+    LibraryFaults,
     SentencePieceCodec,
     WordPieceCodec,
 )
@@ -152,7 +152,7 @@ def make_hugging_face(files: Files, names: Mapping[str, str]) -> Parts:
     described = parse_json(files["tokenizer.json"], name)
     if not isinstance(described, dict) or not isinstance(described.get("model"), dict):
         raise ValueError(f'{name}: expected an object with "model", found {_kind(described)} without')
-    with _LibraryFaults(name, "a tokenizer that the tokenizers library can read"):
+    with LibraryFaults(name, "a tokenizer that the tokenizers library can read"):
         tokenizer = LibraryTokenizer.from_str(_decode(files["tokenizer.json"], name))
         codec = HuggingFaceCodec(tokenizer)
     vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
@@ -227,20 +227,3 @@ def parse_json(content: bytes, name: str) -> Any:
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number") if value != {} else "an empty object"
-
-
-class _LibraryFaults:
-    """Turns what the tokenizers library raises (Exception itself, or a panic of its Rust code) into a ValueError."""
-
-    def __init__(self, name: str, expected: str) -> None:
-        self._name = name
-        self._expected = expected
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is Exception or (kind is not None and kind.__name__ == "PanicException"):
-            raise ValueError(f"{self._name}: expected {self._expected}, found a fault: {error!s:.200}") from error

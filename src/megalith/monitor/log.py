@@ -12,10 +12,11 @@ from typing import Protocol, Self, TextIO
 
 from megalith.monitor.clean import clean_lines
 from megalith.monitor.events import Event, StepDone, Warned
-from megalith.monitor.outlet import JsonLines, Outlet, json_line, printable, record_of
+from megalith.monitor.outlet import JsonLines, Outlet, json_line, record_of
 from megalith.monitor.progress import TerminalConsole
 from megalith.monitor.reference import reference_lines
 from megalith.monitor.scalars import Scalars
+from megalith.terminal import printable
 
 FORMATS = ("reference", "rich", "json")
 MOST_WAITING = 256  # steps whose values are not yet read from the device

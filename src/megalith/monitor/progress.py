@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 from megalith.monitor.clean import clean_lines, duration, rates
 from megalith.monitor.events import Event, IntervalDone, RunEnded, StepDone, TrainingStarted
 from megalith.monitor.flops import throughput
-from megalith.monitor.outlet import Outlet, printable
+from megalith.monitor.outlet import Outlet
+from megalith.terminal import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress

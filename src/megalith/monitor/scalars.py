@@ -16,8 +16,8 @@ from typing import Any
 
 from megalith.monitor import events
 from megalith.monitor.lines import perplexity
-from megalith.monitor.outlet import redacted
 from megalith.monitor.settings import MonitorConfig
+from megalith.terminal import redacted
 
 FLUSH_SECONDS = 30.0
 

@@ -1,0 +1,30 @@
+"""Text for people and terminals: names and data are shown and never obeyed, and give no secret away."""
+
+import re
+
+# What a terminal would obey, or show elsewhere than where it stands: control characters but the tab, marks that turn
+# the direction of text, separators of lines, and halves of characters, which cannot be encoded.
+UNPRINTABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+# Who asks is named in an address: https://name:password@host; or a key stands before its value: api_key=...
+USER_INFORMATION = re.compile(r"(?<=://)[^/\s@\"']+(?=@)")
+SECRET_VALUE = re.compile(
+    r"((?:token|secret|password|passwd|api[_-]?key|access[_-]?key)=)[^\s&;,\"']{8,}", re.IGNORECASE
+)
+
+
+def redacted(text: str) -> str:
+    """The text without what opens doors: who asks in an address, and values after keys that are named so."""
+    if "://" in text:
+        text = USER_INFORMATION.sub("***", text)
+    return SECRET_VALUE.sub(r"\1***", text) if "=" in text else text
+
+
+def printable(text: str) -> str:
+    """The text as one line that does nothing to a terminal and gives no secret away.
+
+    What is not to be printed is shown as an escape, \\x1b.
+    """
+    text = redacted(text)
+    return UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
