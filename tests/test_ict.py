@@ -15,14 +15,11 @@ from megalith.check import check
 from megalith.cli import main
 from megalith.models.retrieval import Retriever
 from megalith.sources import read_command_line
-from megalith.task_rows import TASK_ROWS
 from megalith.tasks.ict import step_flops
 from tests.layouts.runs import Runs, events_of, weights_of
 from tests.layouts.test_ict import MODEL, SHARED, TITLES, micro, write_texts
 from tests.ranks import run_ranks
 from tests.test_vit import plain_attention
-
-needs_bert = pytest.mark.skipif("bert" not in TASK_ROWS, reason="no task bert")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +125,6 @@ def bert(folder: Path) -> Path:
     )(1)
 
 
-@needs_bert
 @pytest.mark.parametrize("shared", [False, True])
 def test_towers_begin_with_the_encoder_of_a_bert(shared: bool, bert: Path, folder: Path, tmp_path: Path) -> None:
     # A step with a learning rate of nothing leaves them as they began.
@@ -154,7 +150,6 @@ def test_towers_begin_with_the_encoder_of_a_bert(shared: bool, bert: Path, folde
     assert any(line.startswith(f"began with the weights of step 2 of {bert}") for line in lines)
 
 
-@needs_bert
 def test_another_berts_sizes_are_named(bert: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = [*data_of(folder), *micro(4), "--bert-load", str(bert)]
     assert main(["pretrain", *MODEL, *words, "--hidden-size", "16", "--num-layers", "1"]) == 2

@@ -79,7 +79,7 @@ def _positive(run: Run) -> Iterator[Fault]:
     not_negative = {
         "optimizer": "lr min_lr weight_decay clip_grad adam_eps lr_warmup_iters lr_warmup_samples max_bad_steps "
         "spike_threshold",
-        "data": "num_workers vocab_extra_ids",
+        "data": "num_workers vocab_extra_ids train_hard_neg val_av_rank_hard_neg val_av_rank_other_neg",
         "evaluate": "eval_iters",
         "parallel": "max_restarts stop_grace hang_timeout",
     }
@@ -265,7 +265,7 @@ def _data(run: Run) -> Iterator[Fault]:
         if run.checkpoint.save is None:
             yield fault("corpus", data.corpus, "needs --save, where its text and tokenizer are kept", "Add --save DIR")
         return
-    if run.task == "classify":
+    if run.task in ("classify", "retriever"):
         pass  # its files are checked with their format
     elif not data.data_path:
         given = "FOLDER, or --corpus shapes" if run.task == "vit" else "PREFIX, or --corpus python"

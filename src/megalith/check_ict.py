@@ -30,6 +30,26 @@ def ict_faults(run: Run) -> Iterator[Fault]:
         yield _fault("titles_data_path", data.titles_data_path, rule, "Correct the path")
 
 
+def retriever_faults(run: Run) -> Iterator[Fault]:
+    """Every fault of a supervised retriever's settings."""
+    yield from biencoder_faults(run)
+    data, places = run.data, run.model.max_position_embeddings
+    for name, files in {"train_data": data.train_data, "valid_data": data.valid_data}.items():
+        if not files and (name == "train_data" or run.evaluate.eval_iters > 0):
+            remedy = f"Add {flag_of(name)} FILE" + ("" if name == "train_data" else ", or --eval-iters 0")
+            yield _fault(name, None, "is required and was not given", remedy)
+        for file in files or ():
+            if not Path(file).is_file():
+                yield _fault(name, file, "is not a file", "Correct the path")
+    if places is not None and data.retriever_seq_length > places:
+        rule = f"is longer than --max-position-embeddings = {places}"
+        yield _fault("retriever_seq_length", data.retriever_seq_length, rule, "Shorten it")
+    if data.train_with_neg and data.train_hard_neg == 0:
+        yield _fault("train_with_neg", None, "adds no passage while --train-hard-neg = 0", "Raise that")
+    if data.train_hard_neg and not data.train_with_neg:
+        yield _fault("train_hard_neg", data.train_hard_neg, "changes nothing without --train-with-neg", "Add that")
+
+
 def biencoder_faults(run: Run) -> Iterator[Fault]:
     """Every fault of the settings that all bi-encoders share."""
     model, evaluate, checkpoint = run.model, run.evaluate, run.checkpoint

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from megalith.check_bert import bert_faults
 from megalith.check_classify import classify_faults
-from megalith.check_ict import ict_faults
+from megalith.check_ict import ict_faults, retriever_faults
 from megalith.check_t5 import t5_alone, t5_faults
 from megalith.check_vit import vit_faults
 from megalith.config import Fault, Run, flag_of
@@ -36,6 +36,8 @@ def _corpus(run: Run) -> Iterator[Fault]:
     corpus = run.data.corpus
     if corpus is not None and run.task == "classify":
         yield Fault(flag_of("corpus"), corpus, "has no classes to learn", "Give --train-data and --valid-data")
+    elif corpus is not None and run.task == "retriever":
+        yield Fault(flag_of("corpus"), corpus, "has no questions", "Give --train-data and --valid-data")
     elif corpus is not None and (corpus == "shapes") != (run.task == "vit"):
         fits = "shapes" if run.task == "vit" else "python"
         yield Fault(flag_of("corpus"), corpus, f"is no data for {run.task}", f"Use --corpus {fits}")
@@ -50,4 +52,5 @@ RULES: dict[str, Callable[[Run], Iterator[Fault]]] = {
     "ict": ict_faults,
     "vit": vit_faults,
     "classify": classify_faults,
+    "retriever": retriever_faults,
 }

@@ -21,7 +21,7 @@ from megalith.monitor.settings import MonitorConfig
 from megalith.optim.settings import OptimizerConfig
 from megalith.parallel.settings import ParallelConfig
 
-TASKS = ("gpt", "bert", "t5", "ict", "vit", "classify")
+TASKS = ("gpt", "bert", "t5", "ict", "vit", "classify", "retriever")
 
 # Flags that Megatron-LM itself removed, with what took their place.
 REMOVED = {

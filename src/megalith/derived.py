@@ -16,6 +16,7 @@ TASK_DEFAULTS: dict[str, dict[str, str]] = {
     "ict": {"tokenizer_type": "BertWordPieceLowerCase"},
     "vit": {"dataloader_type": "cyclic"},
     "classify": {"tokenizer_type": "BertWordPieceLowerCase", "dataloader_type": "cyclic"},
+    "retriever": {"tokenizer_type": "BertWordPieceLowerCase", "dataloader_type": "cyclic"},
 }
 
 
@@ -114,6 +115,10 @@ OURS = (
     "scale_decoder_outputs",
     "pairs_format",
     "train_data",
+    "train_with_neg",
+    "train_hard_neg",
+    "val_av_rank_hard_neg",
+    "val_av_rank_other_neg",
     "valid_data",
     "optimizer_state_dtype",
     "tokenizer_model",

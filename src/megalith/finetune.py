@@ -1,4 +1,6 @@
-"""`megalith finetune`: a trained BERT learns to class pairs of sentences; `megalith pretrain classify`, told less.
+"""`megalith finetune`: a trained BERT learns to class pairs of sentences, a bi-encoder to find answers to questions.
+
+It is `megalith pretrain classify` and `megalith pretrain retriever`, told less.
 
 Sizes and tokenizer are those of the run that is started from, the length follows from the epochs; every flag of
 pretrain may stand behind and wins.
@@ -12,6 +14,7 @@ from typing import NoReturn
 
 from megalith.config import Run, known_settings
 from megalith.data.pair_files import LAYOUTS, read_pairs
+from megalith.data.questions import read_training_questions
 from megalith.data.tokenizer import load_saved_tokenizer
 from megalith.derived import global_batch_size, sequence_length
 from megalith.fields import describe
@@ -24,6 +27,9 @@ USUAL = """
     --log-interval 10 --eval-first --unigram-baseline
 """.split()
 EPOCHS = 3
+# Megatron-LM's name for learning from questions, whatever their source.
+QUESTIONS = "RET-FINETUNE-NQ"
+REPORTED = ("1", "5", "20")  # of the accuracies among all passages of a microbatch
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,42 +46,65 @@ def pretrain_words(words: Sequence[str]) -> list[str]:
     """The words of `megalith pretrain` that do what the words of `megalith finetune` ask for."""
     parser = _Parser(
         prog="megalith finetune",
-        usage="megalith finetune RUN --task MNLI|QQP --train-data FILE.. --valid-data FILE.. [--epochs N] [--flags]",
-        description="Fine-tune a trained BERT to class pairs of sentences; every flag of megalith pretrain may follow.",
+        usage="megalith finetune RUN --task TASK --train-data FILE.. --valid-data FILE.. [--epochs N] [--flags]",
+        description="Fine-tune a trained BERT to class pairs of sentences, or a bi-encoder (ict) to answer questions; "
+        "every flag of megalith pretrain may follow.",
         allow_abbrev=False,
     )
-    parser.add_argument("run", help="run directory of a bert (what --save named)")
-    parser.add_argument("--task", required=True, choices=sorted(LAYOUTS), help="how the files are laid out")
-    parser.add_argument("--train-data", nargs="+", required=True, metavar="FILE", help="pairs to learn from")
-    parser.add_argument("--valid-data", nargs="+", required=True, metavar="FILE", help="pairs to validate on")
+    parser.add_argument("run", help="run directory of a bert, or of an ict (what --save named)")
+    parser.add_argument("--task", required=True, choices=[*sorted(LAYOUTS), QUESTIONS], help="what the files hold")
+    parser.add_argument(
+        "--train-data", nargs="+", required=True, metavar="FILE", help="pairs, or questions, to learn from"
+    )
+    parser.add_argument(
+        "--valid-data", nargs="+", required=True, metavar="FILE", help="pairs, or questions, to validate on"
+    )
     parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help=f"[{EPOCHS}]")
     options, rest = parser.parse_known_args(words)
     if options.epochs < 1:
         raise ValueError(f"--epochs = {options.epochs}: must be greater than 0. Give a positive number")
     pretrained = run_of(options.run)
-    if pretrained.task != "bert":
+    for_questions = options.task == QUESTIONS
+    wanted = ("ict", "retriever", "bert") if for_questions else ("bert",)
+    if pretrained.task not in wanted:
         raise ValueError(
-            f"{options.run}: holds a {pretrained.task} model; only a bert is fine-tuned to class sentences."
+            f"{options.run}: holds a {pretrained.task} model; --task {options.task} takes a {' or a '.join(wanted)}."
         )
+    other_family = for_questions and pretrained.task == "bert"
     folder = Path(options.run) / "tokenizer"
     tokenizer = load_saved_tokenizer(folder)
     begun = [
-        "classify",
+        "retriever" if for_questions else "classify",
         *model_words(pretrained),
         *("--seq-length", str(sequence_length(pretrained))),
         *("--tokenizer-type", tokenizer.name, "--vocab-file", str(folder / "vocab.txt")),
         *(("--vocab-extra-ids", str(len(tokenizer.extra_ids))) if tokenizer.extra_ids else ()),
-        *("--load", options.run, "--finetune", "--save", f"{str(options.run).rstrip('/')}-{options.task.lower()}"),
-        *("--pairs-format", options.task, "--train-data", *options.train_data, "--valid-data", *options.valid_data),
+        *(("--bert-load", options.run) if other_family else ("--load", options.run, "--finetune")),
+        *("--save", f"{str(options.run).rstrip('/')}-{options.task.lower()}"),
+        *("--train-data", *options.train_data, "--valid-data", *options.valid_data),
+        *(question_words(pretrained) if for_questions else ("--pairs-format", options.task)),
         *USUAL,
     ]
     asked = read_command_line([*begun, *rest])
-    layout = LAYOUTS[options.task]
-    counts = [len(read_pairs(paths, layout)) for paths in (options.train_data, options.valid_data)]
+    counts = [_count(options.task, paths) for paths in (options.train_data, options.valid_data)]
     # Of each epoch the rest that fills no batch is left out, as in Megatron-LM.
     steps, validations = (max(1, count // global_batch_size(asked, 1)) for count in counts)
     every = ["--eval-interval", str(steps), "--eval-iters", str(validations), "--save-interval", str(steps)]
     return [*begun, "--train-iters", str(options.epochs * steps), *every, *rest]
+
+
+def _count(task: str, paths: Sequence[str]) -> int:
+    """Samples in the files."""
+    return len(read_training_questions(paths) if task == QUESTIONS else read_pairs(paths, LAYOUTS[task]))
+
+
+def question_words(run: Run) -> list[str]:
+    """The flags by which a run's model reads questions and passages, and is measured."""
+    places = run.model.max_position_embeddings or 0
+    reported = run.evaluate.retriever_report_topk_accuracies or REPORTED
+    scaled = ["--retriever-score-scaling"] if run.evaluate.retriever_score_scaling else []
+    length = str(min(run.data.retriever_seq_length, places))
+    return ["--retriever-seq-length", length, "--retriever-report-topk-accuracies", *map(str, reported), *scaled]
 
 
 def model_words(run: Run) -> list[str]:

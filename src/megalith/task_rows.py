@@ -1,7 +1,7 @@
 """The tasks that can be trained, by name. A new task is a new file in tasks/ and a row here."""
 
 from megalith.task import Task
-from megalith.tasks import bert, classify, gpt, ict, t5, vit
+from megalith.tasks import bert, classify, gpt, ict, retriever, t5, vit
 
 TASK_ROWS: dict[str, Task] = {
     "gpt": gpt.TASK,
@@ -10,4 +10,5 @@ TASK_ROWS: dict[str, Task] = {
     "ict": ict.TASK,
     "vit": vit.TASK,
     "classify": classify.TASK,
+    "retriever": retriever.TASK,
 }

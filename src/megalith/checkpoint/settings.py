@@ -25,7 +25,9 @@ class CheckpointConfig:
     adlr_autoresume_interval: int = setting(
         1000, "iterations between resume-signal checks", section="autoresume", unit="steps"
     )
-    bert_load: str | None = setting(None, "BERT checkpoint to start ICT from", section="biencoder", task="ict")
+    bert_load: str | None = setting(
+        None, "BERT checkpoint to start ICT from", section="biencoder", task="ict, retriever"
+    )
     ict_load: str | None = setting(None, "old ICT checkpoint", section="biencoder", task="ict")
     auto_resume: bool = setting(
         True,

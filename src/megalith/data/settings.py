@@ -31,9 +31,9 @@ class DataConfig:
         None, "T5 decoder length", section="data and dataloader", unit="tokens", task="t5"
     )
     retriever_seq_length: int = setting(
-        256, "retriever sequence length", section="data and dataloader", unit="tokens", task="ict"
+        256, "retriever sequence length", section="data and dataloader", unit="tokens", task="ict, retriever"
     )
-    sample_rate: float = setting(1.0, "sub-sample retriever data", section="data and dataloader", task="ict")
+    sample_rate: float = setting(1.0, "sub-sample retriever data", section="data and dataloader", task="ict, retriever")
     pairs_format: str | None = setting(
         None,
         "how the files of pairs of sentences are laid out",
@@ -42,10 +42,34 @@ class DataConfig:
         task="classify",
     )
     train_data: tuple[str, ...] | None = setting(
-        None, "files of pairs to learn from", section="classification", repeat="+", task="classify"
+        None,
+        "files of pairs, or of questions, to learn from",
+        section="classification",
+        repeat="+",
+        task="classify, retriever",
     )
     valid_data: tuple[str, ...] | None = setting(
-        None, "files of pairs to validate on", section="classification", repeat="+", task="classify"
+        None,
+        "files of pairs, or of questions, to validate on",
+        section="classification",
+        repeat="+",
+        task="classify, retriever",
+    )
+    train_with_neg: bool = setting(
+        False,
+        "learn from passages that do not answer a question too",
+        section="biencoder",
+        switch="on",
+        task="retriever",
+    )
+    train_hard_neg: int = setting(
+        0, "hard ones of these for a question", section="biencoder", unit="passages", task="retriever"
+    )
+    val_av_rank_hard_neg: int = setting(
+        30, "hard wrong passages for a question in validation", section="biencoder", unit="passages", task="retriever"
+    )
+    val_av_rank_other_neg: int = setting(
+        30, "other wrong passages for a question in validation", section="biencoder", unit="passages", task="retriever"
     )
     mask_prob: float = setting(0.15, "masked-LM probability", section="data and dataloader", task="bert, t5")
     short_seq_prob: float = setting(
@@ -68,7 +92,7 @@ class DataConfig:
     )
     titles_data_path: str | None = setting(None, "ICT titles dataset", section="biencoder", task="ict")
     block_data_path: str | None = setting(None, "old REALM block-data path", section="biencoder", task="ict")
-    evidence_data_path: str | None = setting(None, "Wikipedia evidence TSV", section="biencoder", task="ict")
+    evidence_data_path: str | None = setting(None, "Wikipedia evidence TSV", section="biencoder", task="ict, retriever")
     use_one_sent_docs: bool = setting(
         False, "ICT: allow one-sentence documents", section="biencoder", switch="on", task="ict"
     )

@@ -11,16 +11,20 @@ class EvaluateConfig:
 
     eval_interval: int = setting(1000, "iterations between validations", section="validation", unit="steps")
     eval_iters: int = setting(100, "iterations per evaluation", section="validation", unit="batches")
-    embedding_path: str | None = setting(None, "pickle with the evidence embeddings", section="biencoder", task="ict")
-    indexer_batch_size: int = setting(128, "intended indexer batch", section="biencoder", unit="passages", task="ict")
+    embedding_path: str | None = setting(
+        None, "pickle with the evidence embeddings", section="biencoder", task="ict, retriever"
+    )
+    indexer_batch_size: int = setting(
+        128, "intended indexer batch", section="biencoder", unit="passages", task="ict, retriever"
+    )
     indexer_log_interval: int = setting(
-        1000, "indexer progress interval in batches", section="biencoder", unit="batches", task="ict"
+        1000, "indexer progress interval in batches", section="biencoder", unit="batches", task="ict, retriever"
     )
     retriever_report_topk_accuracies: tuple[int, ...] = setting(
-        (), "top-k values to report", section="biencoder", repeat="+", task="ict"
+        (), "top-k values to report", section="biencoder", repeat="+", task="ict, retriever"
     )
     retriever_score_scaling: bool = setting(
-        False, "divide scores by sqrt(hidden_size)", section="biencoder", switch="on", task="ict"
+        False, "divide scores by sqrt(hidden_size)", section="biencoder", switch="on", task="ict, retriever"
     )
     eval_first: bool = setting(False, "evaluate before the first step too", section="validation", switch="on")
     unigram_baseline: bool = setting(

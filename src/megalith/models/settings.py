@@ -29,7 +29,7 @@ class ModelConfig:
         "LayerNorm after each residual sum and the embeddings, as the original BERT has it",
         section="network size",
         switch="on",
-        task="bert, ict, classify",
+        task="bert, ict, classify, retriever",
     )
     openai_gelu: bool = setting(False, "tanh GELU in the unfused path", section="network size", switch="on")
     onnx_safe: bool | None = setting(None, "ONNX work-arounds", section="network size")
@@ -68,10 +68,10 @@ class ModelConfig:
     )
     ict_head_size: int | None = setting(None, "old ICT head size (REALM model)", section="biencoder", task="ict")
     biencoder_projection_dim: int = setting(
-        0, "extra projection of the bi-encoder embedding (0 = none)", section="biencoder", task="ict"
+        0, "extra projection of the bi-encoder embedding (0 = none)", section="biencoder", task="ict, retriever"
     )
     biencoder_shared_query_context_model: bool = setting(
-        False, "one tower for query and context", section="biencoder", switch="on", task="ict"
+        False, "one tower for query and context", section="biencoder", switch="on", task="ict, retriever"
     )
     img_dim: int = setting(224, "ViT image side", section="vit", unit="pixels", task="vit")
     num_channels: int = setting(3, "ViT image channels", section="vit", task="vit")
