@@ -41,7 +41,7 @@ def data_of(run: Run, task: Task, tokenizer: Tokenizer | None, vocab_size: int, 
     """What tells the run's data from other data. Raises ValueError for data that is not there or not as recorded."""
     if run.data.mock_data:
         return []
-    if run.data.verify_data and task.has_tokenizer:
+    if run.data.verify_data and run.data.data_path and task.has_tokenizer:
         verify_data(run, vocab_size, log)
     return task.identify_data(run, tokenizer, vocab_size=vocab_size, report=log.report)
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from megalith.data.record import check_tokenizer, identify, read_record
 from megalith.data.split import PARTS, parse_split, split_documents
 from megalith.data.tokenizer import Tokenizer
 from megalith.derived import sequence_length
+from megalith.files import digest_of
 from megalith.monitor.events import (
     BlendBuilt,
     CorpusOpened,
@@ -62,6 +64,15 @@ def identify_token_files(run: Run, tokenizer: Tokenizer, *, vocab_size: int, rep
             if not run.checkpoint.allow_changed_data:
                 raise ValueError(f"{error}; or give --allow-changed-data if both give the same tokens") from error
             report(Warned(f"--allow-changed-data: {error}"))
+    return identities
+
+
+def identify_training_files(run: Run, tokenizer: Tokenizer, *, vocab_size: int, report: Report) -> list[dict[str, Any]]:
+    """What tells each file of --train-data from others, for tasks that read such files instead of token files."""
+    identities = []
+    for path in map(Path, run.data.train_data or ()):
+        written = digest_of(path)
+        identities.append({"name": path.name, "bin_size": written.size, "bin_sha256": written.digest})
     return identities
 
 

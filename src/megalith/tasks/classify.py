@@ -11,7 +11,7 @@ from megalith.config import Run
 from megalith.data.loader import BatchSource
 from megalith.data.pair_files import LAYOUTS, ClassBatches, Layout, read_pairs
 from megalith.data.tokenizer import Tokenizer
-from megalith.datasets import Report
+from megalith.datasets import Report, identify_training_files
 from megalith.derived import sequence_length
 from megalith.models.bert import Bert
 from megalith.models.shape import shape_of
@@ -135,6 +135,7 @@ TASK = Task(
     is_tied=lambda run: False,
     baseline=chance_baseline,
     identity=identity,
+    identify_data=identify_training_files,
     fit=Fit(
         may_differ=("task", "num_classes"),
         begins_anew=begins_anew,

@@ -1,5 +1,6 @@
 """ICT: two encoders that learn to find the block of text that a sentence was taken from, for retrieval."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from megalith.data.loader import BatchSource
 from megalith.data.marked import Marks
 from megalith.data.mock import MockRows
 from megalith.data.tokenizer import Tokenizer
-from megalith.datasets import Report, open_corpus
+from megalith.datasets import Report, identify_token_files, open_corpus
 from megalith.derived import sequence_length
 from megalith.models.retrieval import Retriever, num_candidates
 from megalith.models.shape import shape_of
@@ -119,6 +120,14 @@ def _map_of(
         sentences.prefix, file, made_from, build, cache_path=run.data.data_cache_path
     )
     return rows
+
+
+def identify_data(run: Run, tokenizer: Tokenizer, *, vocab_size: int, report: Report) -> list[dict[str, Any]]:
+    """What tells the sentences and the titles from other token files."""
+    assert run.data.data_path is not None and run.data.titles_data_path is not None, "check_ict.py saw to it"
+    both = ("1", run.data.data_path[0], "1", run.data.titles_data_path)
+    files = dataclasses.replace(run, data=dataclasses.replace(run.data, data_path=both))
+    return identify_token_files(files, tokenizer, vocab_size=vocab_size, report=report)
 
 
 class MockPairs:
@@ -244,6 +253,7 @@ TASK = Task(
     is_tied=lambda run: False,
     baseline=chance_baseline,
     identity=identity,
+    identify_data=identify_data,
     origin=origin,
     fit=FIT,
     next_commands=(

@@ -12,7 +12,7 @@ from megalith.data.marked import Marks
 from megalith.data.question_batches import Negatives, QuestionBatches
 from megalith.data.questions import read_training_questions
 from megalith.data.tokenizer import Tokenizer
-from megalith.datasets import Report
+from megalith.datasets import Report, identify_training_files
 from megalith.parallel.apply import BuildPart
 from megalith.task import Baseline, Task
 from megalith.tasks import ict
@@ -91,5 +91,6 @@ TASK: Task = dataclasses.replace(
     num_places=num_places,
     step_flops=step_flops,
     build_mock=None,
+    identify_data=identify_training_files,
     baseline=chance_baseline,
 )
