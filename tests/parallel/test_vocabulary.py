@@ -1,0 +1,73 @@
+"""Scores and loss over a vocabulary that is cut over ranks, with a bias: those of the whole one."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import tests.early  # noqa: F401 - for its effect
+from megalith.layers.loss import vocabulary_cross_entropy
+from megalith.models.decoder import score_tokens
+from megalith.parallel.mesh import Layout, make_groups
+from megalith.parallel.vocabulary import cut_cross_entropy, cut_logits
+from tests.ranks import run_ranks
+
+B, T, D, V, RANKS = 2, 6, 8, 19, 3
+
+
+def whole_tensors() -> list[torch.Tensor]:
+    """Hidden states, table, bias, labels (some of them of no token) and weights."""
+    generator = torch.Generator().manual_seed(4)
+    hidden, table = torch.randn(B, T, D, generator=generator), torch.randn(V, D, generator=generator)
+    labels = torch.randint(V, (B, T), generator=generator)
+    labels[0, 1] = labels[1, 4] = -1
+    weights = torch.rand(B, T, generator=generator) * (labels >= 0)
+    return [hidden, table, torch.randn(V, generator=generator), labels, weights]
+
+
+def on_rank(rank: int, *, sequence: bool) -> dict[str, NDArray[Any]]:
+    groups = make_groups(Layout(RANKS, rank, 0, tensor=RANKS), torch.device("cpu"))
+    hidden, table, bias, labels, weights = whole_tensors()
+    share = -(-V // RANKS)
+    rows = slice(rank * share, min((rank + 1) * share, V))
+    own = slice(rank * (T // RANKS), (rank + 1) * (T // RANKS)) if sequence else slice(None)
+    entering = hidden[:, own].clone().requires_grad_()
+    part, part_bias = table[rows].clone().requires_grad_(), bias[rows].clone().requires_grad_()
+    layout: dict[str, Any] = {"group": groups.tensor, "sequence": sequence}
+    with torch.no_grad():
+        scores = cut_logits(entering, part, bias_V=part_bias, **layout)
+    loss = cut_cross_entropy(entering, part, labels, weights, bias_V=part_bias, **layout)
+    loss.backward()
+    found = {"scores": scores, "loss": loss.detach()}
+    for name, tensor in {"hidden": entering, "table": part, "bias": part_bias}.items():
+        assert tensor.grad is not None
+        found[name] = tensor.grad
+    return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_scores_loss_and_gradients_are_those_of_the_whole_vocabulary(sequence: bool) -> None:
+    hidden, table, bias, labels, weights = whole_tensors()
+    for tensor in (hidden, table, bias):
+        tensor.requires_grad_()
+    scores = score_tokens(hidden, table, bias_V=bias)
+    # Written out by PyTorch, which a label of no token leaves out.
+    losses = torch.nn.functional.cross_entropy(
+        scores.flatten(0, 1), labels.flatten(), ignore_index=-1, reduction="none"
+    )
+    expected = losses @ weights.flatten()
+    ours = vocabulary_cross_entropy(hidden, table, labels, weights, bias_V=bias)
+    torch.testing.assert_close(ours, expected)
+    expected.backward()
+    found = run_ranks(partial(on_rank, sequence=sequence), RANKS)
+    parts = {name: [torch.from_numpy(rank[name]) for rank in found] for name in found[0]}
+    for rank in range(RANKS):
+        torch.testing.assert_close(parts["scores"][rank], scores.detach())
+        torch.testing.assert_close(parts["loss"][rank], expected.detach())
+    gradients = {"table": torch.cat(parts["table"]), "bias": torch.cat(parts["bias"])}
+    gradients["hidden"] = torch.cat(parts["hidden"], 1) if sequence else parts["hidden"][0]
+    for name, tensor in {"hidden": hidden, "table": table, "bias": bias}.items():
+        assert tensor.grad is not None
+        torch.testing.assert_close(gradients[name], tensor.grad)
