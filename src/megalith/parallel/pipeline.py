@@ -45,7 +45,8 @@ class _Part(nn.Module):
     def forward(self, entering: Tensor, **batch: Tensor) -> Tensor:
         leaving = self._run_part(self.part, entering, batch)
         # Losses may be a view, to which FSDP2 cannot fix what it has to do before the backward pass.
-        return leaving.clone() if leaving.dim() == 1 else leaving
+        # A stream that a reduce-scatter gave lies in memory by tokens; what is sent must lie by samples.
+        return leaving.clone() if leaving.dim() == 1 else leaving.contiguous()
 
 
 class Pipeline:
