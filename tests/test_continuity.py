@@ -1,14 +1,19 @@
 """A run goes on only as the same run: other data, another seed or another split is refused, or allowed and told."""
 
+import io
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from megalith.checkpoint.directory import list_checkpoints
+from megalith.cli import OUT_OF_MEMORY, main
 from megalith.config import Run, known_settings
 from megalith.continuity import CHANGE_NOTHING, DECIDE_SAMPLES, PARTS, check_same_run, decisive
 from megalith.data.indexed import IndexedWriter, open_indexed
@@ -16,7 +21,8 @@ from megalith.data.record import write_record
 from megalith.data.tokenizer import load_tokenizer
 from megalith.monitor.log import RunLog
 from megalith.trained import measure
-from tests.layouts.runs import MODEL, events_of, run_on, run_rank, write_data
+from megalith.verify import verify_all
+from tests.layouts.runs import MODEL, events_of, run_on, run_rank, weights_of, write_data
 from tests.ranks import watch_ranks
 
 FEW = "--eval-iters 0 --save-interval 2 --lr-warmup-iters 0 --use-checkpoint-lr-scheduler".split()
@@ -150,6 +156,50 @@ def test_data_without_tokens_is_refused_at_once(documents: list[list[int]], mess
 def test_a_checkpoint_that_records_neither_data_nor_samples_is_not_compared() -> None:
     with open("/dev/null", "w") as stream, RunLog("reference", stream) as log:
         check_same_run(Run(), [{"name": "a", "idx_sha256": "1", "bin_size": 1}], {"step": 1}, {}, log)
+
+
+@pytest.mark.parametrize("num_steps", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_in_as_many_pieces_as_steps_is_the_run_in_one(num_steps: int, data: Path, tmp_path: Path) -> None:
+    words = [*FEW[:-1], "--train-iters", str(num_steps)]
+    assert run_on(1, words, tmp_path / "one", data) == 0
+    for _ in range(num_steps + 1):  # the last start finds a finished run
+        assert run_on(1, [*words, "--exit-interval", "1"], tmp_path / "pieces", data) == 0
+    ours, theirs = (
+        [(step["step"], step["losses"], step["grad_norm"]) for step in events_of(tmp_path / name, "step_done")]
+        for name in ("pieces", "one")
+    )
+    assert ours == theirs and len(ours) == num_steps
+    pieces, one = weights_of(tmp_path / "pieces"), weights_of(tmp_path / "one")
+    assert pieces.keys() == one.keys() and all(torch.equal(pieces[name], one[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", ["MemoryError", "a host's", "a device's"])
+def test_a_run_without_memory_ends_in_a_sentence_and_its_last_commit_is_whole(
+    name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhaust(*arguments: object, **settings: object) -> None:
+        if name == "MemoryError":
+            bytearray(1 << 60)
+        if name == "a host's":
+            torch.empty(1 << 50)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    words = ["pretrain", *MODEL, "--data-path", str(data), "--save", str(tmp_path / "run"), *FEW[2:-1]]
+    words += ["--train-iters", "4", "--eval-interval", "3", "--eval-iters", "1"]
+
+    def on_rank(rank: int) -> tuple[int, str]:
+        monkeypatch.setattr("megalith.train.evaluate", exhaust)
+        for variable, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+            monkeypatch.setenv(variable, value)
+        monkeypatch.setattr("sys.stdout", io.StringIO())
+        monkeypatch.setattr("sys.stderr", io.StringIO())
+        return main(words), sys.stderr.getvalue()  # type: ignore[attr-defined]
+
+    (end,) = watch_ranks(on_rank, 1)
+    status, said = end.value
+    assert status == OUT_OF_MEMORY and said.startswith("megalith: out of memory: ") and "Traceback" not in said
+    assert verify_all([str(tmp_path / "run")], vocab_size=None, as_json=False) == 0
+    assert list_checkpoints(tmp_path / "run")[-1].step == 2
 
 
 def test_every_setting_that_decides_is_a_known_one() -> None:

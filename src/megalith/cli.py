@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megalith.config import Run
 
 FAULT = 2  # exit status of a command that could not start
+OUT_OF_MEMORY = 79  # of one that got no more memory, on the host or on a device
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -49,10 +50,26 @@ def main(words: Sequence[str] | None = None) -> int:
     except PeerLostError as error:
         print(f"megalith: rank {os.environ.get('RANK', '0')} ends: {printable(str(error))}", file=sys.stderr)
         return PEER_LOST
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = str(error).splitlines() or ["no more can be had"]
+        print(f"megalith: out of memory: {printable(said[0])}", file=sys.stderr)
+        print(
+            "megalith: checkpoints that were saved are whole; the same command goes on from the newest", file=sys.stderr
+        )
+        return OUT_OF_MEMORY
     except (ValueError, OSError) as error:
         for line in str(error).splitlines():
             print(f"megalith: {printable(line)}", file=sys.stderr)
         return FAULT
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there is no more memory: Python's own, and torch's of a host or of a device."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 def usage() -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -27,6 +27,7 @@ except ImportError:  # it comes with the extra `data`
 if TYPE_CHECKING:
     import pyarrow as pa
 
+Seen: TypeAlias = dict[str, Written]  # what a source was, by name
 READ_SIZE = 1 << 20  # bytes per read, and the size of a usual block
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 TEXT_DOCUMENTS = ("file", "paragraph", "line")
@@ -95,9 +96,7 @@ class DocumentRules:
     max_bytes: int = 1 << 28
 
 
-def read_blocks(
-    sources: Sequence[Source], rules: DocumentRules, *, seen: dict[str, Written] | None = None
-) -> Iterator[Block]:
+def read_blocks(sources: Sequence[Source], rules: DocumentRules, *, seen: Seen | None = None) -> Iterator[Block]:
     """The sources in order, in blocks of about READ_SIZE bytes that end where a document ends.
 
     seen: gets the size and digest of each source that was read to its end, by name; in place.
@@ -132,7 +131,7 @@ def _join(held: Sequence[tuple[Part, bytes]], num_read: int) -> Block:
     return Block(tuple(part for part, _ in held), b"".join(content for _, content in held), num_read)
 
 
-def _read_stream(source: Source, rules: DocumentRules, seen: dict[str, Written]) -> Iterator[tuple[Part, bytes, int]]:
+def _read_stream(source: Source, rules: DocumentRules, seen: Seen) -> Iterator[tuple[Part, bytes, int]]:
     """The parts of a source of JSON lines or text, their bytes, and how much of the file is read."""
     form = "jsonl" if source.format == "jsonl" else rules.text_documents
     has_content = False
@@ -195,7 +194,7 @@ def _cut(stream: ByteStream, end: re.Pattern[bytes], max_bytes: int) -> Iterator
         yield line, offset, bytes(held)
 
 
-def _read_parquet(source: Source, rules: DocumentRules, seen: dict[str, Written]) -> Iterator[tuple[Part, bytes, int]]:
+def _read_parquet(source: Source, rules: DocumentRules, seen: Seen) -> Iterator[tuple[Part, bytes, int]]:
     """The rows of a parquet file, a batch of about READ_SIZE bytes at a time, and about how much of it is read."""
     try:
         import pyarrow as pa
