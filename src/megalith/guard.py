@@ -50,7 +50,7 @@ def leaves_out(job: Job, measured: Measured, *, batch_size: int) -> bool:
         found = f"{measured.told()} is not finite" if is_bad else " and ".join(spike.name for spike in spikes)
         in_a_row = progress.bad_steps.in_a_row
         text = f"step {step} is skipped: {found if is_bad else 'a spike in ' + found}; samples {ranges(samples)}"
-        text += f"; bad steps in a row: {in_a_row}, skipped are {config.max_bad_steps}"
+        text += f"; bad steps in a row: {in_a_row} of at most {config.max_bad_steps}"
         job.log.report(StepLeftOut(step, found, samples, in_a_row, text))
         if spikes and config.on_spike == "stop":
             job.stop = SPIKE
@@ -147,7 +147,8 @@ def go_back(job: Job, step: int) -> None:
     """
     save, started = str(job.run.checkpoint.save), time.monotonic()
     job.log.report(LoadStarted(save, step))
-    loaded = load(job, Path(save), step=step, with_optimizer=True)
+    with job.ledger.spend("checkpoint"):
+        loaded = load(job, Path(save), step=step, with_optimizer=True)
     restore(job, loaded, with_optimizer=True)
     job.validations = [(taken, means) for taken, means in job.validations if taken <= step]
     job.ledger.go_back(loaded.index.notes["ledger"])
