@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -95,9 +96,9 @@ class Broken:
         (errno.ENOSPC, ["write"]),
         (errno.EROFS, ["create", "make_directory", "rename", "remove"]),
         (errno.EIO, ["sync"]),
-        (errno.EIO, ["rename"]),
-        (errno.EDQUOT, ["make_directory"]),
-        (errno.EMFILE, ["create", "open"]),
+        pytest.param(errno.EIO, ["rename"], marks=pytest.mark.slow),
+        pytest.param(errno.EDQUOT, ["make_directory"], marks=pytest.mark.slow),
+        pytest.param(errno.EMFILE, ["create", "open"], marks=pytest.mark.slow),
     ],
     ids=["full", "read-only", "eio-sync", "eio-rename", "quota", "descriptors"],
 )
@@ -110,8 +111,8 @@ def test_training_goes_on_and_saving_recovers_by_itself(
     assert len(told) == 2  # steps 4 and 6
     for step, text in zip((4, 6), told, strict=True):
         assert f"checkpoints/step-{step:07d} was not written: rank 0: [Errno {code}]" in text
-        assert "It needs 228488 bytes" in text or " bytes; " in text
-        assert " are free there" in text and "the newest before is of step 2" in text
+        assert re.search(r"\. It needs \d{6} bytes; \d+ are free there\. Earlier", text)
+        assert "the newest before is of step 2" in text
         assert "The run goes on; the next checkpoint is tried anew (--on-save-failure continue)" in text
     assert saved_steps(tmp_path) == [2, 8, 10]
     assert_same(tmp_path / "run", whole)

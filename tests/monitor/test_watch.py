@@ -150,8 +150,17 @@ def test_a_rank_that_dies_ends_the_others_who_name_it(data: Path, tmp_path: Path
     assert "Traceback" not in ended.said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-@pytest.mark.parametrize("ranks", [(1,), (0, 1)], ids=["one", "all"])
+@pytest.mark.parametrize(
+    ("number", "ranks"),
+    [
+        (signal.SIGUSR1, (1,)),
+        (signal.SIGTERM, (0, 1)),
+        pytest.param(signal.SIGTERM, (1,), marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, (1,), marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, (0, 1), marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, (0, 1), marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_one_rank_or_all_finishes_the_step_saves_and_ends_with_75(
     number: signal.Signals, ranks: tuple[int, ...], data: Path, tmp_path: Path
 ) -> None:
