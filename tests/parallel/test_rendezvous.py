@@ -81,6 +81,21 @@ def test_the_store_of_one_host_is_reached_by_loopback_only(port: int) -> None:
     assert ends[0].value and all(is_local for _, is_local in ends[0].value), ends[0].value
 
 
+def test_a_start_does_not_see_what_the_one_before_left_in_torchruns_store(port: int) -> None:
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    first = open_store({**environment, "TORCHELASTIC_RESTART_COUNT": "0"}, rank=0, world_size=2, seconds=10)
+    first.set("megalith/present/1", "of a rank that has died")
+    torchrun = {**environment, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    same, second = (
+        open_store({**torchrun, "TORCHELASTIC_RESTART_COUNT": count}, rank=0, world_size=2, seconds=10)
+        for count in ("0", "1")
+    )
+    assert same.check(["megalith/present/1"]) and not second.check(["megalith/present/1"])
+    assert not second.clone().check(["megalith/present/1"]) and same.clone().check(["megalith/present/1"])
+    with pytest.raises(ValueError, match="rank 1 of 2 did not come"):
+        call_roll(second, 0, 2, seconds=0.5)
+
+
 def test_which_environments_say_that_all_ranks_are_here() -> None:
     assert on_one_host({"MEGALITH_STORE": "/proc/self/fd/3"}, 8)
     assert on_one_host({"MASTER_ADDR": "127.0.0.1"}, 8)

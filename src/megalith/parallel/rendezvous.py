@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore, Store, TCPStore
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 
 from megalith.launch import STORE_VARIABLE
 from megalith.monitor.peers import Peer, this_process
@@ -42,19 +42,23 @@ def open_store(environment: Mapping[str, str], *, rank: int, world_size: int, se
     host, port = environment.get("MASTER_ADDR", DEFAULT_ADDRESS), _port(environment)
     limit = timedelta(seconds=seconds)
     keeps = rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    # torchrun's store outlives a start: what the ranks before have left there must not be taken for the present.
+    attempt = f"megalith/attempt-{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     listener = _listen(host, port, local=on_one_host(environment, world_size)) if keeps else None
     try:
         if listener is None:
-            return TCPStore(host, port, world_size, is_master=False, timeout=limit, wait_for_workers=False)
-        return TCPStore(
-            host,
-            port,
-            world_size,
-            is_master=True,
-            timeout=limit,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
+            store = TCPStore(host, port, world_size, is_master=False, timeout=limit, wait_for_workers=False)
+        else:
+            store = TCPStore(
+                host,
+                port,
+                world_size,
+                is_master=True,
+                timeout=limit,
+                wait_for_workers=False,
+                master_listen_fd=listener.detach(),
+            )
+        return PrefixStore(attempt, store)
     except dist.DistError as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
