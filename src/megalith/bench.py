@@ -136,11 +136,14 @@ def measure(run: Run, *, warmup: int, steps: int, started: float) -> dict[str, A
             _step(job, keeper, synchronize)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        busy = time.process_time()
         timed = [_step(job, keeper, synchronize) for _ in range(steps)]
+        busy = time.process_time() - busy
         memory = memory_use(device)
         split = _split(job, keeper, synchronize)
         return {
             **_speed(job, [seconds for seconds, _ in timed], device),
+            "step_cpu_seconds": busy / steps,
             "first_step_seconds": first_step_seconds,
             "split_seconds": split,
             "peak_memory_bytes": None if memory is None else memory.max_allocated,
@@ -239,6 +242,7 @@ def table(figures: dict[str, Any]) -> str:
         ("tokens per second", f"{figures['tokens_per_second']:,.0f}"),
         ("step", f"{step:.4f} s (median of {figures['timed_steps']}; quartiles {low:.4f} to {high:.4f})"),
         *((f"  {name}", f"{s:.4f} s  {100 * s / step:5.1f} %") for name, s in figures["split_seconds"].items()),
+        ("processor's time", f"{figures['step_cpu_seconds']:.4f} s a step, all threads of this rank"),
         ("first step after", f"{figures['first_step_seconds']:.1f} s"),
         ("peak memory", "unknown" if memory is None else f"{memory / 2**20:,.0f} MiB"),
         ("model TFLOP/s", f"{figures['model_tflops']:.3f} (Megatron's convention)"),

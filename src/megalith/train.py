@@ -200,6 +200,7 @@ def step_done(job: Job, update: Update, batch_size: int, *, began: float, num_co
     progress.skipped_steps += update.skipped
     if not update.skipped:
         progress.schedule_samples += batch_size
+    causal = job.task.causal_flops
     return StepDone(
         step=progress.step,
         consumed_samples=progress.consumed_train_samples,
@@ -214,6 +215,7 @@ def step_done(job: Job, update: Update, batch_size: int, *, began: float, num_co
         num_zeros=update.num_zeros,
         params_norm=weights_norm(job) if run.monitor.log_params_norm else None,
         model_flops=job.task.step_flops(run, job.vocab_size, num_computed),
+        causal_flops=None if causal is None else causal(run, job.vocab_size, num_computed),
         memory=memory_use(job.device) if every(progress.step, run.monitor.log_interval) else None,
     )
 

@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import SupportsFloat
 
 import pytest
 
 from megalith.monitor.events import IntervalDone, StepDone
 from megalith.monitor.interval import MOST_PENDING, Interval
+from megalith.monitor.memory import MemoryUse
 
 
 class Deferred:
@@ -143,3 +145,21 @@ def test_operations_that_are_not_counted_leave_the_speed_in_tokens() -> None:
     summed.add(uncounted)
     done = summed.close(uncounted, 1.0)
     assert done.tokens_per_second == 2000.0 and done.tflops_per_device is None and done.mfu is None
+
+
+def test_the_causal_convention_and_the_peak_of_memory_are_told_beside_the_rest() -> None:
+    summed = interval()
+    memory = MemoryUse(allocated=1, max_allocated=77, reserved=2, max_reserved=3)
+    last = replace(step(1, 2.0), causal_flops=1.5e12, memory=memory)
+    summed.add(step(0, 2.0))
+    unknown = summed.close(step(0, 2.0), 1.0)
+    assert unknown.causal_tflops_per_device is None and unknown.peak_memory_bytes is None
+    summed.add(last)
+    state = json.loads(json.dumps(summed.state(2.0)))
+    resumed = interval()
+    resumed.restore(state, 2.0)
+    for each in (summed, resumed):
+        done = each.close(last, 3.0)
+        # 1.5e12 operations in half a second on two devices; Megatron's convention says twice as many.
+        assert done.causal_tflops_per_device == pytest.approx(1.5) and done.tflops_per_device == pytest.approx(3.0)
+        assert done.peak_memory_bytes == 77

@@ -217,6 +217,7 @@ class StepDone:
         None  # floating-point operations that the model needs for this step, recomputation apart
     )
     memory: MemoryUse | None = None
+    causal_flops: float | None = None  # the same with attention at half, since half the scores are masked
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,8 @@ class IntervalDone:
     tokens_per_second: float
     tflops_per_device: float | None  # of the model, 10^12 floating-point operations per second
     mfu: float | None  # share of the device's peak
+    causal_tflops_per_device: float | None = None  # the same with attention at half
+    peak_memory_bytes: int | None = None  # most held on this rank so far
 
 
 @dataclass(frozen=True)

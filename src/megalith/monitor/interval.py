@@ -36,6 +36,7 @@ class Interval:
         self._num_tokens = 0
         self._step_seconds = 0.0
         self._model_flops: float | None = 0.0
+        self._causal_flops: float | None = 0.0
 
     def add(self, step: StepDone) -> None:
         """Count one step. A skipped step's losses are read at once, to see whether they are finite."""
@@ -50,8 +51,8 @@ class Interval:
                     self._read()
         self._num_tokens += step.num_tokens
         self._step_seconds += step.seconds
-        if self._model_flops is not None:
-            self._model_flops = None if step.model_flops is None else self._model_flops + step.model_flops
+        self._model_flops = _sum(self._model_flops, step.model_flops)
+        self._causal_flops = _sum(self._causal_flops, step.causal_flops)
 
     def _read(self) -> None:
         """Add the pending values to the sums, in the order of the steps: a sum is the same however often it is read."""
@@ -70,6 +71,13 @@ class Interval:
             model_flops=self._model_flops,
             num_devices=self.num_devices,
             peak_flops=self.peak_flops,
+        )
+        causal = throughput(
+            self._num_tokens,
+            self._step_seconds,
+            model_flops=self._causal_flops,
+            num_devices=self.num_devices,
+            peak_flops=None,
         )
         done = IntervalDone(
             step=step.step,
@@ -91,6 +99,8 @@ class Interval:
             tokens_per_second=speed.tokens_per_second,
             tflops_per_device=speed.tflops_per_device,
             mfu=speed.mfu,
+            causal_tflops_per_device=causal.tflops_per_device,
+            peak_memory_bytes=None if step.memory is None else step.memory.max_allocated,
         )
         self._clear(now)
         return done
@@ -106,6 +116,7 @@ class Interval:
             "num_tokens": self._num_tokens,
             "step_seconds": self._step_seconds,
             "model_flops": self._model_flops,
+            "causal_flops": self._causal_flops,
             "seconds": now - self._start,
         }
 
@@ -118,8 +129,14 @@ class Interval:
         self._nan = int(state["nan"])
         self._num_tokens = int(state["num_tokens"])
         self._step_seconds = float(state["step_seconds"])
-        flops = state["model_flops"]
+        flops, causal = state["model_flops"], state.get("causal_flops")
         self._model_flops = None if flops is None else float(flops)
+        self._causal_flops = None if causal is None else float(causal)
+
+
+def _sum(total: float | None, more: float | None) -> float | None:
+    """Unknown once a part is."""
+    return None if total is None or more is None else total + more
 
 
 def number(value: SupportsFloat | None) -> float | None:

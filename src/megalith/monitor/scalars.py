@@ -152,6 +152,7 @@ class Scalars:
         named: dict[str, float | None] = {
             "tokens-per-second": interval.tokens_per_second,
             "throughput": interval.tflops_per_device,
+            "throughput-causal": interval.causal_tflops_per_device,
             "mfu": interval.mfu,
         }
         if self._settings.log_timers_to_tensorboard:
