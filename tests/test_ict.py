@@ -7,16 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megalith.check import check
 from megalith.cli import main
+from megalith.data.indexed import IndexedWriter
 from megalith.models.retrieval import Retriever
 from megalith.sources import read_command_line
 from megalith.tasks.ict import step_flops
-from tests.layouts.runs import Runs, events_of, weights_of
+from megalith.train import train
+from tests.layouts.runs import Runs, configured, events_of, weights_of
 from tests.layouts.test_ict import MODEL, SHARED, TITLES, micro, write_texts
 from tests.ranks import run_ranks
 from tests.test_vit import plain_attention
@@ -85,6 +88,38 @@ def test_titles_of_other_documents_are_refused(folder: Path, capfd: pytest.Captu
     words = [*data_of(folder), "--titles-data-path", str(folder / "texts_sentence")]
     assert main(["pretrain", *MODEL, *micro(4), *words]) == 2
     assert re.search(r"--titles-data-path = .*: has \d+ titles, and .* has 60 documents\.", capfd.readouterr().err)
+
+
+def test_a_run_does_not_go_on_with_other_titles(folder: Path, tmp_path: Path) -> None:
+    words = [
+        *data_of(folder),
+        *micro(4),
+        "--train-iters",
+        "2",
+        "--lr-warmup-iters",
+        "0",
+        "--save",
+        str(tmp_path / "run"),
+    ]
+
+    def on_rank(rank: int, *more: str) -> str:
+        try:
+            return str(train(configured(rank, 1, [*MODEL, *words, *more]), started=0.0))
+        except ValueError as error:
+            return str(error)
+
+    assert run_ranks(on_rank, 1) == ["0"]
+    with IndexedWriter(tmp_path / "titles", np.uint16) as writer:
+        for number in range(60):
+            writer.add_document([[5 + number % 7, 6]])
+
+    def with_others(rank: int) -> str:
+        return on_rank(
+            rank, "--titles-data-path", str(tmp_path / "titles"), "--train-iters", "3", "--override-lr-scheduler"
+        )
+
+    said = run_ranks(with_others, 1)[0]
+    assert "is of a run on other samples: the data titles_document was another than titles is now" in said
 
 
 @pytest.mark.parametrize("width", [0, 8])
