@@ -175,7 +175,7 @@ def models(report: Report) -> None:
         if report.rehearse:
             words += ["--device", "cpu", "--vocab-size", "300"]
         else:
-            words += ["--compile-blocks"]
+            words += ["--compile", "on"]
         steps = ["--steps", "3" if report.rehearse else "10", "--warmup", "1" if report.rehearse else "3", "--json"]
         said = report.run(row.name, [sys.executable, "-m", "megalith", "bench", *steps, *words], seconds=120, needs=35)
         if said is None:
@@ -188,9 +188,8 @@ def models(report: Report) -> None:
 
 def _planned(report: Report, words: Sequence[str]) -> float | None:
     """What `megalith plan` says of the peak."""
-    rest = [word for word in words if word != "--compile-blocks"]
     on = "cpu" if report.rehearse else "cuda"
-    said = report.run("plan", [sys.executable, "-m", "megalith", "plan", "--json", "--on", on, *rest], seconds=40)
+    said = report.run("plan", [sys.executable, "-m", "megalith", "plan", "--json", "--on", on, *words], seconds=40)
     return None if said is None else float(json.loads(said)["peak_bytes"])
 
 
@@ -241,8 +240,10 @@ def text(report: Report) -> None:
                 f"{model} --bf16 --micro-batch-size {batch} --global-batch-size {batch} {STILL} --corpus python".split()
             )
             words += f"--train-iters {steps} --lr 6e-4 --lr-decay-iters 1000 --lr-warmup-fraction 0.01".split()
-            words += f"--save {folder}/run --save-interval {steps} --log-interval 1 --log-format json --eval-iters 0".split()
-            words += ["--device", "cpu", "--corpus-vocab-size", "400"] if report.rehearse else ["--compile-blocks"]
+            words += (
+                f"--save {folder}/run --save-interval {steps} --log-interval 1 --log-format json --eval-iters 0".split()
+            )
+            words += ["--device", "cpu", "--corpus-vocab-size", "400"] if report.rehearse else ["--compile", "on"]
             said = report.run(
                 f"text, {name}", [sys.executable, "-m", "megalith", "pretrain", *words, *more], seconds=110, needs=40
             )

@@ -1,0 +1,37 @@
+"""The program that measures a GPU runs from end to end where there is none, so that a GPU's time is spent measuring."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_the_rehearsal_measures_everything_and_finds_no_fault(tmp_path: Path) -> None:
+    command = [str(ROOT / "benchmarks" / "gpu.sh"), "--rehearse", "--minutes", "15"]
+    environment = {**os.environ, "OUT": str(tmp_path)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1000)
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-2000:]
+    (report,) = tmp_path.glob("*.json")
+    figures = json.loads(report.read_text())
+    assert figures["faults"] == []
+    assert len(figures["models"]) == 9
+    assert all(
+        found["tokens_per_second"] > 0 and found["peak_memory_bytes"] > 0 for found in figures["models"].values()
+    )
+    assert figures["equality"]["largest_relative_difference"] == 0.0  # both sides are the CPU here
+    assert abs(figures["text"]["fp8_loss_gap"]) < 0.02
+    assert len(figures["products"]) > 10
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    ended = subprocess.run([str(ROOT / "benchmarks" / "gpu.sh")], capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("gpu.sh: no CUDA device here. --rehearse")
