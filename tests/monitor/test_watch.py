@@ -116,7 +116,12 @@ def test_a_hung_data_thread_is_named_with_phase_and_stack(data: Path, tmp_path: 
 
 @pytest.mark.parametrize("hang", [hang_asleep, hang_with_the_lock])
 def test_a_single_rank_that_hangs_ends_too(hang: Callable[[], None], data: Path, tmp_path: Path) -> None:
-    ended = start(tmp_path, data, "--hang-timeout", str(HANG_TIMEOUT), disturb=lambda rank: at_step(hang), world_size=1)
+    def hang_seen() -> None:
+        time.sleep(0.5)  # for the watch to have seen this step
+        hang()
+
+    words = ("--hang-timeout", str(HANG_TIMEOUT))
+    ended = start(tmp_path, data, *words, disturb=lambda rank: at_step(hang_seen), world_size=1)
     assert not ended.hung and ended.statuses[0] in (HUNG, 1)
     assert f"in {hang.__name__}" in ended.said
 
