@@ -57,7 +57,8 @@ def build_parts(
         run,
         longest=length - SPECIAL_TOKENS,
         least=2 if two_parts else 1,
-        vocab_size=vocab_size,
+        # Not the model's, which padding may have made larger: only of the tokenizer's is it known where words begin.
+        vocab_size=rule.pieces.vocab_size,
         make_rows=lambda sentences: PairRows(sentences, rule),
         targets=targets,
         report=report,
