@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalith.layers.loss_blocks import BLOCK, losses_and_gradients
+from megalith.layers.products import suits_onednn
+
 # Rows per chunk: fewer make the matrix products slow, more make the chunk's logits large (100 MB for 512 rows of 50304
 # fp32 logits). On a GPU a chunk is the price of one pass over the table's gradient, so it is larger.
 _CHUNK = {"cpu": 512, "cuda": 4096}
@@ -79,11 +82,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_table = torch.empty_like(table_VD, dtype=torch.float32)
         grad_bias = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         losses_N = torch.empty_like(weights_N)
+        by_blocks = bias_V is None and len(table_VD) > BLOCK and suits_onednn(hidden_ND[:chunk], table_VD[:BLOCK])
         # One piece of memory for all chunks: taking and giving back as much for each would cost as much as a product.
-        memory_CV = hidden_ND.new_empty(min(chunk, len(hidden_ND)), len(table_VD))
+        memory_CV = hidden_ND.new_empty(0 if by_blocks else min(chunk, len(hidden_ND)), len(table_VD))
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
             hidden, weights, labels = hidden_ND[part], weights_N[part, None], labels_N[part, None].clamp(min=0)
+            if by_blocks:
+                losses_N[part] = losses_and_gradients(
+                    hidden,
+                    table_VD,
+                    labels,
+                    weights,
+                    grad_hidden_CD=grad_hidden[part],
+                    grad_table_VD=grad_table,
+                    first=start == 0,
+                )
+                continue
             logits = torch.mm(hidden, table_VD.t(), out=memory_CV[: len(hidden)])
             if bias_V is not None:
                 logits += bias_V

@@ -1,0 +1,71 @@
+"""A chunk of the cross entropy over the vocabulary on the CPU in fp32, a block of the table at a time, by oneDNN.
+
+A block's logits are turned into their softmax over that block while they lie in the processor's cache. What a block
+weighs in the whole vocabulary, a number for each row, is known once all blocks are; it goes to the narrow side of the
+products that give the gradients, and so does the label. So the logits are written once and read twice.
+
+Shape letters: C rows of a chunk, D width, V vocabulary, K blocks, S entries of a block.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalith.layers.products import times_transposed
+
+BLOCK = 4096  # entries of the vocabulary whose logits of 512 rows take 8 MB
+# Entries of a block of which the likeliest tells the size of the block's logits; and a share too small to tell.
+_TRIED = 64
+_LEAST_SHARE = 1e-30
+
+
+def losses_and_gradients(
+    hidden_CD: Tensor,
+    table_VD: Tensor,
+    labels_C1: Tensor,
+    weights_C1: Tensor,
+    *,
+    grad_hidden_CD: Tensor,
+    grad_table_VD: Tensor,
+    first: bool,
+) -> Tensor:
+    """The cross entropies, C; their weighted gradients go into grad_hidden, and are added to grad_table, in place.
+
+    first: grad_table holds nothing yet, and is overwritten. Labels are entries of the vocabulary.
+    """
+    blocks = table_VD.split(BLOCK)
+    softmaxes, sizes_CK = _softmaxes(hidden_CD, blocks)
+    total_C1 = torch.logsumexp(sizes_CK, -1, keepdim=True)
+    shares_CK = (sizes_CK - total_C1).exp_()
+    label_rows_CD = table_VD[labels_C1[:, 0]]
+    weighted_CD = hidden_CD * weights_C1
+    places = zip(blocks, grad_table_VD.split(BLOCK), softmaxes, shares_CK.split(1, -1), strict=True)
+    for number, (rows_SD, grad_SD, p_CS, share_C1) in enumerate(places):
+        product_CD = times_transposed(p_CS, rows_SD.t())
+        if number == 0:
+            torch.mul(product_CD, share_C1, out=grad_hidden_CD)
+        else:
+            grad_hidden_CD.addcmul_(product_CD, share_C1)
+        if first:
+            torch.mm(p_CS.t(), weighted_CD * share_C1, out=grad_SD)
+        else:
+            grad_SD.addmm_(p_CS.t(), weighted_CD * share_C1)
+    grad_hidden_CD.sub_(label_rows_CD).mul_(weights_C1)
+    grad_table_VD.index_add_(0, labels_C1[:, 0], weighted_CD, alpha=-1)
+    return total_C1[:, 0] - (hidden_CD * label_rows_CD).sum(-1)
+
+
+def _softmaxes(hidden_CD: Tensor, blocks: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
+    """The softmax over each block, CS; and the logarithm of the sum of each block's powers, CK."""
+    softmaxes, sizes = [], []
+    for rows_SD in blocks:
+        logits_CS = times_transposed(hidden_CD, rows_SD)
+        tried_C1, place_C1 = logits_CS[:, :_TRIED].max(-1, keepdim=True)
+        softmaxes.append(torch.softmax(logits_CS, -1, out=logits_CS))
+        share_C1 = logits_CS.gather(1, place_C1)
+        size_C1 = tried_C1 - share_C1.log()
+        lost = (share_C1[:, 0] < _LEAST_SHARE).nonzero()[:, 0]
+        if len(lost):
+            size_C1[lost] = F.linear(hidden_CD[lost], rows_SD).logsumexp(-1, keepdim=True)
+        sizes.append(size_C1)
+    return softmaxes, torch.cat(sizes, -1)

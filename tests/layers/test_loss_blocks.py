@@ -1,0 +1,87 @@
+"""The loss over blocks of the vocabulary against torch's cross entropy in float64."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalith.layers import loss as loss_module
+from megalith.layers.loss import vocabulary_cross_entropy
+from megalith.layers.loss_blocks import BLOCK, losses_and_gradients
+
+VOCABULARY = 2 * BLOCK + 100
+
+
+def draw(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def exact(hidden: Tensor, table: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and gradients in float64."""
+    hidden, table = hidden.detach().double().requires_grad_(), table.detach().double().requires_grad_()
+    losses = F.cross_entropy((hidden @ table.t()).flatten(0, -2), labels.flatten().clamp(min=0), reduction="none")
+    loss = losses @ weights.flatten().double()
+    grad_hidden, grad_table = torch.autograd.grad(loss, (hidden, table))
+    return loss.detach(), grad_hidden, grad_table
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each chunk that went by blocks."""
+    rows: list[int] = []
+    by_blocks = losses_and_gradients
+
+    def counting(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows.append(len(hidden))
+        return by_blocks(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(loss_module, "losses_and_gradients", counting)
+    return rows
+
+
+# Peaked: logits up to 90 are rounded by up to 1e-5, and so are the probabilities, relative; table entries reach 10.
+@pytest.mark.parametrize(("scale", "off"), [(0.2, 1e-6), (3.0, 1e-4)], ids=["flat", "peaked"])
+@pytest.mark.parametrize("chunk", [64, 30], ids=["one chunk", "two and a rest"])
+def test_loss_and_gradients_are_those_of_float64(chunk: int, scale: float, off: float, counted: list[int]) -> None:
+    hidden, table = draw(2, 32, 48).requires_grad_(), (draw(VOCABULARY, 48, seed=2) * scale).requires_grad_()
+    labels = torch.randint(VOCABULARY, (2, 32), generator=torch.Generator().manual_seed(3))
+    labels[0, :4] = torch.tensor([0, BLOCK - 1, BLOCK, VOCABULARY - 1])
+    weights = torch.rand(2, 32, generator=torch.Generator().manual_seed(4))
+    labels[1, 0], weights[1, 0] = -1, 0.0
+    labels[1, 1] = labels[1, 2]
+    loss = vocabulary_cross_entropy(hidden, table, labels, weights, chunk=chunk)
+    loss.backward()
+    assert counted == ([64] if chunk == 64 else [30, 30, 4])
+    wanted, grad_hidden, grad_table = exact(hidden, table, labels, weights)
+    assert hidden.grad is not None and table.grad is not None
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(hidden.grad.double(), grad_hidden, rtol=1e-5, atol=off)
+    torch.testing.assert_close(table.grad.double(), grad_table, rtol=1e-5, atol=off)
+
+
+def test_a_block_whose_first_entries_are_out_of_question_counts_all_the_same(counted: list[int]) -> None:
+    hidden, table = torch.ones(32, 64), draw(VOCABULARY, 64, seed=2) * 0.1
+    for start in range(0, VOCABULARY, BLOCK):
+        table[start : start + 80] -= 3.0  # 192 below the others: the powers of these entries underflow.
+    hidden.requires_grad_()
+    table.requires_grad_()
+    labels = torch.arange(32) * 250
+    labels[:2] = torch.tensor([0, BLOCK + 1])
+    weights = torch.full((32,), 1 / 32)
+    loss = vocabulary_cross_entropy(hidden, table, labels, weights)
+    loss.backward()
+    assert counted == [32]
+    wanted, grad_hidden, grad_table = exact(hidden, table, labels, weights)
+    assert hidden.grad is not None and table.grad is not None
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(hidden.grad.double(), grad_hidden, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(table.grad.double(), grad_table, rtol=1e-5, atol=1e-6)
+
+
+def test_numbers_that_are_not_finite_are_not_hidden() -> None:
+    hidden, table = draw(32, 64).requires_grad_(), draw(VOCABULARY, 64, seed=2)
+    table[BLOCK + 7, 3] = torch.inf
+    loss = vocabulary_cross_entropy(hidden, table, torch.zeros(32, dtype=torch.int64), torch.ones(32))
+    assert not loss.isfinite()
