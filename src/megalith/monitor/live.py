@@ -31,7 +31,8 @@ class LiveBytes(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
             if isinstance(leaf, Tensor) and leaf.device.type != "meta":
-                self._add(leaf.untyped_storage())
+                for part in (leaf._indices(), leaf._values()) if leaf.is_sparse else (leaf,):
+                    self._add(part.untyped_storage())
         return made
 
     def _add(self, storage: UntypedStorage) -> None:
