@@ -81,6 +81,8 @@ VALUES = {
     "data_impl": "lazy",
     "num_workers": "4",
     "block_data_path": "blocks",
+    "ict_load": "run",
+    "ict_head_size": "8",
     "adlr_autoresume_interval": "10",
 }
 

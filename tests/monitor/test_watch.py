@@ -86,7 +86,8 @@ def test_a_hung_rank_is_named_with_phase_and_stack_at_the_timeout(
     seconds = time.monotonic() - float(at.read_text())
     print(f"{hang.__name__}: the job ended {seconds:.2f} s after it, limit {HANG_TIMEOUT} s (goal: limit + 1 s)")
     assert not ended.hung and HUNG in ended.statuses, ended
-    assert HANG_TIMEOUT <= seconds < HANG_TIMEOUT + 8.0  # on a busy machine
+    # The last progress was up to half a second before, when the step began; and the machine may be busy.
+    assert HANG_TIMEOUT - 0.8 <= seconds < HANG_TIMEOUT + 8.0
     named = re.search(r"rank 1 \(process \d+ on [^)]+\) made no progress for (\S+) s.* at step 3 in step", ended.said)
     assert named and float(named[1]) >= HANG_TIMEOUT / 2, ended.said
     assert "rank 0 (" not in ended.said
