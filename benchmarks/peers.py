@@ -1,13 +1,14 @@
 """Megalith side by side with what one would have used instead: the same model, batch, precision and optimizer.
 
-    python benchmarks/peers.py                         all programs and sizes: about an hour, 8 GB of disk
+    python benchmarks/peers.py                         all programs and sizes: half an hour, 8 GB of disk
     python benchmarks/peers.py --sizes small --rounds 5
     python benchmarks/peers.py --programs megalith hf-eager hf-eager-tcmalloc
 
 Each program is a process in a virtual environment of its own, which this script makes (and keeps in --directory). The
 programs of a size stand side by side and take their steps in turns, A B C A B C, so that whatever else the machine does
 meets all alike; a ratio is the median over rounds of (this program's tokens per second / those of hf-eager in the same
-round). fp32, AdamW (fused), clipping at 1.0, no dropout, random tokens, all cores.
+round). Where memory does not hold all programs of a size at once, they run in groups, each beside hf-eager. fp32, AdamW
+(fused), clipping at 1.0, no dropout, random tokens, all cores.
 
 first step: seconds from starting the process to the end of its first step, alone on the machine. peak: high-water mark
 of resident memory. Programs with -tcmalloc have that allocator preloaded (Debian: libtcmalloc-minimal4).
@@ -34,6 +35,7 @@ TORCH = "torch>=2.11,<2.14"
 VOCABULARY = 50304
 # What the ratios are to.
 YARDSTICK = "hf-eager"
+OURS = "megalith"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,9 @@ class Measured:
     threads: int = 0
     peak: int = 0  # bytes
     tokens_per_second: list[float] = field(default_factory=list)  # by round
-    tokens_per_cpu_second: list[float] = field(default_factory=list)
+    # Over the yardstick in the same round: tokens per second, and per second of processor time.
+    ratios: list[float] = field(default_factory=list)
+    cpu_ratios: list[float] = field(default_factory=list)
     failed: str = ""
 
 
@@ -98,7 +102,7 @@ def main() -> int:
     results: dict[str, dict[str, Measured]] = {}
     for size in options.sizes:
         results[size] = measure_size(size, names, options)
-        print_table(size, results[size])
+        print_table(size, results[size], options)
     print(conditions(options.directory))
     if options.json:
         plain = {size: {n: dataclasses.asdict(m) for n, m in measured.items()} for size, measured in results.items()}
@@ -111,6 +115,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument("--rounds", type=int, default=7, help="turns of each program [7]")
+    parser.add_argument("--steps", type=int, help="steps in a turn [3 of the small size, 2 of the others]")
     parser.add_argument(
         "--directory", type=Path, default=Path("peers-environments"), help="where environments are kept"
     )
@@ -199,40 +204,76 @@ class Running:
 
 
 def measure_size(size: str, names: Sequence[str], options: argparse.Namespace) -> dict[str, Measured]:
-    """All programs at a size: first steps one after the other, then rounds in turns."""
-    _, _, _, length, batch, steps = SIZES[size]
+    """All programs at a size: in groups that memory holds, each with the yardstick in it."""
     measured = {name: Measured() for name in names}
-    running: dict[str, Running] = {}
-    for name in names:
-        program = running[name] = Running(name, size, options.directory)
-        try:
-            said = program.answer()
-            measured[name].first_step = time.perf_counter() - program.began
-            measured[name].num_parameters, measured[name].threads = said["num_parameters"], said["threads"]
-            program.take(steps)  # The second step still meets much for the first time.
-        except RuntimeError as error:
-            measured[name].failed = str(error)
-            running.pop(name).end()
-            print(f"{size} {name}: failed: {error}", flush=True)
-    for _ in range(options.rounds):
-        for name, program in running.items():
-            said = program.take(steps)
-            tokens = steps * batch * length
-            measured[name].tokens_per_second.append(tokens / said["seconds"])
-            measured[name].tokens_per_cpu_second.append(tokens / said["cpu_seconds"])
-            measured[name].peak = said["peak"]
-    for program in running.values():
-        program.end()
+    yardstick = start(YARDSTICK, size, measured[YARDSTICK], options)
+    if yardstick is None:
+        raise RuntimeError(f"{size}: nothing can be compared without {YARDSTICK}: {measured[YARDSTICK].failed}")
+    waiting = [name for name in names if name != YARDSTICK]
+    while waiting:
+        group = {YARDSTICK: yardstick}
+        largest = yardstick.take(1)["peak"]
+        # Room for one more program as large as the largest, and a fifth to spare.
+        while waiting and (len(group) == 1 or available_memory() > 1.2 * largest):
+            name = waiting.pop(0)
+            program = start(name, size, measured[name], options)
+            if program is not None:
+                group[name] = program
+                largest = max(largest, program.take(1)["peak"])
+        for _ in range(options.rounds):
+            take_turns(group, size, measured, options)
+        for name, program in group.items():
+            if name != YARDSTICK:
+                program.end()
+    yardstick.end()
     return measured
 
 
-def print_table(size: str, measured: dict[str, Measured]) -> None:
+def start(name: str, size: str, found: Measured, options: argparse.Namespace) -> Running | None:
+    """Start a program and let it take its first two steps, alone; None if it fails, which is noted."""
+    program = Running(name, size, options.directory)
+    try:
+        said = program.answer()
+        found.first_step = time.perf_counter() - program.began
+        found.num_parameters, found.threads = said["num_parameters"], said["threads"]
+        program.take(1)  # The second step still meets much for the first time.
+    except RuntimeError as error:
+        found.failed = str(error)
+        program.end()
+        print(f"{size} {name}: failed: {error}", flush=True)
+        return None
+    return program
+
+
+def take_turns(
+    group: dict[str, Running], size: str, measured: dict[str, Measured], options: argparse.Namespace
+) -> None:
+    """One round: every program of the group takes its steps, one program after the other."""
+    _, _, _, length, batch, steps = SIZES[size]
+    steps = options.steps or steps
+    said = {name: program.take(steps) for name, program in group.items()}
+    base = said[YARDSTICK]
+    for name, answer in said.items():
+        measured[name].tokens_per_second.append(steps * batch * length / answer["seconds"])
+        measured[name].ratios.append(base["seconds"] / answer["seconds"])
+        measured[name].cpu_ratios.append(base["cpu_seconds"] / answer["cpu_seconds"])
+        measured[name].peak = answer["peak"]
+
+
+def available_memory() -> int:
+    """Bytes that a program can still take, as Linux tells; without end elsewhere."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), sys.maxsize)
+
+
+def print_table(size: str, measured: dict[str, Measured], options: argparse.Namespace) -> None:
     """Figures and ratios of a size, as Markdown."""
     layers, width, heads, length, batch, steps = SIZES[size]
-    rounds = len(measured[YARDSTICK].tokens_per_second)
+    steps = options.steps or steps
     print(
         f"\n{size}: {layers} layers x {width}, {heads} heads, sequence {length}, batch {batch}, vocabulary "
-        f"{VOCABULARY}; {rounds} rounds of {steps} steps\n\n"
+        f"{VOCABULARY}; {options.rounds} rounds, steps in a turn: {steps}\n\n"
         "| program | tokens/s | x (wall), quartiles | x (CPU time) | peak MB | x | first step s | x | parameters |\n"
         "|---|---|---|---|---|---|---|---|---|"
     )
@@ -241,8 +282,7 @@ def print_table(size: str, measured: dict[str, Measured]) -> None:
         if found.failed:
             print(f"| {name} | failed: {found.failed[:80]} | | | | | | | |")
             continue
-        ratios = [a / b for a, b in zip(found.tokens_per_second, base.tokens_per_second, strict=True)]
-        busy = [a / b for a, b in zip(found.tokens_per_cpu_second, base.tokens_per_cpu_second, strict=True)]
+        ratios, busy = found.ratios, found.cpu_ratios
         low, high = statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else (ratios[0], ratios[0])
         print(
             f"| {name} | {statistics.median(found.tokens_per_second):,.0f} | {statistics.median(ratios):.2f}, "
@@ -251,6 +291,11 @@ def print_table(size: str, measured: dict[str, Measured]) -> None:
             f"{found.num_parameters:,} |",
             flush=True,
         )
+    if OURS in measured and measured[OURS].ratios:
+        others = {n: statistics.median(m.ratios) for n, m in measured.items() if m.ratios and not n.startswith(OURS)}
+        best = max(others, key=lambda name: others[name])
+        ratio = statistics.median(measured[OURS].ratios) / others[best]
+        print(f"\n{OURS} over the best of the others ({best}): {ratio:.2f}", flush=True)
 
 
 def conditions(directory: Path) -> str:
