@@ -1,11 +1,10 @@
-"""oneDNN's products and the shared table's lookup against torch's own and float64."""
+"""oneDNN's products against torch's own and float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalith.layers.embedding import look_up_shared
 from megalith.layers.products import LEAST, linear, suits_onednn
 
 
@@ -58,15 +57,3 @@ def test_small_sixteen_bit_and_meta_products_stay_with_torch() -> None:
     assert suits_onednn(draw(rows, 64), weight) and not suits_onednn(draw(rows - 1, 64), weight)
     assert not suits_onednn(draw(rows, 64).bfloat16(), weight.bfloat16())
     assert not suits_onednn(draw(rows, 64).to("meta"), weight.to("meta"))
-
-
-def test_a_shared_tables_gradient_is_the_sum_over_its_uses_and_dense() -> None:
-    table, ids = draw(50, 8).requires_grad_(), torch.tensor([[3, 3, 49], [0, 7, 3]])
-    for look_up in (look_up_shared, F.embedding):
-        hidden = look_up(ids, table)
-        (hidden.square() @ table.t()).cos().sum().backward()
-    assert table.grad is not None and table.grad.layout == torch.strided
-    once = table.detach().clone().requires_grad_()
-    (F.embedding(ids, once).square() @ once.t()).cos().sum().backward()
-    assert once.grad is not None
-    torch.testing.assert_close(table.grad, 2 * once.grad)

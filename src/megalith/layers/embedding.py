@@ -23,11 +23,3 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.look_up(ids, self.weight)
-
-
-def look_up_shared(ids: Tensor, table: Tensor) -> Tensor:
-    """`F.embedding` of a table that gets a whole gradient from another use in the same pass, such as the output.
-
-    On the CPU the rows looked up are added to that gradient, instead of a second one that is almost all zeros.
-    """
-    return F.embedding(ids, table, sparse=table.device.type == "cpu")

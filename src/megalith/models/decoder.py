@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megalith.layers.block import Block
 from megalith.layers.cache import KeyValueCache
 from megalith.layers.dropout import drop
-from megalith.layers.embedding import Embedding, look_up_shared
+from megalith.layers.embedding import Embedding
 from megalith.layers.linear import Linear
 from megalith.layers.loss import per_token_losses, vocabulary_cross_entropy
 from megalith.layers.mask import Mask, make_mask
@@ -66,8 +66,6 @@ class Decoder(nn.Module):
         self.dtype = dtype
         if first or (last and self.tied):
             self.word_embedding = Embedding(vocab_size, shape.width, table, device=device)
-            if first and last and self.tied:
-                self.word_embedding.look_up = look_up_shared
         if first:
             self.position_embedding = Embedding(shape.num_positions, shape.width, table, device=device)
         numbers = range(shape.num_layers) if layers is None else layers
