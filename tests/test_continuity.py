@@ -4,7 +4,6 @@ import io
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +191,9 @@ def test_a_run_without_memory_ends_in_a_sentence_and_its_last_commit_is_whole(
         for variable, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
             monkeypatch.setenv(variable, value)
         monkeypatch.setattr("sys.stdout", io.StringIO())
-        monkeypatch.setattr("sys.stderr", io.StringIO())
-        return main(words), sys.stderr.getvalue()  # type: ignore[attr-defined]
+        errors = io.StringIO()
+        monkeypatch.setattr("sys.stderr", errors)
+        return main(words), errors.getvalue()
 
     (end,) = watch_ranks(on_rank, 1)
     status, said = end.value
