@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import shutil
 import sys
 import tempfile
@@ -16,6 +17,8 @@ from tests.faults.cluster import Ended, run_ranks
 from tests.faults.disk import Disturbance, undisturbed
 from tests.faults.judge import Outcome, WrongError
 from tests.faults.twin import Scenario, Twin, make_twin, note_steps
+
+JUDGE = "the judge: "  # how the words on a fault of the campaign itself begin
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,22 @@ class Case(NamedTuple):
 def outcomes_of(case: Case, root: Path) -> Iterator[Outcome]:
     """Run a case in a new folder; what goes wrong is a failure."""
     folder = Path(tempfile.mkdtemp(dir=root, prefix="case-"))
-    started = time.monotonic()
     try:
-        for outcome in case.run(folder):
-            yield replace(outcome, seconds=outcome.seconds or time.monotonic() - started)
+        yield from _timed(case.run(folder))
     except WrongError as wrong:
         yield Outcome(case.name, "failure", str(wrong))
     except Exception:  # whatever a run did that its judge did not expect
-        yield Outcome(case.name, "failure", f"the judge: {traceback.format_exc()[-1500:]}")
+        yield Outcome(case.name, "failure", f"{JUDGE}{traceback.format_exc()[-1500:]}")
     finally:
         shutil.rmtree(folder)
+
+
+def _timed(outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
+    """The outcomes, with the seconds that each took, if nobody has said that yet."""
+    started = time.monotonic()
+    for outcome in outcomes:
+        yield replace(outcome, seconds=outcome.seconds or time.monotonic() - started)
+        started = time.monotonic()
 
 
 def run_cases(cases: Sequence[Case], root: Path, *, jobs: int = 1, until_failure: bool = False) -> list[Outcome]:
@@ -80,23 +89,39 @@ def run_cases(cases: Sequence[Case], root: Path, *, jobs: int = 1, until_failure
                 if until_failure and outcome.kind == "failure":
                     return outcomes
         return outcomes
-    pipes = [os.pipe() for _ in range(jobs)]
     sys.stdout.flush()
-    pids = []
-    for number, (_, to) in enumerate(pipes):
+    pids, said = [], {}
+    for number in range(jobs):
+        from_worker, to = os.pipe()
         pid = os.fork()
         if pid == 0:
             _work(cases[number::jobs], root, to)
-        pids.append(pid)
-    outcomes = []
-    for _, to in pipes:
+        # Before the next one is forked, which would keep it open.
         os.close(to)
-    for (from_worker, _), pid in zip(pipes, pids, strict=True):
-        with os.fdopen(from_worker) as lines:
-            outcomes += [Outcome(**json.loads(line)) for line in lines]
+        pids.append(pid)
+        said[from_worker] = bytearray()
+    outcomes = [Outcome(**json.loads(line)) for text in _read_all(said) for line in text.splitlines()]
+    for pid in pids:
         if os.waitpid(pid, 0)[1]:
             outcomes.append(Outcome("a worker", "failure", "it died"))
     return outcomes
+
+
+def _read_all(said: dict[int, bytearray]) -> Iterable[bytearray]:
+    """What comes through pipes until all are closed; from all at once, for a writer waits when its pipe is full."""
+    poll = select.poll()
+    for pipe in said:
+        poll.register(pipe, select.POLLIN)
+    left = len(said)
+    while left:
+        for pipe, _ in poll.poll():
+            data = os.read(pipe, 1 << 16)
+            said[pipe] += data
+            if not data:
+                poll.unregister(pipe)
+                os.close(pipe)
+                left -= 1
+    return said.values()
 
 
 def _work(cases: Sequence[Case], root: Path, to: int) -> None:
@@ -121,7 +146,7 @@ def forked(work: Callable[[], Iterable[Outcome]], mutate: Disturbance) -> list[O
         try:
             mutate(0)
             with os.fdopen(to, "w") as lines:
-                for outcome in work():
+                for outcome in _timed(work()):
                     print(json.dumps(asdict(outcome)), file=lines)
             status = 0
         except BaseException:

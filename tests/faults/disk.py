@@ -174,12 +174,12 @@ def recorded(folder: Path, rank: int) -> list[Operation]:
     ]
 
 
-def killing(point: Point) -> Disturbance:
-    """Kills the rank at that point, as kill -9 does."""
+def killing(point: Point, number: signal.Signals = signal.SIGKILL) -> Disturbance:
+    """Kills the rank at that point, as kill -9 does, or sends it another signal."""
 
     def act(moment: Moment, operation: Operation) -> None:
         if (operation.lane, operation.number, moment) == point[1:]:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
     return lambda rank: Wire(act).install() if rank == point.rank else None
 

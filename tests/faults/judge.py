@@ -1,7 +1,7 @@
 """What became of a disturbed run: finished as if nothing had happened, recovered, refused; all else is a failure."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from megalith.checkpoint.directory import list_checkpoints, step_name
 from megalith.checkpoint.shards import DamagedError
 from megalith.checkpoint.verify import verify
 from megalith.monitor.outlet import read_records
-from tests.faults.twin import SAVE_INTERVAL, Twin, noted_in, printed_in, taken_in
+from tests.faults.twin import SAVE_INTERVAL, Taken, Twin, noted_in, printed_in, taken_in
 
 Kind = Literal["finished-identical", "recovered", "refused", "failure"]
 
@@ -22,7 +22,7 @@ class Outcome:
     case: str
     kind: Kind
     why: str = ""
-    redone: int = 0  # steps done again
+    redone: int = 0  # steps done again by one start, at the most
     seconds: float = 0.0  # that the case took
 
 
@@ -111,20 +111,18 @@ def check_left(save: Path) -> None:
 
 
 def steps_done_again(save: Path, *, lost_saves: int = 1) -> int:
-    """How many steps were taken more than once, over all starts.
+    """How many steps a start has taken again, at the most.
 
     Raises WrongError if a start went on from more than lost_saves saves before the newest one that had been begun.
     """
     redone = 0
     begun = newest = attempt = 0
-    for entry in noted_in(save):
-        if entry.rank:
-            continue
+    for entry in noted_in(save, rank=0):
         if entry.attempt != attempt and entry.digest != "save":
             from_step = entry.step - 1
             if from_step < begun - lost_saves * SAVE_INTERVAL:
                 raise WrongError(f"went on from step {from_step}, though a save of step {begun} had been begun")
-            redone += max(0, newest - from_step)
+            redone = max(redone, newest - from_step)
             attempt = entry.attempt
         if entry.digest == "save":
             begun = entry.step
@@ -133,10 +131,22 @@ def steps_done_again(save: Path, *, lost_saves: int = 1) -> int:
     return redone
 
 
-def has_saved_last(save: Path) -> bool:
-    """Whether the last start has begun a save, and so has cleared away what earlier ones left."""
-    notes = [entry for entry in noted_in(save) if entry.rank == 0]
-    return notes[-1].digest == "save" and (save / "checkpoints").is_dir()
+def newest_step(save: Path) -> int:
+    """The step of the newest checkpoint; 0 if there is none."""
+    found = list_checkpoints(save)
+    return found[-1].step if found else 0
+
+
+def check_went_on_from(step: int, noted: Sequence[Taken]) -> None:
+    """A start has begun with the step after the newest checkpoint. noted: by its rank 0."""
+    taken = [entry.step for entry in noted if entry.digest != "save"]
+    if taken and taken[0] != step + 1:
+        raise WrongError(f"a start began with step {taken[0]}, though there was a checkpoint of step {step}")
+
+
+def has_saved(noted: Sequence[Taken]) -> bool:
+    """Whether a start has begun a save, and so has cleared away what earlier ones left. noted: by its rank 0."""
+    return any(entry.digest == "save" for entry in noted)
 
 
 def warnings_in(save: Path) -> list[str]:
@@ -156,7 +166,7 @@ def lost_saves_in(twin: Twin, save: Path) -> list[int]:
     path = save / "log.jsonl"
     records = read_records(path)[0] if path.exists() else []
     saved = {record["step"] for record in records if record["event"] == "checkpoint_saved"}
-    return [step for step in twin.indices if step not in saved]
+    return [step for step in twin.saved_steps if step not in saved]
 
 
 def check_warned_of(save: Path, step: int, sentence: str) -> None:

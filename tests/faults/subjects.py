@@ -1,8 +1,9 @@
-"""The kinds of files whose damage is tried: index maps, a checkpoint's index, tokenizers."""
+"""The kinds of files whose damage is tried: token files, index maps, a checkpoint's index, tokenizers."""
 
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 # Its threads would not outlive a fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,16 +13,21 @@ import sentencepiece
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 
+from megalith import __version__
 from megalith.checkpoint.directory import step_name
 from megalith.checkpoint.index import INDEX_NAME, LAST_LINE_LENGTH
 from megalith.checkpoint.verify import verify
+from megalith.data import record
 from megalith.data.index_cache import ARRAYS, load_or_build_index_maps
 from megalith.data.index_maps import IndexMaps
+from megalith.data.indexed import open_indexed
+from megalith.data.inspect import inspect
 from megalith.data.tokenizer import KINDS, Tokenizer, load_saved_tokenizer, load_tokenizer, train_byte_bpe
 from megalith.files import digest_of_bytes
 from tests.faults.bad_files import ChangedError
 from tests.faults.judge import Kind
 from tests.faults.twin import Twin
+from tests.layouts.runs import write_data
 
 LENGTHS = np.random.RandomState(5).randint(1, 30, 50).astype(np.int32)
 
@@ -56,6 +62,46 @@ def _maps_of(folder: Path) -> tuple[IndexMaps, bool]:
         seed=7,
     )
     return maps, bool(report.rebuilt_because)
+
+
+class TokenFiles:
+    """A token file and its record. whole: read as `megalith verify` does, every byte; else as a start does.
+
+    A start does not read all tokens: of the .bin it only looks at the size.
+    """
+
+    def __init__(self, *, whole: bool) -> None:
+        self._whole = whole
+        self.name = f"token file, {'verified' if whole else 'at a start'}"
+
+    def make(self, folder: Path) -> list[str]:
+        prefix = write_data(folder)
+        tokenizer = load_tokenizer("ByteLevelTokenizer")
+        described = {"type": tokenizer.name, "vocab_size": tokenizer.vocab_size, "digest": tokenizer.digest}
+        record.write_record(prefix, {"megalith": __version__, "tokenizer": described}, largest_token=256)
+        self._wanted = _token_file(prefix)
+        return [
+            f"{prefix.name}{suffix}" for suffix in ((".bin", ".idx", ".json") if self._whole else (".idx", ".json"))
+        ]
+
+    def read(self, folder: Path) -> Kind:
+        prefix = folder / "bytes_document"
+        if self._whole:
+            if faults := inspect(prefix).faults:
+                raise ValueError("\n".join(faults))
+        else:
+            record.identify(prefix, record.read_record(prefix), vocab_size=257)
+        found = _token_file(prefix)
+        for name, wanted in self._wanted.items():
+            if not np.array_equal(found[name], wanted):
+                raise ChangedError(name)
+        return "finished-identical"
+
+
+def _token_file(prefix: Path) -> dict[str, Any]:
+    """Copies of everything in a token file."""
+    indexed = open_indexed(prefix)
+    return {name: np.array(getattr(indexed, name)) for name in ("lengths", "offsets", "document_index", "tokens")}
 
 
 class CheckpointIndex:

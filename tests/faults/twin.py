@@ -65,15 +65,20 @@ class Twin:
 
     scenario: Scenario
     data: Path
-    indices: dict[int, Index]  # of all its checkpoints, by step
+    indices: dict[int, Index]  # of a checkpoint of each step
     printed: dict[str, Any]  # as `printed_in` gives them
     taken: dict[tuple[int, int], str]  # by rank and step, as `taken_in` gives them
     operations: list[list[Operation]]  # of each rank, when old checkpoints go
     seconds: float = 0.0  # that it took
 
     @property
+    def saved_steps(self) -> list[int]:
+        """The steps of which it has written a checkpoint."""
+        return [step for step in self.indices if step % SAVE_INTERVAL == 0]
+
+    @property
     def folder(self) -> Path:
-        """Where its runs lie: with all checkpoints, with some, and one with another seed."""
+        """Where its runs lie, by the names that `make_twin` gives them."""
         return self.data.parent
 
     def words(self, save: Path, *more: str) -> list[str]:
@@ -88,11 +93,12 @@ class Twin:
 
 
 def make_twin(scenario: Scenario, folder: Path) -> Twin:
-    """Run it: to make the index of the data and to see all checkpoints; as the disturbed ones; with another seed."""
+    """Run it: with a checkpoint of each step, with another seed, with all checkpoints, and as the disturbed ones."""
     folder.mkdir()
     twin = Twin(scenario, write_data(folder), {}, {}, {}, [])
     seconds = 0.0
     for name, more, disturb in (
+        ("each", ("--save-interval", "1"), undisturbed),
         ("other", ("--seed", "4321"), undisturbed),
         ("all", (), undisturbed),
         ("some", scenario.retention, recording(folder)),
@@ -110,7 +116,7 @@ def make_twin(scenario: Scenario, folder: Path) -> Twin:
         assert set(ended.statuses) == {0}, ended.said
     return replace(
         twin,
-        indices={found.step: verify(found.path) for found in list_checkpoints(folder / "all")},
+        indices={found.step: verify(found.path) for found in list_checkpoints(folder / "each")},
         printed=printed_in(folder / "all"),
         taken={(entry.rank, entry.step): entry.digest for entry in taken_in(folder / "all")},
         operations=[recorded(folder, rank) for rank in range(scenario.world_size)],
@@ -158,9 +164,10 @@ def note_steps(save: Path, rank: int) -> None:
     megalith.train.take_step = noting_step
 
 
-def noted_in(save: Path) -> list[Taken]:
-    """What all starts of a run directory have noted, each rank's in its order."""
-    return [Taken(*json.loads(line)) for path in sorted(save.glob("taken-*")) for line in path.read_text().splitlines()]
+def noted_in(save: Path, *, rank: int | None = None) -> list[Taken]:
+    """What all starts of a run directory have noted, each rank's, or one's, in its order."""
+    paths = sorted(save.glob(f"taken-{'*' if rank is None else rank}"))
+    return [Taken(*json.loads(line)) for path in paths for line in path.read_text().splitlines()]
 
 
 def taken_in(save: Path) -> list[Taken]:
