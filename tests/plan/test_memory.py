@@ -36,6 +36,9 @@ CASES = {
     "sgd": "--global-batch-size 8 --optimizer sgd",
     "long sequences": "--global-batch-size 2 --micro-batch-size 1 --seq-length 1024 --max-position-embeddings 1024",
     "a wide vocabulary": "--global-batch-size 8 --vocab-size 20000",
+    "a wide vocabulary, full": "--global-batch-size 8 --vocab-size 20000 --checkpoint-activations",
+    "a wide vocabulary, full, one microbatch": "--global-batch-size 4 --vocab-size 20000 --checkpoint-activations",
+    "a wide vocabulary, untied": "--global-batch-size 8 --vocab-size 20000 --untie-embeddings-and-output-weights",
 }
 
 

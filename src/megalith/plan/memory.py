@@ -68,7 +68,7 @@ class Memory:
 
 def predict(job: Job) -> Memory:
     """The peak of a step that is not the first: when the loss is computed, when the last layer is differentiated, or
-    when all gradients are there."""
+    when the gradients of the table come together."""
     parameters = parameters_on_rank(job)
     replicas = job.data * job.context
     shared = replicas if job.shard_size is None else job.shard_size
@@ -87,7 +87,7 @@ def predict(job: Job) -> Memory:
         Memory(
             weights, before, moments, kept - end_bytes(job) + recomputed_activations(job, layers), layer_working(job)
         ),
-        Memory(weights, gradients, moments, 0.0, 0.0),
+        Memory(weights, gradients, moments, 0.0, look_up_bytes(job)),
     ]
     return max(moments_of_a_step, key=lambda memory: memory.total)
 
@@ -176,6 +176,17 @@ def layer_working(job: Job) -> float:
     inner = job.inner / job.tensor
     waiting = FP32 * job.vocab_size / job.tensor * job.width if job.pipeline == 1 and job.tied else 0.0
     return tokens * e * (inner + job.width) + FP32 * job.width * inner + waiting
+
+
+def look_up_bytes(job: Job) -> float:
+    """What the last operation of a backward pass makes: the table's gradient of looking up, as large as the table.
+    Where the table is tied that of the loss has waited for it, and in later microbatches there is an older sum."""
+    if job.pipeline > 1:
+        return 0.0
+    table = FP32 * job.vocab_size / job.tensor * job.width
+    if not job.tied:
+        return table if job.num_microbatches > 1 else 0.0
+    return 2 * table if job.num_microbatches > 1 else table
 
 
 def loss_bytes(job: Job) -> float:
