@@ -24,6 +24,7 @@ MODEL = """
     --num-layers 3 --hidden-size 64 --num-attention-heads 4 --seq-length 128 --max-position-embeddings 128
     --vocab-size 2000 --micro-batch-size 4 --hidden-dropout 0 --attention-dropout 0 --device cpu
 """.split()
+MOST_TABLE = "--hidden-size 128 --seq-length 64 --micro-batch-size 1 --vocab-size 20000 --checkpoint-activations"
 CASES = {
     "plain": "--global-batch-size 8",
     "one microbatch": "--global-batch-size 4",
@@ -38,6 +39,9 @@ CASES = {
     "a wide vocabulary": "--global-batch-size 8 --vocab-size 20000",
     "a wide vocabulary, full": "--global-batch-size 8 --vocab-size 20000 --checkpoint-activations",
     "a wide vocabulary, full, one microbatch": "--global-batch-size 4 --vocab-size 20000 --checkpoint-activations",
+    "a table that is most of it": f"{MOST_TABLE} --global-batch-size 2",
+    "a table that is most of it, one microbatch": f"{MOST_TABLE} --global-batch-size 1",
+    "a table that is most of it, untied": f"{MOST_TABLE} --global-batch-size 2 --untie-embeddings-and-output-weights",
     "a wide vocabulary, untied": "--global-batch-size 8 --vocab-size 20000 --untie-embeddings-and-output-weights",
 }
 

@@ -179,14 +179,15 @@ def layer_working(job: Job) -> float:
 
 
 def look_up_bytes(job: Job) -> float:
-    """What the last operation of a backward pass makes: the table's gradient of looking up, as large as the table.
-    Where the table is tied that of the loss has waited for it, and in later microbatches there is an older sum."""
+    """What the last operation of a backward pass makes beside the gradients: the table's of looking up, as large as it.
+
+    Where the table is tied, that of the loss has waited for it, and both are added up; in the first microbatch of a
+    step the last tensor of these is the gradient itself.
+    """
     if job.pipeline > 1:
         return 0.0
-    table = FP32 * job.vocab_size / job.tensor * job.width
-    if not job.tied:
-        return table if job.num_microbatches > 1 else 0.0
-    return 2 * table if job.num_microbatches > 1 else table
+    tables = (3 if job.tied else 1) - (1 if job.num_microbatches == 1 else 0)
+    return tables * FP32 * job.vocab_size / job.tensor * job.width
 
 
 def loss_bytes(job: Job) -> float:
