@@ -19,7 +19,7 @@ from megalith.layers.products import suits_onednn
 
 # Rows per chunk: fewer make the matrix products slow, more make the chunk's logits large (100 MB for 512 rows of 50304
 # fp32 logits). On a GPU a chunk is the price of one pass over the table's gradient, so it is larger.
-_CHUNK = {"cpu": 512, "cuda": 4096}
+CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
 
 
 def vocabulary_cross_entropy(
@@ -40,7 +40,7 @@ def vocabulary_cross_entropy(
     """
     table = table_VD.to(hidden_BTD.dtype)
     bias = None if bias_V is None else bias_V.to(hidden_BTD.dtype)
-    chunk = _rows_per_chunk(hidden_BTD) if chunk is None else chunk
+    chunk = rows_per_chunk(hidden_BTD) if chunk is None else chunk
     hidden_ND = hidden_BTD.flatten(0, -2)
     labels_N, weights_N = labels_BT.flatten(), loss_weights_BT.flatten().float()
     if not (torch.is_grad_enabled() and (hidden_BTD.requires_grad or table_VD.requires_grad)):
@@ -61,7 +61,7 @@ def per_token_losses(
     """fp32 BT: the cross entropy of every token, without gradients. Labels below 0 give the loss of label 0."""
     table = table_VD.to(hidden_BTD.dtype)
     bias = None if bias_V is None else bias_V.to(hidden_BTD.dtype)
-    chunk = _rows_per_chunk(hidden_BTD)
+    chunk = rows_per_chunk(hidden_BTD)
     losses_N = _losses(hidden_BTD.flatten(0, -2), table, bias, labels_BT.flatten(), softmax_in_16_bit, chunk)
     return losses_N.view(labels_BT.shape)
 
@@ -188,5 +188,6 @@ def _losses(
     return losses_N
 
 
-def _rows_per_chunk(hidden: Tensor) -> int:
-    return _CHUNK["cuda" if hidden.is_cuda else "cpu"]
+def rows_per_chunk(hidden: Tensor) -> int:
+    """How many of these rows are scored at once."""
+    return CHUNK_ROWS["cuda" if hidden.is_cuda else "cpu"]

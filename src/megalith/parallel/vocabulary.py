@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalith.layers.loss import rows_per_chunk
 from megalith.parallel.collectives import (
     Group,
     all_gather,
@@ -23,8 +24,6 @@ from megalith.parallel.collectives import (
     scatter_sum,
     size_of,
 )
-
-CHUNK = {"cpu": 512, "cuda": 4096}  # rows scored at once, as in layers/loss.py
 
 
 def look_up_cut_table(ids_BT: Tensor, table_SD: Tensor, *, first: int, group: Group, sequence: bool) -> Tensor:
@@ -102,7 +101,7 @@ class _CutCrossEntropy(torch.autograd.Function):
         grad_table = torch.zeros_like(table_SD, dtype=torch.float32) if wanted else None
         grad_bias = torch.zeros_like(bias_S, dtype=torch.float32) if wanted and bias_S is not None else None
         losses_N = torch.empty_like(weights_N)
-        chunk = CHUNK["cuda" if hidden_ND.is_cuda else "cpu"]
+        chunk = rows_per_chunk(hidden_ND)
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
             hidden, weights = hidden_ND[part], weights_N[part, None]

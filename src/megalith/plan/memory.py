@@ -7,11 +7,11 @@ and an allocator's waste come on top.
 
 from dataclasses import dataclass
 
+from megalith.layers.loss import CHUNK_ROWS
+
 FP32 = 4  # bytes
 # Of an Adam moment, by --optimizer-state-dtype; int8 has 4 bytes of scale for 256 elements.
 MOMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / 256}
-# Rows of logits that exist at once, see layers/loss.py.
-CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,8 @@ def gathered_bytes(job: Job) -> float:
 
 def layer_parameters(job: Job) -> float:
     """Elements of the weights of one layer on a rank."""
-    heads, width, inner = job.num_heads * job.head_width, job.width, job.inner
-    matrices = 4 * width * heads + 2 * width * inner
-    return (matrices + 3 * heads + inner) / job.tensor + 2 * width + 4 * width
+    biases_of_cut_products = (3 * job.num_heads * job.head_width + job.inner) / job.tensor
+    return parameters_in_products(job) + biases_of_cut_products + 2 * job.width + 4 * job.width
 
 
 def parameters_on_rank(job: Job) -> float:
