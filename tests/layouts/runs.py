@@ -167,3 +167,26 @@ def assert_same_run(save: Path, reference: Path) -> None:
     """Steps agree as `assert_same_steps` says, weights within what as many steps of such rounding give."""
     assert_same_steps(save, reference)
     assert largest_difference(save, reference, "weight.") < 1e-3
+
+
+def assert_goes_on(
+    runs: Runs, to: Path, saved: tuple[int, Sequence[str]], loaded: tuple[int, Sequence[str]], reference: Path
+) -> None:
+    """What one layout saved at step 10 another goes on with to the end of the reference. Layouts: ranks and flags."""
+    world_size, words = saved
+    save = runs.copied(runs(world_size, "--exit-interval", "10", *words), to)
+    world_size, words = loaded
+    assert runs.go_on(world_size, words, save) == 0
+    assert_same_steps(save, reference)
+    assert largest_difference(save, reference, "weight.") < 1e-3
+
+
+def assert_goes_on_bit_for_bit(runs: Runs, to: Path, layout: tuple[int, Sequence[str]]) -> None:
+    """What a layout saved at step 7 it goes on with as if it had never stopped. layout: ranks and flags."""
+    world_size, words = layout
+    undisturbed = runs(world_size, *words)
+    save = runs.copied(runs(world_size, *words, "--exit-interval", "7", "--save-interval", "7"), to)
+    assert len(steps_of(save)) == 7
+    assert runs.go_on(world_size, words, save) == 0
+    assert largest_difference(save, undisturbed) == 0.0
+    assert [step["losses"] for step in steps_of(save)] == [step["losses"] for step in steps_of(undisturbed)]

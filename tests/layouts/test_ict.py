@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megalith.data.indexed import IndexedWriter
-from tests.layouts.runs import Runs, assert_same_steps, events_of, largest_difference, steps_of, weights_of
+from tests.layouts.runs import Runs, assert_goes_on_bit_for_bit, assert_same_steps, events_of, steps_of, weights_of
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(58))]
 TITLES = "titles_document"
@@ -128,12 +128,7 @@ def test_a_run_goes_on_under_another_layout(
 
 
 def test_a_run_goes_on_bit_for_bit_under_its_own(runs: Runs, tmp_path: Path) -> None:
-    undisturbed = runs(1, *micro(4))
-    save = runs.copied(runs(1, *micro(4), "--exit-interval", "7", "--save-interval", "7"), tmp_path / "run")
-    assert len(steps_of(save)) == 7
-    assert runs.go_on(1, micro(4), save) == 0
-    assert largest_difference(save, undisturbed) == 0.0
-    assert [step["losses"] for step in steps_of(save)] == [step["losses"] for step in steps_of(undisturbed)]
+    assert_goes_on_bit_for_bit(runs, tmp_path / "run", (1, micro(4)))
 
 
 def test_accuracies_are_logged_in_percent(runs: Runs) -> None:

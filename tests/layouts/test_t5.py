@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.layouts.runs import Runs, assert_same_run, assert_same_steps, largest_difference, steps_of
+from tests.layouts.runs import Runs, assert_goes_on, assert_goes_on_bit_for_bit, assert_same_run, steps_of
 from tests.sentences import write_sentences, write_vocabulary
 
 # Two layers in each stack, and a decoder shorter than the encoder.
@@ -89,13 +89,7 @@ def test_a_run_goes_on_under_another_layout(
 ) -> None:
     if not request.config.getoption("--slow") and (saved, loaded) not in RESUMED[:2]:
         pytest.skip("run with --slow")
-    undisturbed = runs(1)
-    world_size, words = LAYOUTS[saved]
-    save = runs.copied(runs(world_size, "--exit-interval", "10", *words), tmp_path / "run")
-    world_size, words = LAYOUTS[loaded]
-    assert runs.go_on(world_size, words, save) == 0
-    assert_same_steps(save, undisturbed)
-    assert largest_difference(save, undisturbed, "weight.") < 1e-3
+    assert_goes_on(runs, tmp_path / "run", LAYOUTS[saved], LAYOUTS[loaded], runs(1))
 
 
 @pytest.mark.parametrize("layout", ["one", "pp2"])
@@ -104,10 +98,4 @@ def test_a_run_goes_on_bit_for_bit_under_its_own(
 ) -> None:
     if not request.config.getoption("--slow") and layout != "pp2":
         pytest.skip("run with --slow")
-    world_size, words = LAYOUTS[layout]
-    undisturbed = runs(world_size, *words)
-    save = runs.copied(runs(world_size, "--exit-interval", "7", "--save-interval", "7", *words), tmp_path / "run")
-    assert len(steps_of(save)) == 7
-    assert runs.go_on(world_size, words, save) == 0
-    assert largest_difference(save, undisturbed) == 0.0
-    assert [step["losses"] for step in steps_of(save)] == [step["losses"] for step in steps_of(undisturbed)]
+    assert_goes_on_bit_for_bit(runs, tmp_path / "run", LAYOUTS[layout])

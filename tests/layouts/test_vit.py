@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.images import write_images
-from tests.layouts.runs import Runs, assert_same_run, assert_same_steps, largest_difference, steps_of
+from tests.layouts.runs import Runs, assert_goes_on, assert_goes_on_bit_for_bit, assert_same_run, steps_of
 
 # Nine patches and the class token.
 MODEL = """
@@ -55,19 +55,8 @@ def test_a_run_goes_on_under_another_layout(
 ) -> None:
     if not request.config.getoption("--slow") and (saved, loaded) not in RESUMED[:2]:
         pytest.skip("run with --slow")
-    undisturbed = runs(1)
-    world_size, words = LAYOUTS[saved]
-    save = runs.copied(runs(world_size, "--exit-interval", "10", *words), tmp_path / "run")
-    world_size, words = LAYOUTS[loaded]
-    assert runs.go_on(world_size, words, save) == 0
-    assert_same_steps(save, undisturbed)
-    assert largest_difference(save, undisturbed, "weight.") < 1e-3
+    assert_goes_on(runs, tmp_path / "run", LAYOUTS[saved], LAYOUTS[loaded], runs(1))
 
 
 def test_a_run_goes_on_bit_for_bit_under_its_own(runs: Runs, tmp_path: Path) -> None:
-    undisturbed = runs(1)
-    save = runs.copied(runs(1, "--exit-interval", "7", "--save-interval", "7"), tmp_path / "run")
-    assert len(steps_of(save)) == 7
-    assert runs.go_on(1, [], save) == 0
-    assert largest_difference(save, undisturbed) == 0.0
-    assert [step["losses"] for step in steps_of(save)] == [step["losses"] for step in steps_of(undisturbed)]
+    assert_goes_on_bit_for_bit(runs, tmp_path / "run", (1, []))
