@@ -1,8 +1,9 @@
 """What the train loop needs to know of a pretraining task, and all that it knows. tasks/ holds one a file."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,8 +12,11 @@ from megalith.config import Run
 from megalith.data.loader import BatchSource
 from megalith.datasets import identify_token_files
 from megalith.models.shape import shape_of
+from megalith.monitor.flops import training_flops
 from megalith.parallel.apply import BuildPart
 from megalith.parallel.step import RunPart
+
+Source = TypeVar("Source", bound=BatchSource)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,40 @@ def no_origin(run: Run) -> Origin | None:
 def no_baseline(run: Run, source: BatchSource) -> Baseline | None:
     """For a task that has none."""
     return None
+
+
+def chance_among(count: int) -> Baseline:
+    """For a task that tells classes apart: what guessing among that many costs."""
+    meaning = f"the loss of guessing among {count} classes, with an accuracy of {1 / count:.3f}"
+    return Baseline("loss", math.log(count), "chance", meaning)
+
+
+def made_up(run: Run, targets: Mapping[str, int], make: Callable[[int, int], Source]) -> dict[str, Source]:
+    """Made-up data of every part that is asked for samples: make(number of samples, seed of the part's own)."""
+    return {
+        name: make(num_samples, run.train.seed + number)
+        for number, (name, num_samples) in enumerate(targets.items())
+        if num_samples
+    }
+
+
+def stack_flops(run: Run, batch: int, *, length: int, vocab_size: int = 0, causal: bool = False) -> float:
+    """Operations of a step through a stack of the run's blocks, by Megatron's convention, see monitor/flops.py.
+
+    vocab_size: rows of the table that scores every token after it; 0: there is none.
+    """
+    shape = shape_of(run.model)
+    return training_flops(
+        num_layers=shape.num_layers,
+        hidden_size=shape.width,
+        seq_length=length,
+        vocab_size=vocab_size,
+        batch=batch,
+        ffn_hidden_size=shape.inner,
+        attention_width=shape.num_heads * shape.head_width,
+        causal=causal,
+        gated=run.model.activation_function == "gated-gelu",
+    )
 
 
 def layers_of_stack(run: Run) -> int:

@@ -16,11 +16,10 @@ from megalith.derived import sequence_length
 from megalith.evaluate.loss import unigram_entropy
 from megalith.models.bert import Bert
 from megalith.models.shape import shape_of
-from megalith.monitor.flops import training_flops
 from megalith.parallel.apply import BuildPart
 from megalith.parallel.step import Batch
 from megalith.sentence_datasets import build_sentence_rows
-from megalith.task import Baseline, Task
+from megalith.task import Baseline, Task, made_up, stack_flops
 
 MOST_COUNTED = 20_000_000  # tokens looked at for the frequencies
 
@@ -68,19 +67,14 @@ def build_parts(
 
 def build_mock(run: Run, vocab_size: int, targets: Mapping[str, int]) -> dict[str, PairBatches]:
     """Made-up batches of every part that is asked for samples; each part has rows of its own."""
-    return {
-        name: PairBatches(
-            MockPairRows(
-                num_samples,
-                length=sequence_length(run),
-                vocab_size=run.data.vocab_size or vocab_size,
-                share=run.data.mask_prob,
-                seed=run.train.seed + number,
-            )
+
+    def make(num_samples: int, seed: int) -> PairBatches:
+        size, share = run.data.vocab_size or vocab_size, run.data.mask_prob
+        return PairBatches(
+            MockPairRows(num_samples, length=sequence_length(run), vocab_size=size, share=share, seed=seed)
         )
-        for number, (name, num_samples) in enumerate(targets.items())
-        if num_samples
-    }
+
+    return made_up(run, targets, make)
 
 
 def run_part(part: nn.Module, entering: Tensor, batch: Batch) -> Tensor:
@@ -101,15 +95,7 @@ def run_part(part: nn.Module, entering: Tensor, batch: Batch) -> Tensor:
 def step_flops(run: Run, vocab_size: int, batch: int) -> float:
     """Operations of a step, by Megatron's convention: every token is scored, masked or not."""
     shape, length = shape_of(run.model), sequence_length(run)
-    blocks = training_flops(
-        num_layers=shape.num_layers,
-        hidden_size=shape.width,
-        seq_length=length,
-        vocab_size=vocab_size,
-        batch=batch,
-        ffn_hidden_size=shape.inner,
-        attention_width=shape.num_heads * shape.head_width,
-    )
+    blocks = stack_flops(run, batch, length=length, vocab_size=vocab_size)
     transform = 2 * length * shape.width**2
     pooled = 2 * shape.width**2 + 4 * shape.width if run.model.bert_binary_head else 0
     return blocks + float(3 * batch * (transform + pooled))

@@ -1,6 +1,5 @@
 """Classification: a trained BERT learns which class a pair of sentences is of. `megalith finetune` trains this task."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +14,9 @@ from megalith.datasets import Report, identify_training_files
 from megalith.derived import sequence_length
 from megalith.models.bert import Bert
 from megalith.models.shape import shape_of
-from megalith.monitor.flops import training_flops
 from megalith.parallel.apply import BuildPart
 from megalith.parallel.step import Batch
-from megalith.task import Baseline, Fit, Task
+from megalith.task import Baseline, Fit, Task, chance_among, stack_flops
 
 
 def layout_of(run: Run) -> Layout:
@@ -79,23 +77,13 @@ def run_part(part: nn.Module, entering: Tensor, batch: Batch) -> Tensor:
 def step_flops(run: Run, vocab_size: int, batch: int) -> float:
     """Operations of a step, by Megatron's convention."""
     shape = shape_of(run.model)
-    blocks = training_flops(
-        num_layers=shape.num_layers,
-        hidden_size=shape.width,
-        seq_length=sequence_length(run),
-        vocab_size=0,
-        batch=batch,
-        ffn_hidden_size=shape.inner,
-        attention_width=shape.num_heads * shape.head_width,
-    )
+    blocks = stack_flops(run, batch, length=sequence_length(run))
     return blocks + float(6 * batch * shape.width * (shape.width + len(layout_of(run).classes)))
 
 
 def chance_baseline(run: Run, source: BatchSource) -> Baseline:
     """What guessing costs."""
-    count = len(layout_of(run).classes)
-    meaning = f"the loss of guessing among {count} classes, with an accuracy of {1 / count:.3f}"
-    return Baseline("loss", math.log(count), "chance", meaning)
+    return chance_among(len(layout_of(run).classes))
 
 
 def identity(run: Run) -> dict[str, Any]:

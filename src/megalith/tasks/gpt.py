@@ -15,11 +15,9 @@ from megalith.datasets import build_causal_parts
 from megalith.derived import sequence_length
 from megalith.evaluate.loss import unigram_entropy
 from megalith.models.decoder import Decoder
-from megalith.models.shape import shape_of
-from megalith.monitor.flops import training_flops
 from megalith.parallel.apply import BuildPart
 from megalith.parallel.step import Batch
-from megalith.task import Baseline, Task
+from megalith.task import Baseline, Task, made_up, stack_flops
 
 MOST_COUNTED = 20_000_000  # tokens looked at for the frequencies
 
@@ -57,34 +55,18 @@ def run_part(part: nn.Module, entering: Tensor, batch: Batch) -> Tensor:
 
 def build_mock(run: Run, vocab_size: int, targets: Mapping[str, int]) -> dict[str, CausalBatches]:
     """Made-up batches of every part that is asked for samples; each part has rows of its own."""
-    parts = {}
-    for number, (name, num_samples) in enumerate(targets.items()):
-        if num_samples:
-            rows = MockRows(
-                num_samples,
-                sequence_length=sequence_length(run),
-                vocab_size=run.data.vocab_size or vocab_size,
-                seed=run.train.seed + number,
-            )
-            parts[name] = CausalBatches(
-                rows, eod=None, reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False
-            )
-    return parts
+
+    def make(num_samples: int, seed: int) -> CausalBatches:
+        size = run.data.vocab_size or vocab_size
+        rows = MockRows(num_samples, sequence_length=sequence_length(run), vocab_size=size, seed=seed)
+        return CausalBatches(rows, eod=None, reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False)
+
+    return made_up(run, targets, make)
 
 
 def step_flops(run: Run, vocab_size: int, batch: int, *, causal: bool = False) -> float:
     """By Megatron's convention, or the causal one, see monitor/flops.py."""
-    shape = shape_of(run.model)
-    return training_flops(
-        num_layers=shape.num_layers,
-        hidden_size=shape.width,
-        seq_length=sequence_length(run),
-        vocab_size=vocab_size,
-        batch=batch,
-        ffn_hidden_size=shape.inner,
-        attention_width=shape.num_heads * shape.head_width,
-        causal=causal,
-    )
+    return stack_flops(run, batch, length=sequence_length(run), vocab_size=vocab_size, causal=causal)
 
 
 def unigram_baseline(run: Run, source: BatchSource) -> Baseline | None:

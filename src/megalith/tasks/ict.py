@@ -25,11 +25,10 @@ from megalith.datasets import Report, identify_token_files, open_corpus
 from megalith.derived import sequence_length
 from megalith.models.retrieval import Retriever, num_candidates
 from megalith.models.shape import shape_of
-from megalith.monitor.flops import training_flops
 from megalith.parallel.apply import BuildPart
 from megalith.parallel.mesh import ranks_in
 from megalith.parallel.step import Batch
-from megalith.task import Baseline, Fit, Origin, Task
+from megalith.task import Baseline, Fit, Origin, Task, made_up, stack_flops
 
 MARKS_AROUND = 3  # [CLS] and two [SEP] beside title and block
 
@@ -158,13 +157,11 @@ class MockPairs:
 def build_mock(run: Run, vocab_size: int, targets: Mapping[str, int]) -> dict[str, MockPairs]:
     """Made-up samples of every part that is asked for some; each part has samples of its own."""
     size = run.data.vocab_size or vocab_size
-    return {
-        name: MockPairs(
-            num_samples, length=sequence_length(run), contexts=1, vocab_size=size, seed=run.train.seed + number
-        )
-        for number, (name, num_samples) in enumerate(targets.items())
-        if num_samples
-    }
+
+    def make(num_samples: int, seed: int) -> MockPairs:
+        return MockPairs(num_samples, length=sequence_length(run), contexts=1, vocab_size=size, seed=seed)
+
+    return made_up(run, targets, make)
 
 
 def run_part(part: nn.Module, entering: Tensor, batch: Batch) -> Tensor:
@@ -188,15 +185,7 @@ def losses(run: Run) -> tuple[str, ...]:
 def step_flops(run: Run, vocab_size: int, batch: int, *, length: int | None = None, contexts: int = 1) -> float:
     """Operations of a step, by Megatron's convention; those of the scores depend on the replicas and are left out."""
     shape = shape_of(run.model)
-    one_text = training_flops(
-        num_layers=shape.num_layers,
-        hidden_size=shape.width,
-        seq_length=sequence_length(run) if length is None else length,
-        vocab_size=0,
-        batch=batch,
-        ffn_hidden_size=shape.inner,
-        attention_width=shape.num_heads * shape.head_width,
-    )
+    one_text = stack_flops(run, batch, length=sequence_length(run) if length is None else length)
     projection = 6.0 * batch * shape.width * run.model.biencoder_projection_dim
     return (1 + contexts) * (one_text + projection)
 

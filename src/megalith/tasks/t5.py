@@ -25,11 +25,10 @@ from megalith.derived import num_layers, sequence_length
 from megalith.evaluate.loss import unigram_entropy
 from megalith.models.shape import shape_of
 from megalith.models.t5 import T5
-from megalith.monitor.flops import training_flops
 from megalith.parallel.apply import BuildPart
 from megalith.parallel.step import Batch
 from megalith.sentence_datasets import build_sentence_rows
-from megalith.task import Baseline, Task
+from megalith.task import Baseline, Task, made_up, stack_flops
 
 FEWEST_SENTENCES = 1  # of a sample
 PAD = 0  # of made-up tokens, of which none is it
@@ -103,18 +102,15 @@ def build_parts(
 def build_mock(run: Run, vocab_size: int, targets: Mapping[str, int]) -> dict[str, SpanBatches]:
     """Made-up batches of every part that is asked for samples; each part has rows of its own."""
     length = sequence_length(run)
-    parts = {}
-    for number, (name, num_samples) in enumerate(targets.items()):
-        if num_samples:
-            rows = MockSpanRows(
-                num_samples,
-                encoder_length=length,
-                decoder_length=decoder_length(run),
-                vocab_size=run.data.vocab_size or vocab_size,
-                seed=run.train.seed + number,
-            )
-            parts[name] = SpanBatches(rows, length, PAD)
-    return parts
+
+    def make(num_samples: int, seed: int) -> SpanBatches:
+        size = run.data.vocab_size or vocab_size
+        rows = MockSpanRows(
+            num_samples, encoder_length=length, decoder_length=decoder_length(run), vocab_size=size, seed=seed
+        )
+        return SpanBatches(rows, length, PAD)
+
+    return made_up(run, targets, make)
 
 
 def run_part(part: nn.Module, entering: Tensor, batch: Batch) -> Tensor:
@@ -134,17 +130,8 @@ def step_flops(run: Run, vocab_size: int, batch: int, *, causal: bool = False) -
     shape = shape_of(run.model)
     encoder, decoder = sequence_length(run), decoder_length(run)
     heads = shape.num_heads * shape.head_width
-    flops_of_stack = partial(
-        training_flops,
-        num_layers=shape.num_layers,
-        hidden_size=shape.width,
-        batch=batch,
-        ffn_hidden_size=shape.inner,
-        attention_width=heads,
-        gated=run.model.activation_function == "gated-gelu",
-    )
-    stacks = flops_of_stack(seq_length=encoder, vocab_size=0)
-    stacks += flops_of_stack(seq_length=decoder, vocab_size=vocab_size, causal=causal)
+    stacks = stack_flops(run, batch, length=encoder)
+    stacks += stack_flops(run, batch, length=decoder, vocab_size=vocab_size, causal=causal)
     # Cross-attention: queries and output of the decoder's tokens, keys and values of the encoder's, scores and values.
     cross = 4 * shape.width * heads * (decoder + encoder) + 4 * decoder * encoder * heads
     return stacks + float(3 * batch * shape.num_layers * cross)

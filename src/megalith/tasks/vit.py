@@ -1,7 +1,6 @@
 """ViT: a transformer over the patches of images that learns which class each belongs to."""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ from megalith.datasets import Report
 from megalith.files import digest_of_bytes
 from megalith.models.shape import shape_of
 from megalith.models.vit import VisionTransformer, num_patches, num_places, resized_positions
-from megalith.monitor.flops import training_flops
 from megalith.parallel.apply import BuildPart
 from megalith.parallel.step import Batch
-from megalith.task import Baseline, Fit, Task
+from megalith.task import Baseline, Fit, Task, chance_among, made_up, stack_flops
 
 # Where the images of a part of the data lie, below --data-path. There is no test set.
 FOLDERS = {"train": "train", "valid": "val"}
@@ -83,11 +81,7 @@ def build_mock(run: Run, vocab_size: int, targets: Mapping[str, int]) -> dict[st
     """Made-up images of every part that is asked for samples; each part has images of its own."""
     model = run.model
     sizes = {"side": model.img_dim, "num_channels": model.num_channels, "num_classes": model.num_classes}
-    return {
-        name: MockImages(num_samples, **sizes, seed=run.train.seed + number)
-        for number, (name, num_samples) in enumerate(targets.items())
-        if num_samples
-    }
+    return made_up(run, targets, lambda num_samples, seed: MockImages(num_samples, **sizes, seed=seed))
 
 
 def run_part(part: nn.Module, entering: Tensor, batch: Batch) -> Tensor:
@@ -99,15 +93,7 @@ def run_part(part: nn.Module, entering: Tensor, batch: Batch) -> Tensor:
 def step_flops(run: Run, vocab_size: int, batch: int) -> float:
     """Operations of a step, by Megatron's convention; no gradient goes back to the images."""
     shape = shape_of(run.model)
-    blocks = training_flops(
-        num_layers=shape.num_layers,
-        hidden_size=shape.width,
-        seq_length=num_places(run.model),
-        vocab_size=0,
-        batch=batch,
-        ffn_hidden_size=shape.inner,
-        attention_width=shape.num_heads * shape.head_width,
-    )
+    blocks = stack_flops(run, batch, length=num_places(run.model))
     patch = 2 * run.model.patch_dim**2 * run.model.num_channels * shape.width
     head = 2 * shape.width * run.model.num_classes
     if not run.checkpoint.finetune:
@@ -117,9 +103,7 @@ def step_flops(run: Run, vocab_size: int, batch: int) -> float:
 
 def chance_baseline(run: Run, source: BatchSource) -> Baseline:
     """What guessing costs."""
-    count = run.model.num_classes
-    meaning = f"the loss of guessing among {count} classes, with an accuracy of {1 / count:.3f}"
-    return Baseline("loss", math.log(count), "chance", meaning)
+    return chance_among(run.model.num_classes)
 
 
 def identity(run: Run) -> dict[str, Any]:
