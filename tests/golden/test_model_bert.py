@@ -14,8 +14,7 @@ from torch import Tensor
 
 from megalith.models.bert import Bert
 from megalith.models.decoder import num_parameters
-from megalith.models.settings import ModelConfig
-from tests.golden.test_model_gpt import assert_near, formula, our_name
+from tests.golden.test_model_gpt import assert_near, fill, golden_config, our_name
 
 VARIANTS = {"binary_head": True, "no_binary_head": False}
 
@@ -32,22 +31,11 @@ def our_bert_name(theirs: str) -> str:
 
 
 def golden_bert(figures: dict[str, Any], variant: str) -> Bert:
-    config = ModelConfig(
-        num_layers=3,
-        hidden_size=16,
-        num_attention_heads=4,
-        max_position_embeddings=16,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
+    config = golden_config(
         bert_binary_head=VARIANTS[variant],
     )
     model = Bert(config, figures["padded_vocab_size"])
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for number, (name, shape) in enumerate(figures[variant]["parameters"]):
-            parameters.pop(our_bert_name(name)).copy_(formula(number, name, shape))
-    assert not parameters
-    return model
+    return fill(model, figures[variant]["parameters"], our_bert_name)
 
 
 def inputs_of(case: dict[str, Any]) -> dict[str, Tensor]:

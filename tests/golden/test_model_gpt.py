@@ -7,8 +7,9 @@ in any formula is far above it: the two forms of GELU alone differ by 1e-4.
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from megalith.models.decoder import Decoder, num_parameters
 from megalith.models.settings import ModelConfig
+
+Model = TypeVar("Model", bound=nn.Module)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -70,8 +73,9 @@ def formula(number: int, name: str, shape: list[int]) -> Tensor:
     return values.float().view(shape)
 
 
-def golden_decoder(figures: dict[str, Any], **settings: Any) -> Decoder:
-    config = ModelConfig(
+def golden_config(**settings: Any) -> ModelConfig:
+    """The sizes of all golden models."""
+    return ModelConfig(
         num_layers=3,
         hidden_size=16,
         num_attention_heads=4,
@@ -80,13 +84,21 @@ def golden_decoder(figures: dict[str, Any], **settings: Any) -> Decoder:
         attention_dropout=0.0,
         **settings,
     )
-    model = Decoder(config, figures["padded_vocab_size"])
+
+
+def fill(model: Model, listed: Sequence[tuple[str, list[int]]], our_name: Callable[[str], str]) -> Model:
+    """The model with the golden weights. listed: the reference's parameters, each of which must be one here."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for number, (name, shape) in enumerate(figures["parameters"]):
+        for number, (name, shape) in enumerate(listed):
             parameters.pop(our_name(name)).copy_(formula(number, name, shape))
     assert not parameters
     return model
+
+
+def golden_decoder(figures: dict[str, Any], **settings: Any) -> Decoder:
+    model = Decoder(golden_config(**settings), figures["padded_vocab_size"])
+    return fill(model, figures["parameters"], our_name)
 
 
 def documents_of(tokens_BT: Tensor, eod: int) -> Tensor:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from megalith.models.retrieval import Retriever
-from megalith.models.settings import ModelConfig
-from tests.golden.test_model_gpt import RENAMED, formula
+from tests.golden.test_model_gpt import RENAMED, fill, golden_config
 
 VARIANTS = [(shared, width) for shared in (False, True) for width in (6, 0)]
 TOWERS = {"query_model.": "towers.query.", "context_model.": "towers.context.", "model.": "towers.shared."}
@@ -38,23 +37,12 @@ def figures(golden: Path) -> dict[str, Any]:
 
 
 def golden_retriever(figures: dict[str, Any], *, shared: bool, width: int, **options: Any) -> Retriever:
-    config = ModelConfig(
-        num_layers=3,
-        hidden_size=16,
-        num_attention_heads=4,
-        max_position_embeddings=16,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
+    config = golden_config(
         biencoder_shared_query_context_model=shared,
         biencoder_projection_dim=width,
     )
     model = Retriever(config, figures["padded_vocab_size"], **options)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for number, (name, shape) in enumerate(figures[f"shared={shared},projection={width}"]["parameters"]):
-            parameters.pop(our_name(name)).copy_(formula(number, name, shape))
-    assert not parameters
-    return model
+    return fill(model, figures[f"shared={shared},projection={width}"]["parameters"], our_name)
 
 
 def inputs_of(case: dict[str, Any]) -> dict[str, Tensor]:

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from megalith.models.decoder import num_parameters
-from megalith.models.settings import ModelConfig
 from megalith.models.t5 import T5
-from tests.golden.test_model_gpt import assert_near, formula
+from tests.golden.test_model_gpt import assert_near, fill, golden_config
 
 # The reference's names, without the prefix of the whole model, and ours. Its norms are called by what comes before.
 RENAMED = {
@@ -48,21 +47,9 @@ def figures(golden: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def model(figures: dict[str, Any]) -> T5:
-    config = ModelConfig(
-        num_layers=3,
-        hidden_size=16,
-        num_attention_heads=4,
-        max_position_embeddings=16,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-    )
+    config = golden_config()
     model = T5(config, figures["padded_vocab_size"])
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for number, (name, shape) in enumerate(figures["parameters"]):
-            parameters.pop(our_name(name)).copy_(formula(number, name, shape))
-    assert not parameters
-    return model
+    return fill(model, figures["parameters"], our_name)
 
 
 def inputs_of(figures: dict[str, Any]) -> dict[str, torch.Tensor]:
