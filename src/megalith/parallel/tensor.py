@@ -145,18 +145,20 @@ def _cut_block(module: Block, path: str, cutter: Cutter) -> None:
         module.cut = partial(scatter_copies, dim=TOKENS, group=cutter.group)
 
 
-def _cut_decoder(module: Decoder, path: str, cutter: Cutter) -> None:
-    held = dict(module.named_children())
-    if "word_embedding" in held:
-        cut_vocabulary(module.word_embedding, "word_embedding", cutter)
-    if "position_embedding" in held:
-        copy_table(module.position_embedding, "position_embedding", cutter)
-    if "output" in held:
-        cutter.cut_parameter(module.output, "output", "weight", 0)
+def _cut_language_model(module: nn.Module, path: str, cutter: Cutter) -> None:
+    """The tables, and the scores of tokens: what models of tokens have outside of their blocks."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, Embedding):
+            cut_table = cut_vocabulary if name == "word_embedding" else copy_table
+            cut_table(child, f"{path}.{name}".removeprefix("."), cutter)
+        elif name == "output":
+            cutter.cut_parameter(child, f"{path}.output".removeprefix("."), "weight", 0)
     if cutter.sequence:
-        module.cut = partial(scatter_copies, dim=TOKENS, group=cutter.group)
-    module.score = partial(cut_logits, group=cutter.group, sequence=cutter.sequence)
-    module.cross_entropy = partial(cut_cross_entropy, group=cutter.group, sequence=cutter.sequence)
+        module.cut = partial(scatter_copies, dim=TOKENS, group=cutter.group)  # type: ignore[assignment]
+    module.score = partial(cut_logits, group=cutter.group, sequence=cutter.sequence)  # type: ignore[assignment]
+    module.cross_entropy = partial(  # type: ignore[assignment]
+        cut_cross_entropy, group=cutter.group, sequence=cutter.sequence
+    )
 
 
 def _cut_vision_transformer(module: VisionTransformer, path: str, cutter: Cutter) -> None:
@@ -171,35 +173,19 @@ def _cut_vision_transformer(module: VisionTransformer, path: str, cutter: Cutter
 
 def _cut_bert(module: Bert, path: str, cutter: Cutter) -> None:
     """The blocks, the tables and the scores of tokens are cut; pooler and what reads it are small and held whole."""
+    _cut_language_model(module, path, cutter)
     held = dict(module.named_children())
-    for name, child in held.items():
-        if isinstance(child, Embedding):
-            cut_table = cut_vocabulary if name == "word_embedding" else copy_table
-            cut_table(child, f"{path}.{name}".removeprefix("."), cutter)
     for name in ("pooler", "binary_head", "classification_head"):
         for kind, parameter in held[name].named_parameters() if name in held else ():
             cutter.cuts[f"{path}.{name}.{kind}".removeprefix(".")] = _copy_of(parameter)
     if cutter.sequence:
-        module.cut = partial(scatter_copies, dim=TOKENS, group=cutter.group)
         module.first_token = partial(_first_of_all, group=cutter.group)
-    module.score = partial(cut_logits, group=cutter.group, sequence=cutter.sequence)
-    module.cross_entropy = partial(cut_cross_entropy, group=cutter.group, sequence=cutter.sequence)
 
 
 def _cut_t5(module: T5, path: str, cutter: Cutter) -> None:
-    held = dict(module.named_children())
-    if "word_embedding" in held:
-        cut_vocabulary(module.word_embedding, "word_embedding", cutter)
-    if "position_embedding" in held:
-        copy_table(module.position_embedding, "position_embedding", cutter)
-    if "output" in held:
-        cutter.cut_parameter(module.output, "output", "weight", 0)
+    _cut_language_model(module, path, cutter)
     if module.output_bias is not None:
         cutter.cut_parameter(module, path, "output_bias", 0)
-    if cutter.sequence:
-        module.cut = partial(scatter_copies, dim=TOKENS, group=cutter.group)
-    module.score = partial(cut_logits, group=cutter.group, sequence=cutter.sequence)
-    module.cross_entropy = partial(cut_cross_entropy, group=cutter.group, sequence=cutter.sequence)
 
 
 def _cut_token_head(module: TokenHead, path: str, cutter: Cutter) -> None:
@@ -252,7 +238,7 @@ SPLITS: dict[type[nn.Module], Callable[[Any, str, Cutter], None]] = {
     RMSNorm: _copy_norm,
     RelativePositions: _cut_relative_positions,
     Block: _cut_block,
-    Decoder: _cut_decoder,
+    Decoder: _cut_language_model,
     VisionTransformer: _cut_vision_transformer,
     Bert: _cut_bert,
     Tower: _copy_projection,
