@@ -13,13 +13,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 import torch
 
 from megalith import __version__
 from megalith.allocator import keep_freed_memory
 from megalith.check import check
+from megalith.command_line import CommandParser
 from megalith.config import ConfigError, Run
 from megalith.derived import compute_dtype, global_batch_size
 from megalith.job import Job, build_job, open_data
@@ -62,7 +63,7 @@ def main(words: Sequence[str], *, started: float) -> int:
 
 
 def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = _Parser(
+    parser = CommandParser(
         prog="megalith bench",
         usage="megalith bench [TASK] [RUN.toml] [--preset NAME] [--steps N] [--warmup N] [--json] [--flags ...]",
         description="How fast a model trains on this machine. Takes the flags of megalith pretrain; needs no data.",
@@ -75,11 +76,6 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.steps < 1 or options.warmup < 1:
         raise ValueError(f"--steps = {options.steps}, --warmup = {options.warmup}: both must be at least 1")
     return options, rest
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see megalith bench --help")
 
 
 def made_for_measuring(run: Run, *, steps: int) -> Run:

@@ -8,8 +8,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from megalith.command_line import CommandParser
 from megalith.launch import PEER_LOST, PeerLostError, end_with_parent
 from megalith.terminal import printable
 
@@ -136,7 +137,7 @@ def verify(words: Sequence[str], started: float) -> int:
 
 def generate(words: Sequence[str], started: float) -> int:
     """Continue prompts with a trained model."""
-    parser = _Parser(prog="megalith generate", description=generate.__doc__)
+    parser = CommandParser(prog="megalith generate", description=generate.__doc__)
     parser.add_argument("run", help="run directory (what --save named)")
     parser.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be repeated"
@@ -174,7 +175,7 @@ def generate(words: Sequence[str], started: float) -> int:
 
 def evaluate(words: Sequence[str], started: float) -> int:
     """Loss and perplexity of a trained model on its data or on files; a vit's accuracy; what a retriever finds."""
-    parser = _Parser(prog="megalith evaluate", description=evaluate.__doc__)
+    parser = CommandParser(prog="megalith evaluate", description=evaluate.__doc__)
     parser.add_argument("run", help="run directory (what --save named)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--split", choices=("train", "valid", "test"), help="a split of the run's data [valid]")
@@ -297,13 +298,6 @@ def plan(words: Sequence[str], started: float) -> int:
     from megalith.forecast import main as plan_main
 
     return plan_main(words)
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose faults are said like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see {self.prog} --help")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str], float], int]] = {

@@ -6,8 +6,8 @@ dropout differs from then on, for ours is derived from the step and the sample i
 
 import argparse
 from collections.abc import Sequence
-from typing import NoReturn
 
+from megalith.command_line import CommandParser
 from megalith.terminal import printable
 
 HUGGING_FACE = "huggingface"  # a kind of checkpoint
@@ -82,13 +82,8 @@ def _check_kind(kind: str) -> None:
         )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandParser(
         prog="megalith convert",
         usage="megalith convert --from megatron|huggingface DIR --to RUN_DIR [...]\n"
         "       megalith convert --to megatron RUN_DIR OUT_DIR [...]",

@@ -6,12 +6,11 @@ Sizes and tokenizer are those of the run that is started from, the length follow
 pretrain may stand behind and wins.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
 
+from megalith.command_line import CommandParser
 from megalith.config import Run, known_settings
 from megalith.data.pair_files import LAYOUTS, read_pairs
 from megalith.data.questions import read_training_questions
@@ -32,11 +31,6 @@ QUESTIONS = "RET-FINETUNE-NQ"
 REPORTED = ("1", "5", "20")  # of the accuracies among all passages of a microbatch
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see megalith finetune --help")
-
-
 def main(words: Sequence[str], *, started: float, pretrain: Callable[[Sequence[str], float], int]) -> int:
     """Fine-tune as the words say; pretrain: the command that does it. Raises ValueError for what is unfit."""
     return pretrain(pretrain_words(words), started)
@@ -44,7 +38,7 @@ def main(words: Sequence[str], *, started: float, pretrain: Callable[[Sequence[s
 
 def pretrain_words(words: Sequence[str]) -> list[str]:
     """The words of `megalith pretrain` that do what the words of `megalith finetune` ask for."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="megalith finetune",
         usage="megalith finetune RUN --task TASK --train-data FILE.. --valid-data FILE.. [--epochs N] [--flags]",
         description="Fine-tune a trained BERT to class pairs of sentences, or a bi-encoder (ict) to answer questions; "

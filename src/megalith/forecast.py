@@ -1,13 +1,13 @@
 """`megalith plan`: what a GPT job of any size will need on each rank, from its command line alone, on any machine."""
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from megalith.bench import made_for_measuring
 from megalith.check import check
+from megalith.command_line import CommandParser
 from megalith.config import ConfigError, Run
 from megalith.data.tokenizer import padded_vocab_size
 from megalith.derived import compute_dtype, global_batch_size, recompute_granularity, sequence_length
@@ -24,7 +24,7 @@ GIB = 2**30
 
 def main(words: Sequence[str]) -> int:
     """Print the forecast as a table or one JSON object."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="megalith plan",
         usage="megalith plan [RUN.toml] [--preset NAME] [--ranks N] [--on cuda|cpu] [--json] [--flags of pretrain ...]",
         description="What a GPT job of any size will need on each rank. Needs no data, no GPU and no other rank.",
@@ -44,11 +44,6 @@ def main(words: Sequence[str]) -> int:
     figures = forecast(run, options.ranks, device=options.on)
     print(json.dumps(figures) if options.json else table(figures))
     return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see megalith plan --help")
 
 
 def forecast(run: Run, ranks: int, *, device: str) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 from torch import nn
 
+from megalith.command_line import CommandParser
 from megalith.data.evidence import Passage, read_passages
 from megalith.evaluate.embeddings import Embeddings, open_embeddings, write_block, write_joined
 from megalith.files import DISK, TEMPORARY_SUFFIX, Disk, digest_of, make_directories
@@ -75,15 +76,10 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose faults are said like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see megalith index --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="megalith index", description="Embed passages with a trained bi-encoder, to be searched.")
+    parser = CommandParser(
+        prog="megalith index", description="Embed passages with a trained bi-encoder, to be searched."
+    )
     add = parser.add_argument
     add("run", help="run directory of an ict or a retriever (what --save named)")
     add("--evidence-data-path", metavar="TSV", help="passages: a header line, then id, text, title [what the run says]")

@@ -1,17 +1,17 @@
 """`megalith verify`: whether token files and run directories are what was written, byte for byte, and what is wrong."""
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megalith.checkpoint.directory import STEP_NAME, list_checkpoints, step_name
 from megalith.checkpoint.index import INDEX_NAME
 from megalith.checkpoint.shards import DamagedError, open_shard
 from megalith.checkpoint.verify import verify
+from megalith.command_line import CommandParser
 from megalith.config import ConfigError
 from megalith.data.indexed import bin_path, find_prefix, idx_path
 from megalith.data.inspect import inspect
@@ -42,14 +42,11 @@ class Finding:
             yield "         nothing was recorded of it, so only its structure and its tokens were looked at"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see megalith verify --help")
-
-
 def main(words: Sequence[str]) -> int:
     """Run `megalith verify WORDS`; return the exit status."""
-    parser = _Parser(prog="megalith verify", description="Hold files against what was recorded of them, byte for byte.")
+    parser = CommandParser(
+        prog="megalith verify", description="Hold files against what was recorded of them, byte for byte."
+    )
     parser.add_argument("path", nargs="+", help="prefix of token files, run directory, or directory of one checkpoint")
     parser.add_argument(
         "--vocab-size", type=int, metavar="N", help="token ids allowed are 0 to N-1 [those of the recorded tokenizer]"

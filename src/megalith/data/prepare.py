@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megalith import __version__
+from megalith.command_line import CommandParser
 from megalith.data.documents import TEXT_DOCUMENTS, Block, DocumentRules, read_blocks
 from megalith.data.indexed import IndexedWriter, best_dtype
 from megalith.data.input_files import FORMATS, Source, find_sources
@@ -327,14 +328,9 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see megalith preprocess --help")
-
-
 def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     """The parser of the flags that PrepareConfig declares, and these flags."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="megalith preprocess",
         usage="%(prog)s --input FILE ... --output-prefix PREFIX --tokenizer-type TYPE [--flags ...]",
         description="Turn text into token files for training: PREFIX_KEY_document.bin and .idx for each key.",
