@@ -24,6 +24,7 @@ LEVELS = [
         "check_tasks",
         "check_bert",
         "check_classify",
+        "check_files",
         "check_ict",
         "check_t5",
         "check_vit",

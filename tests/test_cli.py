@@ -66,6 +66,19 @@ def test_missing_data_is_named_with_what_lies_near(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_missing_data_is_told_with_the_faults_of_settings(tmp_path: Path) -> None:
+    prefix = str(write_data(tmp_path))
+    words = ["--tokenizer-type", "ByteLevelTokenizer", "--num-layers", "1", "--hidden-size", "9", "--lr", "1"]
+    words += ["--num-attention-heads", "2", "--seq-length", "8", "--max-position-embeddings", "8"]
+    words += ["--micro-batch-size", "1", "--train-iters", "1", "--data-path", "0.5", prefix, "0.5", "gone"]
+    done = megalith("pretrain", *words)
+    assert done.returncode == 2
+    said = done.stderr.splitlines()
+    assert len(said) == 2
+    assert "--hidden-size = 9: is not divisible" in said[0]
+    assert "--data-path: no token file with the prefix gone: gone.bin and gone.idx not found" in said[1]
+
+
 def test_generate_continues_one_prompt_or_several(trained: Path) -> None:
     one = megalith("generate", str(trained), "--prompt", "ab", "--max-new-tokens", "4", "--greedy")
     assert one.returncode == 0, one.stderr

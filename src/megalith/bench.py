@@ -84,9 +84,10 @@ def made_for_measuring(run: Run, *, steps: int) -> Run:
     length = run.data.seq_length if run.data.seq_length is not None else run.data.encoder_seq_length
     if run.task == "t5" and length is not None:
         length = max(length, run.data.decoder_seq_length or 0)
+    places = None if length is None else max(1, length)  # a wrong length is one fault, not two
     return dataclasses.replace(
         run,
-        model=dataclasses.replace(model, max_position_embeddings=model.max_position_embeddings or length),
+        model=dataclasses.replace(model, max_position_embeddings=model.max_position_embeddings or places),
         data=dataclasses.replace(run.data, mock_data=True, data_path=None, corpus=None),
         optimizer=dataclasses.replace(
             optimizer,

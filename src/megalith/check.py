@@ -102,7 +102,7 @@ def _shape(run: Run) -> Iterator[Fault]:
     model, data = run.model, run.data
     width, heads = model.hidden_size, model.num_attention_heads
     if width and heads and model.kv_channels is None and width % heads:
-        fits = [n for n in range(max(1, heads - 8), heads + 9) if width % n == 0]
+        fits = ", ".join(str(n) for n in range(max(1, heads - 8), heads + 9) if width % n == 0)
         remedy = f"Heads that divide it nearby: {fits}; or give --kv-channels" if fits else "Give --kv-channels"
         yield fault("hidden_size", width, f"is not divisible by --num-attention-heads = {heads}", remedy)
     if data.seq_length is not None and data.encoder_seq_length is not None:

@@ -94,11 +94,12 @@ def pretrain(words: Sequence[str], started: float) -> int:
         end_with_parent()
 
     from megalith.check import check
+    from megalith.check_files import file_faults
     from megalith.config import ConfigError
     from megalith.parallel.mesh import ranks_in
 
     rank, world_size, _ = ranks_in(os.environ)
-    if faults := check(run, world_size):
+    if faults := [*check(run, world_size), *file_faults(run)]:
         # One rank speaks for all; the others fail alike.
         if rank == 0:
             raise ConfigError(faults)

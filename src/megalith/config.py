@@ -79,7 +79,8 @@ class Fault:
     remedy: str
 
     def __str__(self) -> str:
-        shown = "" if self.value is None else f" = {self.value}"
+        value = " ".join(map(str, self.value)) if isinstance(self.value, tuple) else self.value
+        shown = "" if value is None else f" = {value}"
         remedy = self.remedy if self.remedy.endswith("?") else f"{self.remedy}."
         return f"{self.setting}{shown}: {self.rule}. {remedy[0].upper()}{remedy[1:]}"
 
