@@ -14,10 +14,18 @@ import torch
 from megalith.checkpoint.directory import list_checkpoints
 from megalith.cli import OUT_OF_MEMORY, main
 from megalith.config import Run, known_settings
-from megalith.continuity import CHANGE_NOTHING, DECIDE_SAMPLES, PARTS, check_same_run, decisive
+from megalith.continuity import (
+    CHANGE_NOTHING,
+    DECIDE_SAMPLES,
+    PARTS,
+    check_same_samples,
+    decisive,
+    tell_differences,
+)
 from megalith.data.indexed import IndexedWriter, open_indexed
 from megalith.data.record import write_record
 from megalith.data.tokenizer import load_tokenizer
+from megalith.files import Disk
 from megalith.monitor.log import RunLog
 from megalith.trained import measure
 from megalith.verify import verify_all
@@ -153,11 +161,57 @@ def test_data_without_tokens_is_refused_at_once(documents: list[list[int]], mess
 
 
 def test_a_checkpoint_that_records_neither_data_nor_samples_is_not_compared() -> None:
-    with open("/dev/null", "w") as stream, RunLog("reference", stream) as log:
-        check_same_run(Run(), [{"name": "a", "idx_sha256": "1", "bin_size": 1}], {"step": 1}, {}, log)
+    data = [{"name": "a", "idx_sha256": "1", "bin_size": 1}]
+    check_same_samples(Run(), data, {"step": 1})
+    with io.StringIO() as stream, RunLog("reference", stream) as log:
+        tell_differences(Run(), data, {"step": 1}, {}, log)
+        assert stream.getvalue() == ""
 
 
-@pytest.mark.parametrize("num_steps", [6, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["data", "seed", "model"])
+def test_a_refusal_of_another_run_opens_no_file_of_tensors(
+    kind: str, save: Path, data: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large run's files take minutes to verify; its index says at once that the run is another."""
+    opened: list[Path] = []
+    opening = Disk.open
+
+    def noting(disk: Disk, path: Path) -> int:
+        opened.append(path)
+        return opening(disk, path)
+
+    def names_opened() -> list[str]:
+        return [path.name for path in opened if path.is_relative_to(save / "checkpoints")]
+
+    monkeypatch.setattr(Disk, "open", noting)
+    if kind == "data":
+        write_other(data, kept / "bytes_document")
+    words = {"data": [], "seed": ["--seed", "5"], "model": ["--num-layers", "3"]}[kind]
+    words = [*MODEL, "--data-path", str(data), "--save", str(save), *FEW, "--train-iters", "4", *words]
+
+    def on_rank(rank: int) -> tuple[str, list[str]]:
+        try:
+            run_rank(rank, world_size=1, words=words, before=None)
+        except ValueError as refused:
+            return str(refused), names_opened()
+        return "", names_opened()
+
+    (end,) = watch_ranks(on_rank, 1)
+    said, names = end.value
+    assert f"of {'another model' if kind == 'model' else 'a run on other samples'}: " in said
+    assert "index.json" in names and not any("safetensors" in name for name in names)
+    # What is looked at sees the files of a run that does go on.
+    goes_on = [*MODEL, "--data-path", str(kept / "bytes_document"), "--save", str(save), *FEW, "--train-iters", "2"]
+
+    def unhindered(rank: int) -> list[str]:
+        run_rank(rank, world_size=1, words=goes_on, before=None)
+        return names_opened()
+
+    (end,) = watch_ranks(unhindered, 1)
+    assert "rank-00000.safetensors" in end.value
+
+
+@pytest.mark.parametrize("num_steps", [6, pytest.param(51, marks=pytest.mark.slow)])
 def test_a_run_in_as_many_pieces_as_steps_is_the_run_in_one(num_steps: int, data: Path, tmp_path: Path) -> None:
     words = [*FEW[:-1], "--train-iters", str(num_steps)]
     assert run_on(1, words, tmp_path / "one", data) == 0

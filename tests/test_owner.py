@@ -15,8 +15,10 @@ from megalith.files import Disk
 from megalith.monitor.peers import this_host, this_process
 from megalith.owner import FILE_NAME, Entry, Lease, OwnedError
 from tests.disks import killing_disk, recording_disk
-from tests.layouts.runs import MODEL, configured, run_on, steps_of, write_data
+from tests.layouts.runs import MODEL, configured, run_on, run_rank, steps_of, write_data
 from tests.ranks import watch_ranks
+
+SHARD = "rank-00000.safetensors"
 
 
 def quiet(text: str) -> None:
@@ -257,6 +259,70 @@ def test_a_link_in_the_leases_place_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic links"):
         Lease(tmp_path).take(quiet)
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+REMAINS = (
+    *(f"checkpoints/.del-step-0000002.0123abcd/{name}" for name in ("index.json", SHARD)),
+    *(f"checkpoints/.tmp-step-0000002.4567cdef/{name}" for name in ("index.json", SHARD)),
+    f"checkpoints/.tmp-step-0000004.89abcdef/.{SHARD}.01234567.tmp",
+    "checkpoints/.tmp-step-0000000.89abcdef/.index.json.01234567.tmp",
+    *(f".{name}.01234567.tmp" for name in ("lease.json", "ledger.json", "run.toml")),
+    "tokenizer/.vocabulary.json.01234567.tmp",
+)
+OTHERS = (
+    *(
+        "checkpoints/.del-step-0000001.00000000/precious",
+        "checkpoints/.tmp-notes/index.json",
+        "checkpoints/.del-step-1",
+    ),
+    *(".run.toml.swp", ".notes.01234567.tmp", "tokenizer/.vocabulary.json.swp"),
+)
+
+
+def leave_remains(save: Path) -> None:
+    """What kills leave behind, and what others have put beside it."""
+    for name in (*REMAINS, *OTHERS):
+        (save / name).parent.mkdir(parents=True, exist_ok=True)
+        (save / name).write_text("half of it")
+
+
+def left_of(save: Path, names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if (save / name).exists()]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_start_removes_what_a_kill_has_left_also_of_a_run_that_is_finished(world_size: int, tmp_path: Path) -> None:
+    data, save = write_data(tmp_path), tmp_path / "run"
+    for words in (["--exit-interval", "2"], [], ["--save-interval", "9"]):  # new; going on, one save; finished
+        leave_remains(save)
+        num_taken = len(steps_of(save)) if (save / "log.jsonl").exists() else 0
+        assert run_on(world_size, ["--train-iters", "4", "--eval-iters", "0", *words], save, data) == 0
+        assert left_of(save, REMAINS) == [] and left_of(save, OTHERS) == list(OTHERS)
+    assert num_taken == 4
+
+
+def test_what_a_living_job_is_writing_is_not_removed_by_a_start_that_is_refused(tmp_path: Path) -> None:
+    data, save = write_data(tmp_path), tmp_path / "run"
+    leave_remains(save)
+    reading, writing = os.pipe()
+    first = forked(holder(save, writing))
+    assert os.read(reading, 1) == b"!"
+    leave_remains(save)
+    (end,) = watch_ranks(
+        lambda rank: run_rank(
+            rank,
+            world_size=1,
+            words=[*MODEL, "--data-path", str(data), "--save", str(save), "--train-iters", "4"],
+            before=None,
+        ),
+        1,
+    )
+    assert "OwnedError" in end.error
+    assert left_of(save, REMAINS) == list(REMAINS)
+    os.kill(first, signal.SIGKILL)
+    status_of(first)
+    os.close(reading)
+    os.close(writing)
 
 
 def test_two_jobs_in_one_run_directory_one_goes_on(tmp_path: Path) -> None:

@@ -74,22 +74,29 @@ def decisive(run: Run) -> dict[str, Any]:
     return {**values, "dataloader_type": dataloader_type(run)}
 
 
-def check_same_run(run: Run, data: list[dict[str, Any]], state: Mapping[str, Any], notes: Any, log: RunLog) -> None:
-    """Say what differs between a run and the checkpoint that it goes on from.
+def check_same_samples(run: Run, data: list[dict[str, Any]], state: Mapping[str, Any]) -> None:
+    """Raise ValueError if a run would go on from a checkpoint on other samples.
 
-    state, notes: of the checkpoint. Raises ValueError if the samples would be others, unless --allow-changed-data says
-    that this is meant. What a checkpoint does not record (of an older version, or converted) is not compared.
+    state: of the checkpoint. Not if --allow-changed-data says that this is meant. What a checkpoint does not record (of
+    an older version, or converted) is not compared.
     """
-    others = [*_data_differences(data, state.get("data")), *_sample_differences(run, state.get("samples"))]
-    if others and not run.checkpoint.allow_changed_data:
+    if (others := _other_samples(run, data, state)) and not run.checkpoint.allow_changed_data:
         raise ValueError(
             f"the checkpoint of step {state['step']} is of a run on other samples: {'; '.join(others)}. Restore them, "
             "start a new run with --finetune --load, or go on nevertheless with --allow-changed-data"
         )
-    for text in others:
+
+
+def tell_differences(run: Run, data: list[dict[str, Any]], state: Mapping[str, Any], notes: Any, log: RunLog) -> None:
+    """Say what differs between a run and the checkpoint that it goes on from. state, notes: of the checkpoint."""
+    for text in _other_samples(run, data, state):
         log.report(Warned(f"--allow-changed-data: the run goes on although {text}"))
     if changed := _setting_differences(run, notes.get("run")):
         log.line(f"settings that differ from the checkpoint's: {'; '.join(changed)}")
+
+
+def _other_samples(run: Run, data: list[dict[str, Any]], state: Mapping[str, Any]) -> list[str]:
+    return [*_data_differences(data, state.get("data")), *_sample_differences(run, state.get("samples"))]
 
 
 def _data_differences(data: list[dict[str, Any]], saved: object) -> list[str]:

@@ -148,7 +148,7 @@ def go_back(job: Job, step: int) -> None:
     save, started = str(job.run.checkpoint.save), time.monotonic()
     job.log.report(LoadStarted(save, step))
     with job.ledger.spend("checkpoint"):
-        loaded = load(job, Path(save), step=step, with_optimizer=True)
+        loaded = load(job, Path(save), step=step, fresh=False, with_optimizer=True)
     restore(job, loaded, with_optimizer=True)
     job.validations = [(taken, means) for taken, means in job.validations if taken <= step]
     job.ledger.go_back(loaded.index.notes["ledger"])

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from megalith.checkpoint.directory import discard_leftovers
 from megalith.checkpoint.exchange import Ranks
 from megalith.checkpoint.shards import DamagedError, read_file
 from megalith.config import ConfigError, Run
@@ -30,7 +31,7 @@ from megalith.terminal import printable
 
 FILE_NAME = "lease.json"
 # Files of a run directory that are replaced whole; a kill may leave their temporary names behind.
-REPLACED_FILES = (FILE_NAME, "ledger.json", "run.toml")
+REPLACED_FILES = (FILE_NAME, "ledger.json", "run.toml", "tokenizer/*")
 LARGEST_FILE = 4096  # bytes
 SECONDS_BETWEEN_BEATS = 10.0
 SECONDS_WITHOUT_BEAT = 60.0
@@ -201,8 +202,11 @@ class Lease:
 
     def _remove_leftovers(self) -> None:
         """Remove what killed owners have left half-written; the names are ours alone, and so is the directory now."""
-        for name in REPLACED_FILES:
-            for left in self.path.parent.glob(f".{name}.????????.tmp"):
+        for name in map(Path, REPLACED_FILES):
+            folder = self.path.parent / name.parent
+            if folder.is_symlink() and folder != self.path.parent:
+                continue  # what a link points at may be another's
+            for left in folder.glob(f".{name.name}.{'[0-9a-f]' * 8}.tmp"):
                 with suppress(OSError):
                     self._disk.remove(left)
 
@@ -253,6 +257,10 @@ def owned(run: Run, layout: Layout) -> Iterator[Lease | None]:
             lease.take(_say)
         except (OSError, DamagedError, OwnedError) as error:
             refused = error
+        else:
+            # No other rank is at work yet. What cannot be removed now costs room only; the next save says why.
+            with suppress(OSError):
+                discard_leftovers(run.checkpoint.save, disk=DISK)
     is_ours = bool(ranks.from_first(refused is None))
     if refused is not None:
         if isinstance(refused, OwnedError):

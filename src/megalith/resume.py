@@ -15,7 +15,7 @@ from megalith.checkpoint.pieces import Piece
 from megalith.checkpoint.saver import AsyncSaver
 from megalith.checkpoint.store import Loaded, load_latest
 from megalith.config import Run
-from megalith.continuity import check_same_run, decisive
+from megalith.continuity import check_same_samples, decisive, tell_differences
 from megalith.files import DISK
 from megalith.job import Job
 from megalith.models.shape import shape_of
@@ -276,7 +276,7 @@ def source_of(job: Job) -> Source | None:
 def resume(job: Job) -> None:
     """Go on from the newest checkpoint that verifies, or start from the weights of another run; in place.
 
-    Raises ValueError for a checkpoint of another model, or if all are damaged.
+    Raises ValueError for a checkpoint of another model or of other samples, or if all are damaged.
     """
     source = source_of(job)
     book = LedgerFile(job.run.checkpoint.save).read() if job.run.checkpoint.save is not None else None
@@ -291,11 +291,11 @@ def resume(job: Job) -> None:
     fit = job.task.fit if fresh else None
     adoption = None if fit is None else Adoption(job.laid.trained.held, fit, prefix=WEIGHT)
     try:
-        loaded = load(job, source.directory, with_optimizer=with_optimizer, adoption=adoption)
+        loaded = load(job, source.directory, fresh=fresh, with_optimizer=with_optimizer, adoption=adoption)
     except CheckpointError as error:
         raise ValueError(str(error)) from error
     if not fresh:
-        check_same_run(job.run, job.data, loaded.index.state, loaded.index.notes, job.log)
+        tell_differences(job.run, job.data, loaded.index.state, loaded.index.notes, job.log)
     if adoption is not None:
         adoption.finish()
     for message in loaded.messages():
@@ -326,17 +326,26 @@ def begin_with_another(job: Job) -> None:
 
 
 def load(
-    job: Job, directory: Path, *, with_optimizer: bool, step: int | None = None, adoption: Adoption | None = None
+    job: Job,
+    directory: Path,
+    *,
+    fresh: bool,
+    with_optimizer: bool,
+    step: int | None = None,
+    adoption: Adoption | None = None,
 ) -> Loaded:
     """Fill weights and the optimizer's tensors, in place, from the newest checkpoint that verifies, or from a step's.
 
-    Raises CheckpointError if there is none that can be read.
+    fresh: the run does not go on from it. Raises CheckpointError if there is none that can be read, ValueError if it is
+    of another model or, unless fresh, of other samples; then its tensors have not been looked at.
     """
     pieces: dict[str, Piece] = {}
 
     def wanted_of(index: Index) -> dict[str, Piece]:
         pieces.clear()
         pieces.update(wanted(job, index, with_optimizer=with_optimizer, adoption=adoption))
+        if not fresh:
+            check_same_samples(job.run, job.data, index.state)
         return pieces
 
     loaded = load_latest(

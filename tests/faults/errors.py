@@ -18,13 +18,12 @@ from tests.faults.judge import (
     check_finished,
     check_left,
     check_warned_of,
-    has_saved,
     lost_saves_in,
     steps_done_again,
     told_of_damage,
     warnings_in,
 )
-from tests.faults.twin import Twin, noted_in
+from tests.faults.twin import Twin
 
 CODES = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EINTR)
 FOR_EVER = 1 << 30  # operations
@@ -95,14 +94,13 @@ def after_error(
     lost = [] if refused else lost_saves_in(trial.twin, save)
     for step in lost:
         check_warned_of(save, step, sentence)
-    # What could not be removed is for the next save.
+    # What could not be removed is for the next save or start.
     left = lasting or any("are kept" in text for text in warnings_in(save))
     if ended.status == 0:
         # It has gone on and saved since.
         check_finished(trial.twin, save)
         if not left:
             check_left(save)
-    num_noted = len(noted_in(save, rank=0))
     ended = trial.start(save)
     if ended.status != 0:
         raise WrongError(f"the run did not go on when the disk worked again, status {ended.status}: {ended.said}")
@@ -110,8 +108,7 @@ def after_error(
         raise WrongError("an error has left a damaged checkpoint behind")
     redone = steps_done_again(save, lost_saves=max(1, len(lost)))
     check_finished(trial.twin, save)
-    if has_saved(noted_in(save, rank=0)[num_noted:]):
-        check_left(save)
+    check_left(save)
     if refused:
         return Outcome(name, "refused", redone=redone)
     told = lost or any(sentence in text for text in warnings_in(save))

@@ -144,11 +144,6 @@ def check_went_on_from(step: int, noted: Sequence[Taken]) -> None:
         raise WrongError(f"a start began with step {taken[0]}, though there was a checkpoint of step {step}")
 
 
-def has_saved(noted: Sequence[Taken]) -> bool:
-    """Whether a start has begun a save, and so has cleared away what earlier ones left. noted: by its rank 0."""
-    return any(entry.digest == "save" for entry in noted)
-
-
 def warnings_in(save: Path) -> list[str]:
     """What the run has warned of, in all its starts."""
     path = save / "log.jsonl"

@@ -16,7 +16,6 @@ from tests.faults.judge import (
     check_finished,
     check_left,
     check_went_on_from,
-    has_saved,
     newest_step,
     steps_done_again,
     told_of_damage,
@@ -81,8 +80,7 @@ def after_kill(trial: Trial, name: str, save: Path, ended: Ended, kills: Sequenc
         raise WrongError("a kill has left a damaged checkpoint behind")
     redone = steps_done_again(save)
     check_finished(trial.twin, save)
-    if has_saved(noted):
-        check_left(save)
+    check_left(save)
     return Outcome(name, "finished-identical", redone=redone)
 
 

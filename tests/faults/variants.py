@@ -13,7 +13,7 @@ from torch import Tensor
 
 import megalith.files
 import megalith.train
-from megalith import resume
+from megalith import owner, resume
 from megalith.checkpoint import directory, index, retention, saver, store, verify
 from megalith.checkpoint.directory import StepDirectory, folder_of, list_checkpoints, step_name
 from megalith.checkpoint.exchange import Ranks
@@ -154,7 +154,8 @@ def deleted_without_verifying(rank: int) -> None:
 
 
 def remains_not_removed(rank: int) -> None:
-    put(store, discard_leftovers=nothing)
+    for module in (store, owner):
+        put(module, discard_leftovers=nothing)
 
 
 def failure_not_told(rank: int) -> None:

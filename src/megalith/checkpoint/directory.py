@@ -53,7 +53,7 @@ def try_run_directory(run_dir: Location, *, disk: Disk) -> None:
     folder = folder_of(run_dir)
     try:
         make_directories(folder, disk=disk)
-        # Named as what a killed save leaves behind, so that the next one removes it if this is killed.
+        # Named as what a killed save leaves behind, so that the next start removes it if this is killed.
         trial = folder / new_name("tmp", 0)
         disk.make_directory(trial)
         write_whole(trial / "index.json", "a trial", disk=disk)

@@ -32,7 +32,7 @@ from megalith.checkpoint.exchange import Ranks, RanksError
 from megalith.checkpoint.index import INDEX_NAME, Index, plain_json, render
 from megalith.checkpoint.pieces import DTYPES, TORCH_DTYPES, Piece, Place, Stored, Table, announce, file_of, share_out
 from megalith.checkpoint.shards import DamagedError, open_shard, write_shard
-from megalith.checkpoint.verify import verified_together, verify
+from megalith.checkpoint.verify import check_together, index_together, verify
 from megalith.files import DISK, Disk, Location, Written, make_directories, sync_directory, write_whole
 
 
@@ -215,7 +215,8 @@ class Loaded:
         ]
 
 
-# What a loader wants: the pieces that it fills, or a function that makes them once it has seen the index.
+# What a loader wants: the pieces that it fills, or a function that makes them once it has seen the index, of which no
+# file has been opened yet; it may raise ValueError to refuse it.
 Wanted = Mapping[str, Piece] | Callable[[Index], Mapping[str, Piece]]
 
 
@@ -257,9 +258,11 @@ def load_latest(
     for candidate in reversed(steps):
         path = folder / step_name(candidate)
         try:
-            index = verified_together(ranks, path, disk=disk)
+            # What does not fit is refused by the index alone: the files of a large run take minutes to verify.
+            index = index_together(ranks, path, disk=disk)
             pieces = wanted(index) if callable(wanted) else wanted
             _check_fit(ranks, path, index, pieces, may_stay_unread)
+            check_together(ranks, path, index, disk=disk)
             _fill(ranks, path, index, pieces, disk)
         except (RanksError, DamagedError) as failed:
             refused.append(Refused(path, str(failed)))

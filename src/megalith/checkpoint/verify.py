@@ -23,6 +23,13 @@ def verify(path: Path, *, disk: Disk = DISK) -> Index:
 
 def verified_together(ranks: Ranks, path: Path, *, disk: Disk) -> Index:
     """As `verify`, by all ranks together: each takes a share of the files. RanksError or DamagedError on all alike."""
+    index = index_together(ranks, path, disk=disk)
+    check_together(ranks, path, index, disk=disk)
+    return index
+
+
+def index_together(ranks: Ranks, path: Path, *, disk: Disk) -> Index:
+    """As `read_index`, by all ranks together: one reads. RanksError or DamagedError on all alike."""
     texts: list[bytes] = []
 
     def read() -> None:
@@ -31,10 +38,13 @@ def verified_together(ranks: Ranks, path: Path, *, disk: Disk) -> Index:
 
     ranks.together(read)
     # Not as text, for a damaged file need not be UTF-8.
-    index = index_in(path, bytes.fromhex(ranks.from_first(texts[0].hex() if texts else "")))
+    return index_in(path, bytes.fromhex(ranks.from_first(texts[0].hex() if texts else "")))
+
+
+def check_together(ranks: Ranks, path: Path, index: Index, *, disk: Disk) -> None:
+    """As `check_files` for all files, of which each rank takes a share. RanksError on all alike."""
     own = sorted(index.files)[ranks.rank :: ranks.size]
     ranks.together(lambda: check_files(path, index, own, disk=disk))
-    return index
 
 
 def read_index(path: Path, *, disk: Disk = DISK) -> Index:
