@@ -120,7 +120,7 @@ def step_seconds(model: Model, *, steps: int, rank: int = 0, world_size: int = 1
     with ExitStack() as stack:
         silent = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         log = stack.enter_context(RunLog("json", silent, is_printing_rank=False))
-        job = build_job(run, layout, torch.device("cpu"), log, started=time.time())
+        job = build_job(run, layout, torch.device("cpu"), log, started=time.monotonic())
         keeper = stack.enter_context(Keeper(job))
         open_data(job)
         seconds = []

@@ -214,7 +214,7 @@ def count_on(rank: int, *, world_size: int, words: list[str]) -> tuple[Moved, Mo
         context=run.parallel.context_parallel_size,
     )
     with open_log(run, layout) as log:
-        job = build_job(run, layout, torch.device("cpu"), log, started=time.time())
+        job = build_job(run, layout, torch.device("cpu"), log, started=time.monotonic())
         open_data(job)
         with Keeper(job) as keeper:
             # The first step connects the ranks and prepares what is done in every later one.

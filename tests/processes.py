@@ -1,5 +1,6 @@
 """What real processes leave behind and listen on, seen through /proc."""
 
+import ctypes
 import os
 import socket
 import time
@@ -72,3 +73,34 @@ def shared_memory() -> set[str]:
     """The names in the folder of shared memory, and of torch's sockets and stores in the temporary one."""
     names = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm")}
     return names | {f"/tmp/{name}" for name in os.listdir("/tmp") if name.startswith(("torch", "megalith", "pymp"))}
+
+
+class _CapabilityHeader(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+def give_up_privileges() -> None:
+    """From now on what permissions forbid is forbidden to this process, even if it is root's; not to be undone.
+
+    Its user stays, so it may still read what only root may.
+    """
+    # From linux/capability.h: version 3, and two words each of effective, permitted and inheritable ones.
+    header, none = _CapabilityHeader(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    if ctypes.CDLL(None, use_errno=True).capset(ctypes.byref(header), ctypes.byref(none)):
+        raise OSError(ctypes.get_errno(), "capset failed")
+
+
+def permissions_hold(folder: Path) -> bool:
+    """Whether a child that has given up its privileges is stopped by permissions, tried in a folder."""
+    (folder / "closed").mkdir(mode=0o555)
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            give_up_privileges()
+            (folder / "closed" / "inside").mkdir()
+        except PermissionError:
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitpid(pid, 0)[1] == 0

@@ -33,7 +33,7 @@ keep_freed_memory()  # As `megalith pretrain` does on a CPU.
 with ExitStack() as stack:
     silent = stack.enter_context(open(os.devnull, "w"))
     log = stack.enter_context(RunLog("json", silent, is_printing_rank=False))
-    job = build_job(run, layout, choose_device("cpu", 0), log, started=time.time())
+    job = build_job(run, layout, choose_device("cpu", 0), log, started=time.monotonic())
     keeper = stack.enter_context(Keeper(job))
     open_data(job)
     serve(

@@ -48,7 +48,7 @@ LEARNING_RATE = 1e-4
 
 
 def main(words: Sequence[str], *, started: float) -> int:
-    """Measure, and print a table or one JSON object. started: Unix seconds when the program began."""
+    """Measure, and print a table or one JSON object. started: when the program began, by time.monotonic."""
     options, rest = _parse(words)
     run = made_for_measuring(read_command_line(rest), steps=options.warmup + options.steps + SPLIT_STEPS)
     rank, world_size, _ = ranks_in(os.environ)
@@ -128,7 +128,7 @@ def measure(run: Run, *, warmup: int, steps: int, started: float) -> dict[str, A
         open_data(job)
         synchronize = torch.cuda.synchronize if device.type == "cuda" else _nothing
         first_losses = _step(job, keeper, synchronize)[1]
-        first_step_seconds = time.time() - started
+        first_step_seconds = time.monotonic() - started
         for _ in range(warmup - 1):
             _step(job, keeper, synchronize)
         if device.type == "cuda":

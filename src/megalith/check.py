@@ -234,7 +234,7 @@ def _precision(run: Run) -> Iterator[Fault]:
 
 
 def _numbers(run: Run) -> Iterator[Fault]:
-    optimizer, checkpoint, ratio = run.optimizer, run.checkpoint, run.monitor.slow_rank_ratio
+    optimizer, checkpoint = run.optimizer, run.checkpoint
     if optimizer.on_nan == "rewind":
         if checkpoint.save is None:
             yield fault("on_nan", "rewind", "needs checkpoints to go back to", "Add --save DIR")
@@ -244,8 +244,10 @@ def _numbers(run: Run) -> Iterator[Fault]:
         yield fault("spike_window", 1, "is too short to tell a spike", "Give 2 or more; 128 is usual")
     if optimizer.on_spike != "warn" and not optimizer.spike_threshold:
         yield fault("on_spike", optimizer.on_spike, "needs to know what a spike is", "Add --spike-threshold 10")
-    if ratio and not ratio > 1:
-        yield fault("slow_rank_ratio", ratio, "must be above 1, or 0", "1.5 is usual")
+    for name, usual in (("slow_rank_ratio", 1.5), ("slow_save_ratio", 3)):
+        ratio = getattr(run.monitor, name)
+        if ratio and not ratio > 1:
+            yield fault(name, ratio, "must be above 1, or 0", f"{usual} is usual")
 
 
 def _data(run: Run) -> Iterator[Fault]:

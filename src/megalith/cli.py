@@ -23,7 +23,7 @@ OUT_OF_MEMORY = 79  # of one that got no more memory, on the host or on a device
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run a subcommand; return the exit status."""
-    started = time.time()
+    started = time.monotonic()
     # Nothing that is written can be changed by everybody, whatever the umask was.
     os.umask(os.umask(0o022) | 0o002)
     words = list(sys.argv[1:] if words is None else words)

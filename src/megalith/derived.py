@@ -170,4 +170,5 @@ OURS = (
     "check_replicas",
     "on_replica_fault",
     "slow_rank_ratio",
+    "slow_save_ratio",
 )

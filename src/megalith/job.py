@@ -44,6 +44,7 @@ from megalith.monitor.flops import datasheet_flops
 from megalith.monitor.interval import Interval
 from megalith.monitor.ledger import Ledger, LedgerFile
 from megalith.monitor.log import RunLog, choose_format
+from megalith.monitor.noted import NotedDisk
 from megalith.monitor.pace import Pace
 from megalith.monitor.peers import seconds_of_life
 from megalith.monitor.scalars import Scalars
@@ -87,10 +88,11 @@ class Job:
     layout: Layout
     groups: Groups
     device: torch.device
-    started: float  # Unix seconds
+    started: float  # when the program began, by time.monotonic
     log: RunLog
     timers: Timers
     ledger: Ledger
+    disk: NotedDisk  # by which the run saves
     tokenizer: Tokenizer | None  # None for a task that reads no text
     vocab_size: int  # padded; 0 without a tokenizer
     data: list[dict[str, Any]]  # what tells the data from other data
@@ -198,6 +200,7 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
         log=log,
         timers=timers,
         ledger=ledger,
+        disk=(disk := NotedDisk(ledger)),
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         data=data,
@@ -212,7 +215,7 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
             spikes=Spikes(window=run.optimizer.spike_window, threshold=run.optimizer.spike_threshold),
         ),
         pace=Pace(device, is_measured=layout.world_size > 1 and run.monitor.slow_rank_ratio > 0),
-        book=LedgerFile(run.checkpoint.save) if run.checkpoint.save is not None and layout.rank == 0 else None,
+        book=LedgerFile(save, disk=disk) if (save := run.checkpoint.save) is not None and layout.rank == 0 else None,
         interval=Interval(time.perf_counter(), last_step=last_step, num_devices=layout.world_size, peak_flops=peak),
     )
 
@@ -310,7 +313,7 @@ def announce_ranks(run: Run, layout: Layout, log: RunLog, *, started: float) -> 
             data_parallel_seed=seed,
         )
     )
-    log.report(Initialized(time.time() - started))
+    log.report(Initialized(time.monotonic() - started))
     log.report(PlaceReached("after megatron is initialized"))
 
 

@@ -3,12 +3,15 @@
 import time
 from pathlib import Path
 
+from megalith.checkpoint.saver import Saved
 from megalith.checkpoint.settings import CheckpointConfig
 from megalith.job import Job
-from megalith.monitor.events import MemoryReported, RankMemory, StepDone, TimersReported, Warned
+from megalith.monitor.events import CheckpointSaved, MemoryReported, RankMemory, StepDone, TimersReported, Warned
 from megalith.monitor.memory import MemoryUse
+from megalith.monitor.pace import SavePace
 from megalith.monitor.profile import Profile
 from megalith.monitor.timers import STEP_TIMERS
+from megalith.monitor.troubles import SaveWasSlow
 
 SHORTEST_RISK = 0.1  # hours; what takes less is done again without regret
 
@@ -38,6 +41,22 @@ def report_interval(job: Job, last: StepDone) -> None:
             job.log.report(Warned(text))
     seconds = job.timers.elapsed(STEP_TIMERS)
     job.log.report(TimersReported(seconds, num_steps=job.run.monitor.log_interval, step=last.step))
+
+
+def report_saved(job: Job, saved: Saved, pace: SavePace, *, stall: float | None) -> None:
+    """Report a checkpoint that was written, and whether that took too long. stall: seconds that steps waited for it."""
+    directory = str(job.run.checkpoint.save)
+    job.log.report(CheckpointSaved(saved.step, directory, saved.seconds, stall is not None, stall))
+    if saved.warning:
+        job.log.report(Warned(saved.warning))
+    if (slow := pace.judge(saved.seconds, saved.num_bytes)) is None:
+        return
+    speed = saved.num_bytes / saved.seconds
+    cost = f"the steps waited {stall:.1f} s for it" if stall is not None else "no step was left to wait for it"
+    text = f"the disk is slow: the checkpoint of step {saved.step} took {saved.seconds:.1f} s to write "
+    text += f"({speed / 1e6:.2f} MB/s), {slow.ratio:.1f} times the {slow.usual:.1f} s of the {slow.num_before} before "
+    text += f"it (their median); {cost}. See what else {directory} is busy with"
+    job.log.report(SaveWasSlow(saved.step, saved.seconds, saved.num_bytes, speed, slow.ratio, stall, text))
 
 
 def expected_loss(checkpoint: CheckpointConfig, num_steps: int, seconds: float) -> str | None:

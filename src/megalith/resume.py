@@ -22,23 +22,24 @@ from megalith.models.shape import shape_of
 from megalith.monitor.events import (
     CheckpointLoaded,
     CheckpointMissing,
-    CheckpointSaved,
     CheckpointStarted,
     LoadStarted,
     Warned,
 )
 from megalith.monitor.ledger import LedgerFile
+from megalith.monitor.pace import SavePace
 from megalith.monitor.timers import Timer
 from megalith.optim.finite import BadSteps
 from megalith.optim.groups import num_updates, optimizer_tensors, set_num_updates, take_optimizer_tensors
 from megalith.optim.schedule import resumed_schedule, schedule_to_json
 from megalith.owner import Lease
 from megalith.parallel.apply import local_part
+from megalith.report import report_saved
 from megalith.sources import as_toml
-from megalith.watching import NotedDisk
 
 # Tensors of a checkpoint are named after what they are, then by the parameter: weight.layers.0.... , exp_avg. ...
 WEIGHT = "weight."
+NOTHING_BEFORE = "there is none before it: a kill loses everything"
 
 
 def try_save_directory(run: Run) -> None:
@@ -63,6 +64,7 @@ class Keeper:
         self._saver: AsyncSaver | None = None
         self._saved_step: int | None = None
         self._stall = 0.0  # seconds that the steps have waited for the checkpoint that is being written
+        self._pace = SavePace(job.run.monitor.slow_save_ratio)
         self.failed = False  # the newest attempt
         self.asks_to_stop = False  # this rank has learnt of a failure; the others may in another step
 
@@ -73,7 +75,7 @@ class Keeper:
                 checkpoint.save,
                 keep_last=checkpoint.keep_last,
                 keep_every=checkpoint.keep_every,
-                disk=NotedDisk(self._job.ledger),
+                disk=self._job.disk,
             )
         return self
 
@@ -144,19 +146,17 @@ class Keeper:
     def _settle(self, *, wait: bool, while_training: bool) -> None:
         if self._saver is None:
             return
+        began = time.monotonic()
         try:
             with self._job.ledger.spend("checkpoint"):
                 saved = self._saver.wait() if wait else self._saver.poll()
         except CheckpointError as error:
             self._tell_failure(error)
             return
+        self._stall += time.monotonic() - began
         for done in saved:
             self.failed = False
-            directory = str(self._job.run.checkpoint.save)
-            stall = self._stall if while_training else None
-            self._job.log.report(CheckpointSaved(done.step, directory, done.seconds, while_training, stall))
-            if done.warning:
-                self._job.log.report(Warned(done.warning))
+            report_saved(self._job, done, self._pace, stall=self._stall if while_training else None)
 
     def _tell_failure(self, error: CheckpointError) -> None:
         """Say that a checkpoint could not be written, what that puts at risk, and what becomes of the run."""
@@ -166,11 +166,9 @@ class Keeper:
         assert checkpoint.save is not None
         try:
             safe = [found.step for found in list_checkpoints(checkpoint.save)]
-        except OSError:
-            safe = []
-        kept = (
-            f"the newest before is of step {safe[-1]}" if safe else "there is none before it: a kill loses everything"
-        )
+            kept = f"the newest before is of step {safe[-1]}" if safe else NOTHING_BEFORE
+        except OSError as unseen:
+            kept = f"which there are before it cannot be seen ({unseen.strerror})"
         then = "The run stops" if self.asks_to_stop else "The run goes on; the next checkpoint is tried anew"
         self._job.log.report(Warned(f"{error}; {kept}. {then} (--on-save-failure {checkpoint.on_save_failure})."))
 

@@ -48,7 +48,7 @@ STOPPED_UNSAVED = 76  # a signal stopped a run that has no --save
 def train(run: Run, *, started: float) -> int:
     """Run a training to its end, or to where it is told to stop; return the exit status.
 
-    started: Unix seconds when the program began. Raises ValueError for what is found unfit before the first step.
+    started: when the program began, by time.monotonic. Raises ValueError for what is found unfit before the first step.
     """
     layout = make_layout(
         os.environ,
@@ -92,7 +92,7 @@ def train(run: Run, *, started: float) -> int:
             RunEnded(
                 step=job.progress.step,
                 reason=reason or "done",
-                minutes=(time.time() - started) / 60,
+                minutes=(time.monotonic() - started) / 60,
                 spent=job.ledger.seconds(),
             )
         )
@@ -319,7 +319,7 @@ def finish(job: Job, keeper: Keeper) -> None:
 def reason_to_stop(job: Job, signals: StopSignals, keeper: Keeper) -> str | None:
     """Why the run is to stop after this step, the same on every rank; None to go on."""
     train = job.run.train
-    minutes = (time.time() - job.started) / 60
+    minutes = (time.monotonic() - job.started) / 60
     late = train.exit_duration_in_mins is not None and minutes > train.exit_duration_in_mins
     number = int(signals.received or 0)
     # One small reduction on the host: what one rank got or found, a signal, a clock past its hour, stops all.

@@ -1,14 +1,11 @@
 """What the watch is told of a run: where each rank is, and for how long it may stay there."""
 
 import os
-from pathlib import Path
 
 from megalith.config import Run
-from megalith.files import Disk
 from megalith.job import Job
 from megalith.launch import BOARD_VARIABLE
 from megalith.monitor.board import Board, MemoryBoard, StoreBoard
-from megalith.monitor.ledger import Ledger
 from megalith.monitor.peers import this_process
 from megalith.monitor.watch import LONGEST_TICK, Place, Watch
 from megalith.parallel.mesh import Company, Layout
@@ -54,43 +51,6 @@ class Places:
         is_start = job.first_step is None or step == job.first_step
         limit = start_limit(job.run) if is_start else job.run.parallel.hang_timeout
         inside = ", ".join(job.timers.running())
-        return Place(job.ledger.moves, step + 1, f"{account} ({inside})" if inside else account, limit)
-
-
-class NotedDisk(Disk):
-    """The disk, on which every operation is progress: a slow disk is no hanging rank."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
-
-    def create(self, path: Path) -> int:
-        self._ledger.move()
-        return super().create(path)
-
-    def open(self, path: Path) -> int:
-        self._ledger.move()
-        return super().open(path)
-
-    def write(self, descriptor: int, data: memoryview) -> int:
-        self._ledger.move()
-        return super().write(descriptor, data)
-
-    def read(self, descriptor: int, buffer: memoryview, offset: int) -> int:
-        self._ledger.move()
-        return super().read(descriptor, buffer, offset)
-
-    def sync(self, descriptor: int) -> None:
-        self._ledger.move()
-        super().sync(descriptor)
-
-    def rename(self, source: Path, target: Path) -> None:
-        self._ledger.move()
-        super().rename(source, target)
-
-    def remove(self, path: Path) -> None:
-        self._ledger.move()
-        super().remove(path)
-
-    def make_directory(self, path: Path) -> None:
-        self._ledger.move()
-        super().make_directory(path)
+        phase = f"{account} ({inside})" if inside else account
+        # Steps go on beside a save until they must wait for its end.
+        return Place(job.ledger.moves, step + 1, phase, limit, job.disk.held, waits_for_disk=account == "checkpoint")

@@ -91,7 +91,7 @@ def pieces_on(rank: int, *, world_size: int, words: list[str]) -> list[tuple[str
         context=parallel.context_parallel_size,
     )
     with open_log(run, layout) as log:
-        job = build_job(run, layout, torch.device("cpu"), log, started=time.time())
+        job = build_job(run, layout, torch.device("cpu"), log, started=time.monotonic())
         resume(job)
     sys.stdout.flush()
     return [(name, piece.offset, piece.local.detach().numpy()) for name, piece in tensors_of(job).items()]

@@ -19,6 +19,7 @@ STEP_NAME = re.compile(r"step-([0-9]{7,12})")
 LEFTOVER_NAME = re.compile(r"\.(?:tmp|del)-step-[0-9]{7,12}\.[0-9a-f]{8}")
 # What a save puts into a directory: files, and the temporary names under which they are written.
 OWN_FILE = re.compile(r"(\.)?(?:index\.json|rank-[0-9]{5,9}\.safetensors)(?(1)\.[0-9a-f]{8}\.tmp)")
+LONGEST_NAME = "rank-00000.safetensors"  # of these; ranks beyond 99,999 have a longer one
 
 
 class CheckpointError(RuntimeError):
@@ -56,7 +57,8 @@ def try_run_directory(run_dir: Location, *, disk: Disk) -> None:
         # Named as what a killed save leaves behind, so that the next start removes it if this is killed.
         trial = folder / new_name("tmp", 0)
         disk.make_directory(trial)
-        write_whole(trial / "index.json", "a trial", disk=disk)
+        # No file of a checkpoint has a longer name.
+        write_whole(trial / LONGEST_NAME, "a trial", disk=disk)
         check_directory(trial)
         discard(StepDirectory(0, trial), disk=disk)
     except (OSError, DamagedError) as failed:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from megalith.checkpoint.pieces import Piece, Table, announce
 from megalith.checkpoint.retention import delete_old
 from megalith.checkpoint.store import Contents, names_to_write, plan, write
 from megalith.files import DISK, Disk, Location
+
+# For a rank whose disk does not return, while steps go on beside that: the watch ends it, and says where it was.
+LONGEST_WAIT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,8 @@ class AsyncSaver:
         self, run_dir: Location, *, keep_last: int | None = None, keep_every: int | None = None, disk: Disk = DISK
     ) -> None:
         self._run_dir, self._keep_last, self._keep_every, self._disk = run_dir, keep_last, keep_every, disk
-        self._ranks = Ranks(dist.new_group(backend="gloo") if dist.is_initialized() else None)
+        group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if dist.is_initialized() else None
+        self._ranks = Ranks(group)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._host: HostCopy | None = None
         self._copied: Future[None] | None = None

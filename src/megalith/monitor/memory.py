@@ -25,7 +25,10 @@ def memory_use(device: "torch.device") -> MemoryUse | None:
     """What this process holds now on a device, and the most so far; None where the system does not say."""
     if device.type == "cuda":
         return cuda_memory(device)
-    return process_memory(PROCESS_STATUS.read_text(encoding="utf-8")) if PROCESS_STATUS.exists() else None
+    try:
+        return process_memory(PROCESS_STATUS.read_text(encoding="utf-8"))
+    except OSError:  # it is not Linux, or no file can be opened any more
+        return None
 
 
 def cuda_memory(device: "torch.device") -> MemoryUse:

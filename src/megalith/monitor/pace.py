@@ -1,7 +1,7 @@
-"""Which rank keeps the others waiting.
+"""What has become slow: a rank for which the others wait, or the disk that checkpoints go to.
 
 All ranks need the same time for a step, for the fast ones wait in the exchange of gradients. So each measures what it
-does by itself: reading its samples, and its forward and backward passes.
+does by itself: reading its samples, and its forward and backward passes. A save is held against the ones before.
 """
 
 import statistics
@@ -15,6 +15,10 @@ import torch
 
 FEWEST_STEPS = 10  # that are judged; the median of so many forgives single ones
 MOST_STEPS = 100
+FEWEST_SAVES = 3  # before one is judged by their median
+MOST_SAVES = 16
+SHORTEST_SAVE = 5.0  # seconds; what takes less costs nobody anything
+LIKE_SIZE = 1.25  # between two checkpoints that are compared, at most
 
 
 class Pace:
@@ -85,3 +89,32 @@ def slow_ranks(seconds: Mapping[int, float], groups: Sequence[Sequence[int]], *,
             if median > 0 and seconds[rank] > ratio * median:
                 found.append(Slow(rank, seconds[rank] / median))
     return found
+
+
+class SlowSave(NamedTuple):
+    """A checkpoint whose writing took far longer than that of the ones before."""
+
+    ratio: float  # of its time to the usual
+    usual: float  # seconds: the median of the ones before
+    num_before: int
+
+
+class SavePace:
+    """Holds the time that each checkpoint took against the median of the ones before, of like size; 0 for a ratio: not.
+
+    Up to half of those may have been slow themselves before the median follows: so what stays slow is told for as long
+    as it is news, and a single slow one changes nothing.
+    """
+
+    def __init__(self, ratio: float) -> None:
+        self._ratio = ratio
+        self._before: deque[tuple[float, int]] = deque(maxlen=MOST_SAVES)
+
+    def judge(self, seconds: float, num_bytes: int) -> SlowSave | None:
+        """Whether a checkpoint of so many bytes was slow; it counts for the next ones."""
+        alike = [took for took, size in self._before if max(size, num_bytes) <= LIKE_SIZE * min(size, num_bytes)]
+        self._before.append((seconds, num_bytes))
+        if not self._ratio or len(alike) < FEWEST_SAVES or seconds < SHORTEST_SAVE:
+            return None
+        usual = statistics.median(alike)
+        return SlowSave(seconds / usual, usual, len(alike)) if seconds > self._ratio * usual > 0 else None

@@ -27,12 +27,14 @@ class Peer:
     @property
     def is_gone(self) -> bool:
         """Whether its process has ended, as far as can be seen from here."""
-        return self.is_here and state_of(self.pid) != (self.started, True)
+        if not self.is_here or (fields := _fields(self.pid)) is None:
+            return False
+        return _state(fields) != (self.started, True)
 
     @property
     def is_stopped(self) -> bool:
         """Whether a signal keeps it from running."""
-        return self.is_here and _fields(self.pid)[:1] in ([b"T"], [b"t"])
+        return self.is_here and (_fields(self.pid) or [])[:1] in ([b"T"], [b"t"])
 
 
 def this_process(rank: int) -> Peer:
@@ -51,7 +53,10 @@ def this_host() -> str:
 
 def state_of(pid: int) -> tuple[int, bool]:
     """When a process of this host began, in clock ticks since boot, and whether it lives; (0, False) for none."""
-    fields = _fields(pid)
+    return _state(_fields(pid) or [])
+
+
+def _state(fields: list[bytes]) -> tuple[int, bool]:
     return (int(fields[19]), fields[0] not in (b"Z", b"X")) if fields else (0, False)
 
 
@@ -63,14 +68,16 @@ def seconds_of_life() -> float:
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK"))
 
 
-def _fields(pid: int) -> list[bytes]:
-    """What the kernel says of a process, from its state on; nothing if there is none."""
+def _fields(pid: int) -> list[bytes] | None:
+    """What the kernel says of a process, from its state on; nothing if there is none, None if it cannot be asked."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             # The name before, in parentheses, may hold anything.
             return file.read().rpartition(b") ")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return []
+    except OSError:  # no file can be opened any more: that says nothing of the process
+        return None
 
 
 def named(peers: Sequence[Peer]) -> str:

@@ -47,6 +47,12 @@ class MonitorConfig:
         section="logging",
         choices=("auto", "reference", "rich", "json"),
     )
+    slow_save_ratio: float = setting(
+        3.0,
+        "name a checkpoint that took so many times as long as the ones before, 0 = off",
+        section="logging",
+        unit="times",
+    )
     slow_rank_ratio: float = setting(
         1.5, "name a rank that takes so many times as long as the others, 0 = off", section="logging", unit="times"
     )

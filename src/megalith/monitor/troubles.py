@@ -62,5 +62,18 @@ class RankIsSlow:
     text: str
 
 
-Trouble: TypeAlias = StepLeftOut | SpikeFound | Rewound | ReplicasCompared | RankIsSlow
-TROUBLES = (StepLeftOut, SpikeFound, Rewound, ReplicasCompared, RankIsSlow)
+@dataclass(frozen=True)
+class SaveWasSlow:
+    """A checkpoint took much longer to write than the ones before it."""
+
+    step: int
+    seconds: float  # from the start of the save to its end
+    num_bytes: int
+    bytes_per_second: float
+    ratio: float  # of its time to the median of the ones before
+    stall: float | None  # seconds that the steps waited for it; None after the last step
+    text: str
+
+
+Trouble: TypeAlias = StepLeftOut | SpikeFound | Rewound | ReplicasCompared | RankIsSlow | SaveWasSlow
+TROUBLES = (StepLeftOut, SpikeFound, Rewound, ReplicasCompared, RankIsSlow, SaveWasSlow)

@@ -21,6 +21,7 @@ from typing import Self
 
 from megalith.launch import HUNG, PEER_LOST, PeerLostError
 from megalith.monitor.board import Beat, Board
+from megalith.monitor.noted import Held
 from megalith.monitor.peers import Peer
 
 LONGEST_TICK = 0.3  # seconds between two looks
@@ -33,12 +34,17 @@ OF_THREADS = (f"{os.sep}threading.py", f"{os.sep}concurrent{os.sep}futures{os.se
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is. moves: how often it has gone on; limit: seconds that it may stay there, 0 for any."""
+    """Where a rank is. moves: how often it has gone on; limit: seconds that it may stay there, 0 for any.
+
+    An operation of the disk may take that long, too; steps that go on beside it do not make it any shorter.
+    """
 
     moves: int
     step: int
     phase: str
     limit: float
+    held: Held | None = None  # what the disk has not returned from
+    waits_for_disk: bool = False  # whether it goes on only after that
 
 
 class Watch:
@@ -70,6 +76,9 @@ class Watch:
         self._main = threading.main_thread().ident
         self._beat = Beat()
         self._idle = 0.0
+        self._held: Held | None = None
+        self._held_for = 0.0  # seconds
+        self._held_told = 0  # the operation's number
         self._silent: dict[int, tuple[int, float]] = {}  # of each rank: its last beat's number, and seconds since
         self._lost_for = 0.0
         self._put(self._beat)
@@ -154,6 +163,7 @@ class Watch:
     def _look_at_self(self, elapsed: float) -> None:
         place = self._look_at()
         self._idle = 0.0 if place.moves != self._beat.moves else self._idle + elapsed
+        self._look_at_disk(place, elapsed)
         if place.limit:
             # If even this thread cannot run any more, the interpreter's own watchdog shows what holds the lock. Of
             # several ranks another sees to that and to the end; a single one has nobody else.
@@ -173,6 +183,25 @@ class Watch:
                 waits=self._idle > 2 * self._tick and waits_for_others(self._main),
             )
         )
+
+    def _look_at_disk(self, place: Place, elapsed: float) -> None:
+        """Name an operation that does not return; a rank that must wait for it hangs for as long as it takes."""
+        is_same = self._held is not None and place.held is not None and place.held.number == self._held.number
+        self._held, self._held_for = place.held, self._held_for + elapsed if is_same else 0.0
+        if self._held is None or not place.limit or self._held_for < place.limit:
+            return
+        # Each step asks for a moment how the save is; who waits for it stands still.
+        if place.waits_for_disk and self._idle > 2 * self._tick:
+            self._idle = max(self._idle, self._held_for)
+        elif self._held_told != self._held.number:
+            self._held_told = self._held.number
+            limit = f"limit {place.limit:g} s, --hang-timeout = {self._hang_timeout:g}"
+            text = f"{self._peers[self._rank]} at step {place.step}: {self._told_of_disk()} ({limit}). The steps go on "
+            _say(f"{text}until they must wait for it")
+            faulthandler.dump_traceback(file=STREAM, all_threads=True)
+
+    def _told_of_disk(self) -> str:
+        return f"the {self._held.what} has not returned for {self._held_for:.1f} s" if self._held is not None else ""
 
     def _look_at_others(self, elapsed: float) -> None:
         assert self._board is not None
@@ -240,6 +269,8 @@ class Watch:
         return f"{text} (limit {limit:g} s, {setting}). The job ends"
 
     def _show_stack(self) -> None:
+        if self._held is not None and self._held_for >= self._beat.limit / 2:
+            _say(f"rank {self._rank}: {self._told_of_disk()}")
         _say(f"rank {self._rank} is here, {self._beat.phase}, step {self._beat.step} (the innermost call first):")
         faulthandler.dump_traceback(file=STREAM, all_threads=True)
 
