@@ -10,7 +10,7 @@ import os
 # Of mallopt(3) in glibc.
 _TRIM_THRESHOLD = -1
 _MMAP_MAX = -4
-_NEVER = 2**31 - 1
+_NEVER = -1
 
 
 def keep_freed_memory() -> bool:

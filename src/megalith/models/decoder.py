@@ -99,7 +99,14 @@ class Decoder(nn.Module):
         `dropout_rows`; None: no dropout. cache: the tokens go behind those that it holds; the caller advances it.
         A part of a model that is not first takes the stream BTD for tokens; one that is not last returns it.
         """
-        x_BTD = self.stream(tokens_BT, positions_BT, documents=documents, rows=rows, cache=cache)
+        table_VD: Tensor | None = None
+        if labels is not None and self.first and self.last and self.tied:
+            looked_up_BTD, table_VD = self.word_embedding.look_up_and_share(tokens_BT)
+            x_BTD = self._embedded(looked_up_BTD, positions_BT, rows)
+            del looked_up_BTD
+            x_BTD = self._through_blocks(x_BTD, positions_BT, documents, rows, cache)
+        else:
+            x_BTD = self.stream(tokens_BT, positions_BT, documents=documents, rows=rows, cache=cache)
         if not self.last:
             return x_BTD
         if labels is None:
@@ -107,7 +114,7 @@ class Decoder(nn.Module):
         assert loss_weights is not None, "labels come with loss weights"
         return self.cross_entropy(
             self.final_norm(x_BTD).to(self.dtype),
-            self.output_table,
+            self.output_table if table_VD is None else table_VD,
             labels,
             loss_weights,
             softmax_in_16_bit=self.config.fp16_lm_cross_entropy,
@@ -124,6 +131,16 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """BTD: what the last block held here gives."""
         x_BTD = self.embed(tokens_BT, positions_BT, rows) if self.first else tokens_BT
+        return self._through_blocks(x_BTD, positions_BT, documents, rows, cache)
+
+    def _through_blocks(
+        self,
+        x_BTD: Tensor,
+        positions_BT: Tensor,
+        documents: Tensor | None,
+        rows: Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
         if cache is not None:
             mask = cache.mask(positions_BT.shape[1])
         else:
@@ -134,7 +151,10 @@ class Decoder(nn.Module):
 
     def embed(self, tokens_BT: Tensor, positions_BT: Tensor, rows_BT: Tensor | None) -> Tensor:
         """BTD: the stream that enters the first block."""
-        x_BTD: Tensor = self.word_embedding(tokens_BT) + self.position_embedding(positions_BT)
+        return self._embedded(self.word_embedding(tokens_BT), positions_BT, rows_BT)
+
+    def _embedded(self, looked_up_BTD: Tensor, positions_BT: Tensor, rows_BT: Tensor | None) -> Tensor:
+        x_BTD: Tensor = looked_up_BTD + self.position_embedding(positions_BT)
         if not self.config.fp32_residual_connection:
             x_BTD = x_BTD.to(self.dtype)
         if self.cut is not None and rows_BT is not None:

@@ -180,12 +180,13 @@ def layer_working(job: Job) -> float:
 def look_up_bytes(job: Job) -> float:
     """What the last operation of a backward pass makes beside the gradients: the table's of looking up, as large as it.
 
-    Where the table is tied, that of the loss has waited for it, and both are added up; in the first microbatch of a
-    step the last tensor of these is the gradient itself.
+    Where the table is tied, that of the loss has waited for it, and both are added up, on a CPU in place where no other
+    rank holds a part; in the first microbatch of a step the last tensor of these is the gradient itself.
     """
     if job.pipeline > 1:
         return 0.0
-    tables = (3 if job.tied else 1) - (1 if job.num_microbatches == 1 else 0)
+    in_place = job.device == "cpu" and job.tensor == 1
+    tables = (3 if job.tied and not in_place else 1) - (1 if job.num_microbatches == 1 else 0)
     return tables * FP32 * job.vocab_size / job.tensor * job.width
 
 
