@@ -1,6 +1,7 @@
 """What deserves a word is said in one line each; what does not is left in silence."""
 
 import pytest
+import torch
 
 from megalith.checkpoint.settings import CheckpointConfig
 from megalith.config import Run, known_settings
@@ -18,8 +19,8 @@ def run_of(words: str = "") -> Run:
     return read_command_line((SMALL + words).split())
 
 
-def warned(words: str, num_steps: int = 2000) -> list[str]:
-    return list(warnings_of(run_of(words), num_steps=num_steps))
+def warned(words: str, num_steps: int = 2000, device_type: str = "cuda") -> list[str]:
+    return list(warnings_of(run_of(words), num_steps=num_steps, device_type=device_type))
 
 
 def test_a_usual_run_is_told_nothing() -> None:
@@ -37,7 +38,7 @@ def test_an_interval_longer_than_the_run_is_warned_of(interval: str) -> None:
 
 def test_a_run_that_cannot_go_on_is_warned_of_that_alone() -> None:
     run = read_command_line((SMALL.replace("--save runs/a", "") + "--save-interval 5000").split())
-    (line,) = warnings_of(run, num_steps=2000)
+    (line,) = warnings_of(run, num_steps=2000, device_type="cpu")
     assert line.startswith("nothing will be saved: --save was not given")
 
 
@@ -50,6 +51,22 @@ def test_steps_that_the_initial_loss_scale_will_skip_are_counted(words: str, ste
 @pytest.mark.parametrize("words", ["--fp16 --initial-loss-scale 65536", "--fp16 --loss-scale 1024", "--bf16", ""])
 def test_no_skipped_steps_are_foretold_where_none_are_likely(words: str) -> None:
     assert warned(words) == []
+
+
+@pytest.mark.parametrize("words", ["--bf16", "--fp16 --loss-scale 1024"])
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_16_bits_are_warned_of_where_the_processor_has_no_instructions_for_them(
+    monkeypatch: pytest.MonkeyPatch, words: str, has_instructions: bool
+) -> None:
+    for name in ("avx512_bf16", "amx_tile", "amx_fp16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: has_instructions)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    lines = warned(words, device_type="cpu")
+    assert len(lines) == (0 if has_instructions else 1)
+    assert all(line.startswith(f"{words.split()[0]}: this processor has no instructions") for line in lines)
+    assert warned(words) == warned("", device_type="cpu") == []
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")  # Nobody tells.
+    assert warned(words, device_type="cpu") == []
 
 
 def test_heads_that_no_even_tensor_size_divides_are_warned_of() -> None:

@@ -147,7 +147,7 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
     ledger = Ledger(age=seconds_of_life())
     timers = Timers(torch.cuda.synchronize if device.type == "cuda" and run.monitor.log_interval == 1 else None)
     batch_sizes = make_batch_sizes(run.optimizer, data_parallel=layout.data)
-    announce_start(run, layout, batch_sizes, log)
+    announce_start(run, layout, device.type, batch_sizes, log)
     tokenizer, vocab_size = announce_tokenizer(run, task, layout, log)
     data = data_of(run, task, tokenizer, vocab_size, log)
     if (folder := scalars_folder(run)) is not None:
@@ -265,7 +265,9 @@ def model_built(task: Task, laid: Laid, layout: Layout, groups: Groups) -> Model
     return ModelBuilt(task.title, groups.total_over_stages(own), tuple(ranks))
 
 
-def announce_start(run: Run, layout: Layout, batch_sizes: ConstantBatch | RampedBatch, log: RunLog) -> None:
+def announce_start(
+    run: Run, layout: Layout, device_type: str, batch_sizes: ConstantBatch | RampedBatch, log: RunLog
+) -> None:
     """Say how many ranks there are, every setting, and what deserves a note."""
     ramp = run.optimizer.rampup_batch_size
     remarks = overridden(run)
@@ -289,7 +291,7 @@ def announce_start(run: Run, layout: Layout, batch_sizes: ConstantBatch | Ramped
     )
     for line in notes(run):
         log.line(line)
-    for text in warnings_of(run, num_steps=steps_of(run, batch_sizes)):
+    for text in warnings_of(run, num_steps=steps_of(run, batch_sizes), device_type=device_type):
         log.report(Warned(text))
 
 

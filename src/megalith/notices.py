@@ -7,9 +7,12 @@ import math
 import os
 from collections.abc import Iterator
 
+import torch
+
 from megalith.config import Run, known_settings
-from megalith.derived import TASK_DEFAULTS
+from megalith.derived import TASK_DEFAULTS, compute_dtype
 from megalith.fields import describe
+from megalith.layers.products import has_instructions_for
 
 # Accepted, and done by something else: setting -> what does its job now. Answered when it is given a value of its own.
 REPLACED = {
@@ -73,8 +76,8 @@ def overridden(run: Run) -> list[str]:
     return lines
 
 
-def warnings_of(run: Run, *, num_steps: int) -> Iterator[str]:
-    """What a good engineer would want to know before a run of that many steps."""
+def warnings_of(run: Run, *, num_steps: int, device_type: str) -> Iterator[str]:
+    """What a good engineer would want to know before a run of that many steps on such devices."""
     saves, optimizer = run.checkpoint.save is not None, run.optimizer
     if not saves:
         yield "nothing will be saved: --save was not given, so a stopped run cannot go on."
@@ -92,6 +95,12 @@ def warnings_of(run: Run, *, num_steps: int) -> Iterator[str]:
             f"an initial loss scale of {optimizer.initial_loss_scale:.0f} overflows in a usual model: about "
             f"{halvings + optimizer.hysteresis - 1} steps will be skipped. --initial-loss-scale 65536 or --bf16 skips "
             "none."
+        )
+    if device_type == "cpu" and not has_instructions_for(getattr(torch, compute_dtype(run))):
+        flag = "--fp16" if optimizer.fp16 else "--bf16"
+        yield (
+            f"{flag}: this processor has no instructions for products of that type, so a step takes many times as long "
+            f"as in fp32. Leave {flag} out, unless the run rehearses that of another machine."
         )
     heads = run.model.num_attention_heads or 1
     if heads > 1 and heads % 2:

@@ -85,3 +85,24 @@ def test_numbers_that_are_not_finite_are_not_hidden() -> None:
     table[BLOCK + 7, 3] = torch.inf
     loss = vocabulary_cross_entropy(hidden, table, torch.zeros(32, dtype=torch.int64), torch.ones(32))
     assert not loss.isfinite()
+
+
+@pytest.mark.parametrize("chunk", [64, 30], ids=["one chunk", "two and a rest"])
+def test_in_bf16_loss_and_gradients_are_those_of_float64_but_for_its_rounding(chunk: int, counted: list[int]) -> None:
+    rounded = draw(VOCABULARY, 48, seed=2).bfloat16().float() * 0.5
+    hidden, table = draw(2, 32, 48).bfloat16().requires_grad_(), rounded.requires_grad_()
+    labels = torch.randint(VOCABULARY, (2, 32), generator=torch.Generator().manual_seed(3))
+    labels[0, :4] = torch.tensor([0, BLOCK - 1, BLOCK, VOCABULARY - 1])
+    weights = torch.rand(2, 32, generator=torch.Generator().manual_seed(4))
+    labels[1, 0], weights[1, 0] = -1, 0.0
+    loss = vocabulary_cross_entropy(hidden, table, labels, weights, chunk=chunk)
+    loss.backward()
+    assert counted == ([64] if chunk == 64 else [30, 30, 4])
+    wanted, grad_hidden, grad_table = exact(hidden, table, labels, weights)
+    assert hidden.grad is not None and table.grad is not None
+    assert loss.dtype == table.grad.dtype == torch.float32
+    # Logits of up to 16, losses of about 14 and gradients are rounded to 8 bits each; of 64 losses much cancels.
+    rounding = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(loss.double(), wanted, rtol=rounding / 4, atol=0)
+    for grad, expected in ((hidden.grad, grad_hidden), (table.grad, grad_table)):
+        torch.testing.assert_close(grad.double(), expected, rtol=0, atol=2 * rounding * float(expected.abs().max()))

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalith.layers.loss_blocks import BLOCK, losses_and_gradients
-from megalith.layers.products import suits_onednn
+from megalith.layers.loss_blocks import BLOCK, add_product, losses_and_gradients
+from megalith.layers.products import LEAST, suits_onednn
 
 # Rows per chunk: fewer make the matrix products slow, more make the chunk's logits large (100 MB for 512 rows of 50304
 # fp32 logits). On a GPU a chunk is the price of one pass over the table's gradient, so it is larger.
@@ -82,7 +82,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_table = torch.empty_like(table_VD, dtype=torch.float32)
         grad_bias = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         losses_N = torch.empty_like(weights_N)
-        by_blocks = bias_V is None and len(table_VD) > BLOCK and suits_onednn(hidden_ND[:chunk], table_VD[:BLOCK])
+        by_blocks = bias_V is None and not softmax_in_16_bit and _suits_blocks(hidden_ND[:chunk], table_VD)
         # One piece of memory for all chunks: taking and giving back as much for each would cost as much as a product.
         memory_CV = hidden_ND.new_empty(0 if by_blocks else min(chunk, len(hidden_ND)), len(table_VD))
         for start in range(0, len(hidden_ND), chunk):
@@ -106,7 +106,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             slopes, losses_N[part] = _slopes_and_losses(logits, labels, hidden, table_VD, bias_V, softmax_in_16_bit)
             # The weights go to the narrow side of the products, which saves a pass over the chunk.
             torch.mm(slopes, table_VD, out=grad_hidden[part]).mul_(weights)
-            _add_product(grad_table, slopes.t(), (hidden * weights).to(hidden.dtype), first=start == 0)
+            add_product(grad_table, slopes.t(), (hidden * weights).to(hidden.dtype), first=start == 0)
             if grad_bias is not None:
                 grad_bias += slopes.t() @ weights[:, 0].to(slopes.dtype)
         ctx.save_for_backward(grad_hidden, grad_table, grad_bias)
@@ -118,6 +118,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_loss.is_cuda or grad_loss != 1:  # On a GPU to look would be to wait.
             grads = tuple(None if grad is None else grad * grad_loss for grad in grads)
         return *grads, None, None, None, None
+
+
+def _suits_blocks(hidden_CD: Tensor, table_VD: Tensor) -> bool:
+    """Whether a chunk goes by blocks of the table: on the CPU, if it has several, in fp32 or bf16."""
+    if len(table_VD) <= BLOCK or hidden_CD.device.type != "cpu":
+        return False
+    if hidden_CD.dtype == torch.bfloat16:
+        return hidden_CD.numel() * BLOCK >= LEAST and not torch.compiler.is_compiling()
+    return suits_onednn(hidden_CD, table_VD[:BLOCK])
 
 
 def _slopes_and_losses(
@@ -163,17 +172,6 @@ def plain_slopes(logits_CV: Tensor, labels_C1: Tensor, softmax_in_16_bit: bool) 
 def _compiled_slopes() -> Any:
     """The formula in two passes over the logits, of which the second writes; uncompiled it is seven."""
     return torch.compile(plain_slopes, dynamic=False)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
-    """total += left @ right in place, in fp32; the first product overwrites."""
-    if total.dtype != left.dtype:
-        product = left @ right
-        total.copy_(product) if first else total.add_(product)
-    elif first:
-        torch.mm(left, right, out=total)
-    else:
-        total.addmm_(left, right)
 
 
 def _losses(

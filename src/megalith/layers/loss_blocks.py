@@ -1,8 +1,9 @@
-"""A chunk of the cross entropy over the vocabulary on the CPU in fp32, a block of the table at a time, by oneDNN.
+"""A chunk of the cross entropy over the vocabulary on the CPU in fp32 or bf16, a block of the table at a time.
 
 A block's logits are turned into their softmax over that block while they lie in the processor's cache. What a block
 weighs in the whole vocabulary, a number for each row, is known once all blocks are; it goes to the narrow side of the
-products that give the gradients, and so does the label. So the logits are written once and read twice.
+products that give the gradients, and so does the label. So the logits are written once and read twice. In bf16 logits
+and probabilities are rounded to it, as products of bf16 are; softmax, shares and sums over blocks are in fp32.
 
 Shape letters: C rows of a chunk, D width, V vocabulary, K blocks, S entries of a block.
 """
@@ -33,39 +34,59 @@ def losses_and_gradients(
 
     first: grad_table holds nothing yet, and is overwritten. Labels are entries of the vocabulary.
     """
+    dtype = hidden_CD.dtype
     blocks = table_VD.split(BLOCK)
     softmaxes, sizes_CK = _softmaxes(hidden_CD, blocks)
     total_C1 = torch.logsumexp(sizes_CK, -1, keepdim=True)
     shares_CK = (sizes_CK - total_C1).exp_()
-    label_rows_CD = table_VD[labels_C1[:, 0]]
-    weighted_CD = hidden_CD * weights_C1
+    label_rows_CD = table_VD[labels_C1[:, 0]].float()
+    wide_CD = hidden_CD.float()
+    weighted_CD = wide_CD * weights_C1
+    sum_CD = torch.empty_like(wide_CD) if dtype != torch.float32 else grad_hidden_CD
     places = zip(blocks, grad_table_VD.split(BLOCK), softmaxes, shares_CK.split(1, -1), strict=True)
     for number, (rows_SD, grad_SD, p_CS, share_C1) in enumerate(places):
-        product_CD = times_transposed(p_CS, rows_SD.t())
+        product_CD = _times_transposed(p_CS, rows_SD.t()).float()
         if number == 0:
-            torch.mul(product_CD, share_C1, out=grad_hidden_CD)
+            torch.mul(product_CD, share_C1, out=sum_CD)
         else:
-            grad_hidden_CD.addcmul_(product_CD, share_C1)
-        if first:
-            torch.mm(p_CS.t(), weighted_CD * share_C1, out=grad_SD)
-        else:
-            grad_SD.addmm_(p_CS.t(), weighted_CD * share_C1)
-    grad_hidden_CD.sub_(label_rows_CD).mul_(weights_C1)
+            sum_CD.addcmul_(product_CD, share_C1)
+        add_product(grad_SD, p_CS.t(), (weighted_CD * share_C1).to(dtype), first=first)
+    sum_CD.sub_(label_rows_CD).mul_(weights_C1)
+    if sum_CD is not grad_hidden_CD:
+        grad_hidden_CD.copy_(sum_CD)
     grad_table_VD.index_add_(0, labels_C1[:, 0], weighted_CD, alpha=-1)
-    return total_C1[:, 0] - (hidden_CD * label_rows_CD).sum(-1)
+    # Rounded as the label's logit in the softmax is.
+    return total_C1[:, 0] - (wide_CD * label_rows_CD).sum(-1).to(dtype).float()
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """total += left @ right in place, in fp32; the first product overwrites."""
+    if total.dtype != left.dtype:
+        product = left @ right
+        total.copy_(product) if first else total.add_(product)
+    elif first:
+        torch.mm(left, right, out=total)
+    else:
+        total.addmm_(left, right)
 
 
 def _softmaxes(hidden_CD: Tensor, blocks: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
-    """The softmax over each block, CS; and the logarithm of the sum of each block's powers, CK."""
+    """The softmax over each block, CS in the type of hidden; the logarithm of the sum of each block's powers, CK."""
     softmaxes, sizes = [], []
     for rows_SD in blocks:
-        logits_CS = times_transposed(hidden_CD, rows_SD)
+        logits_CS = _times_transposed(hidden_CD, rows_SD).float()
         tried_C1, place_C1 = logits_CS[:, :_TRIED].max(-1, keepdim=True)
-        softmaxes.append(torch.softmax(logits_CS, -1, out=logits_CS))
-        share_C1 = logits_CS.gather(1, place_C1)
+        p_CS = torch.softmax(logits_CS, -1, out=logits_CS)
+        softmaxes.append(p_CS.to(hidden_CD.dtype))
+        share_C1 = p_CS.gather(1, place_C1)
         size_C1 = tried_C1 - share_C1.log()
         lost = (share_C1[:, 0] < _LEAST_SHARE).nonzero()[:, 0]
         if len(lost):
-            size_C1[lost] = F.linear(hidden_CD[lost], rows_SD).logsumexp(-1, keepdim=True)
+            size_C1[lost] = F.linear(hidden_CD[lost], rows_SD).float().logsumexp(-1, keepdim=True)
         sizes.append(size_C1)
     return softmaxes, torch.cat(sizes, -1)
+
+
+def _times_transposed(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """x weight^T; torch sends a product of bf16 to oneDNN itself, where the processor has what that needs."""
+    return times_transposed(x, weight_OI) if x.dtype == torch.float32 else F.linear(x, weight_OI)

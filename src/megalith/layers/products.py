@@ -6,6 +6,7 @@ on type, device and size, never on a measurement, so that a run gives the same b
 Shape letters: N rows, I inputs, O outputs.
 """
 
+import platform
 from typing import Any
 
 import torch
@@ -33,6 +34,15 @@ def suits_onednn(left: Tensor, right: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available()
     )
+
+
+def has_instructions_for(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies numbers of a type itself, as far as can be told: only for x86-64."""
+    if dtype == torch.float32 or platform.machine() != "x86_64":
+        return True
+    if dtype == torch.bfloat16:
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return bool(torch.cpu._is_amx_fp16_supported())
 
 
 def times_transposed(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
