@@ -69,8 +69,7 @@ def loaded(run_dir: Path) -> T5:
     run = run_of(str(run_dir))
 
     def build(index: Index) -> T5:
-        size, untied = index.state["model"]["padded_vocab_size"], run.model.untie_embeddings_and_output_weights
-        return T5(run.model, size, untie_embeddings_and_output_weights=untied, device="meta").to_empty(device="cpu")
+        return T5(run.model, index.state["model"]["padded_vocab_size"], device="meta").to_empty(device="cpu")
 
     return load_weights(str(run_dir), build, step=None)[0].eval()
 

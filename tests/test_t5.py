@@ -112,7 +112,7 @@ def test_the_originals_options_are_those_of_t5_alone() -> None:
 def test_operations_are_those_that_pytorch_counts(options: list[str]) -> None:
     words = "--attention-dropout 0 --hidden-dropout 0 --ffn-hidden-size 40 --kv-channels 6".split()
     run = read_command_line([*MODEL, *words, *options])
-    model = T5(run.model, 64, untie_embeddings_and_output_weights=bool(options))
+    model = T5(run.model, 64)
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)

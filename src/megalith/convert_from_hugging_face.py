@@ -50,8 +50,7 @@ def from_hugging_face(directory: str, run_dir: str, *, tokenizer_settings: Mappi
         weights = Weights(folder, theirs, num_heads=shape_of(run.model).num_heads)
         vocab_size = weights.read("shared.weight").shape[0]
         run = padded_to(run, tokenizer.vocab_size, vocab_size)
-        untied = run.model.untie_embeddings_and_output_weights
-        model = T5(run.model, vocab_size, untie_embeddings_and_output_weights=untied, device="meta")
+        model = T5(run.model, vocab_size, device="meta")
         tensors = {}
         for name, parameter in model.named_parameters():
             tensors[f"weight.{name}"] = found = weights.of_ours(name)

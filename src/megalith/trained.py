@@ -95,9 +95,7 @@ def load_weights(directory: str, build: Callable[[Index], Model], *, step: int |
 def empty_model(run: Run, vocab_size: int, device: str) -> Decoder:
     """The model of a run with memory for its weights."""
     chosen, dtype = compute_type(run, device)
-    untied = run.model.untie_embeddings_and_output_weights
-    model = Decoder(run.model, vocab_size, dtype=dtype, untie_embeddings_and_output_weights=untied, device="meta")
-    return model.to_empty(device=chosen).eval()
+    return Decoder(run.model, vocab_size, dtype=dtype, device="meta").to_empty(device=chosen).eval()
 
 
 def compute_type(run: Run, device: str, local_rank: int = 0) -> tuple[torch.device, torch.dtype]:

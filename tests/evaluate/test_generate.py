@@ -25,8 +25,9 @@ def model() -> Decoder:
     draw_weights(model, 1234)
     with torch.no_grad():
         # A fresh tied table favours the token that came in; noise makes continuations lively. Padding is likely, too.
-        model.final_norm.bias.copy_(torch.randn(16, generator=torch.Generator().manual_seed(1)))
-        model.word_embedding.weight[VOCABULARY:] = 3 * model.final_norm.bias
+        bias = model.get_parameter("final_norm.bias")
+        bias.copy_(torch.randn(16, generator=torch.Generator().manual_seed(1)))
+        model.word_embedding.weight[VOCABULARY:] = 3 * bias
     return model
 
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from megalith.models.bert import Bert
-from megalith.models.decoder import num_parameters
-from tests.golden.test_model_gpt import assert_near, fill, golden_config, our_name
+from tests.golden.test_model_gpt import assert_near, fill, golden_config, num_parameters, our_name
 
 VARIANTS = {"binary_head": True, "no_binary_head": False}
 

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from megalith.models.decoder import num_parameters
 from megalith.models.t5 import T5
-from tests.golden.test_model_gpt import assert_near, fill, golden_config
+from tests.golden.test_model_gpt import assert_near, fill, golden_config, num_parameters
 
 # The reference's names, without the prefix of the whole model, and ours. Its norms are called by what comes before.
 RENAMED = {
@@ -60,7 +59,8 @@ def inputs_of(figures: dict[str, Any]) -> dict[str, torch.Tensor]:
 def test_losses_are_those_of_megatron(figures: dict[str, Any], model: T5) -> None:
     inputs = inputs_of(figures)
     labels, weights = torch.tensor(figures["labels"]), torch.tensor(figures["loss_mask"])
-    losses = model.token_losses(inputs["tokens_BP"], inputs["padding"], labels)
+    stream = model.stream(inputs["tokens_BP"], inputs["padding"], None)[:, inputs["padding"].shape[1] :]
+    losses = model.token_losses(model.hidden(stream), labels)
     # Behind the end of a text, where nothing counts, Megatron-LM lets a token see all tokens alike, future ones too.
     counts = weights > 0
     assert_near(losses[counts], torch.tensor(figures["per_token_losses"])[counts].tolist(), "losses")

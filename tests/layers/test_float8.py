@@ -64,9 +64,15 @@ def linears_of(model: nn.Module) -> Iterator[tuple[str, Linear]]:
 
 
 def test_only_products_inside_blocks_whose_features_fit_change() -> None:
-    config = ModelConfig(num_layers=1, hidden_size=32, num_attention_heads=2, max_position_embeddings=8)
-    model = Decoder(config, 64, untie_embeddings_and_output_weights=True, device="meta")
-    model.layers["0"].feedforward.up = Linear(32, 24, ZEROS, device=torch.device("meta"))  # type: ignore[union-attr]
+    config = ModelConfig(
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        untie_embeddings_and_output_weights=True,
+    )
+    model = Decoder(config, 64, device="meta")
+    model.layers["0"].feedforward.up = Linear(32, 24, ZEROS, device="meta")  # type: ignore[union-attr]
     use_float8(model, "e4m3")
     changed = {name for name, layer in linears_of(model) if layer.product is not None}
     assert changed == {"layers.0.attention.qkv", "layers.0.attention.out", "layers.0.feedforward.down"}

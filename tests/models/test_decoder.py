@@ -9,8 +9,9 @@ from megalith.layers.cache import KeyValueCache
 from megalith.layers.initial import draw_weights
 from megalith.layers.mask import Mask
 from megalith.layers.random import dropout_rows
-from megalith.models.decoder import Decoder, num_parameters, run_whole
+from megalith.models.decoder import Decoder
 from megalith.models.settings import ModelConfig
+from megalith.models.transformer import run_whole
 
 B, T, V = 3, 10, 24
 CONFIG = ModelConfig(
@@ -25,6 +26,10 @@ def decoder(config: ModelConfig = CONFIG, **options: Any) -> Decoder:
     model = Decoder(config, V, **options)
     draw_weights(model, 1234)
     return model
+
+
+def num_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def tokens() -> Tensor:
@@ -57,7 +62,7 @@ def test_names_are_by_layer_number() -> None:
 
 
 def test_an_untied_output_has_a_table_of_its_own() -> None:
-    tied, untied = decoder(STILL), decoder(STILL, untie_embeddings_and_output_weights=True)
+    tied, untied = decoder(STILL), decoder(dataclasses.replace(STILL, untie_embeddings_and_output_weights=True))
     assert num_parameters(untied) - num_parameters(tied) == V * 16
     with torch.no_grad():
         untied.output.weight.copy_(tied.word_embedding.weight)
@@ -74,7 +79,7 @@ def test_the_loss_is_the_cross_entropy_of_the_logits() -> None:
     logits = model(whole[:, :-1], POSITIONS)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), whole[:, 1:].flatten())
     torch.testing.assert_close(loss_of(model), expected)
-    losses = model.token_losses(whole[:, :-1], POSITIONS, whole[:, 1:])
+    losses = model.token_losses(model.hidden(model.stream(whole[:, :-1], POSITIONS)), whole[:, 1:])
     torch.testing.assert_close(losses.mean(), expected.detach())
 
 
@@ -223,7 +228,7 @@ def test_the_seams_are_used() -> None:
         return entropy(*args, **kwargs)
 
     model.mask_for, model.cross_entropy = mask_for, cross_entropy
-    model.score = lambda hidden, table: 2 * score(hidden, table)
+    model.score = lambda *args, **kwargs: 2 * score(*args, **kwargs)
     assert torch.equal(loss_of(model), expected)
     assert calls == ["mask", "loss"]
     inputs = tokens()[:, :-1]
@@ -236,6 +241,7 @@ def test_a_model_at_its_start_loses_what_a_uniform_guess_loses_and_a_little_more
     model = Decoder(config, 1000)
     draw_weights(model, 1234)
     tokens = torch.randint(1000, (8, 65), generator=torch.Generator().manual_seed(3))
-    losses = model.token_losses(tokens[:, :-1], torch.arange(64).expand(8, 64), tokens[:, 1:])
+    stream = model.stream(tokens[:, :-1], torch.arange(64).expand(8, 64))
+    losses = model.token_losses(model.hidden(stream), tokens[:, 1:])
     expected = torch.tensor(1000.0).log() + 64 * 0.02**2 / 2
     assert float(losses.mean()) == pytest.approx(float(expected), abs=0.02)

@@ -1,5 +1,6 @@
 """A model cut over tensor and context ranks gives the losses and gradients of the whole one."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -49,7 +50,7 @@ def loss_of(model: Decoder, data: dict[str, Tensor]) -> Tensor:
 
 
 def whole(config: ModelConfig, *, documents: bool, untied: bool) -> tuple[float, dict[str, Tensor]]:
-    model = Decoder(config, VOCAB, untie_embeddings_and_output_weights=untied)
+    model = Decoder(replace(config, untie_embeddings_and_output_weights=untied), VOCAB)
     draw_weights(model, 7)
     loss = loss_of(model, batch(documents=documents))
     loss.backward()
@@ -75,7 +76,7 @@ def cut_run(
 ) -> tuple[float, dict[str, tuple[Cut, NDArray[Any]]]]:
     layout = Layout(world_size, rank, 0, tensor=tensor, context=world_size // tensor)
     groups: Groups = make_groups(layout, torch.device("cpu"))
-    model = Decoder(config, VOCAB, untie_embeddings_and_output_weights=untied, device="meta")
+    model = Decoder(replace(config, untie_embeddings_and_output_weights=untied), VOCAB, device="meta")
     cuts = split_tensors(model, groups.tensor, sequence=sequence)
     cut_context(model, groups.context, exchange=exchange)
     model.to_empty(device="cpu")
@@ -140,7 +141,7 @@ class Gate(nn.Module):
 
 def refusal(rank: int) -> str:
     layout = Layout(2, rank, 0, tensor=2)
-    model = Decoder(CONFIG, VOCAB, untie_embeddings_and_output_weights=False, device="meta")
+    model = Decoder(CONFIG, VOCAB, device="meta")
     model.layers["1"].gate = Gate()
     try:
         split_tensors(model, make_groups(layout, torch.device("cpu")).tensor, sequence=False)
@@ -160,7 +161,7 @@ def test_on_one_rank_no_row_is_needed() -> None:
 
 
 def test_every_layer_of_the_models_with_weights_of_its_own_has_a_row() -> None:
-    model = Decoder(CONFIG, VOCAB, untie_embeddings_and_output_weights=True, device="meta")
+    model = Decoder(replace(CONFIG, untie_embeddings_and_output_weights=True), VOCAB, device="meta")
     cut_by_their_owner = {"Linear", "Embedding"}
     for module in model.modules():
         if list(module.parameters(recurse=False)) and type(module).__name__ not in cut_by_their_owner:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 import tests.early  # noqa: F401 - for its effect
 from megalith.layers.loss import vocabulary_cross_entropy
-from megalith.models.decoder import score_tokens
+from megalith.models.transformer import score_tokens
 from megalith.parallel.mesh import Layout, make_groups
 from megalith.parallel.vocabulary import cut_cross_entropy, cut_logits
 from tests.ranks import run_ranks

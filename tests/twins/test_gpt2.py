@@ -28,7 +28,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"ffn_hidden_size": 20, "layernorm_epsilon": 1e-3},
     ),
     "one_layer_one_head": ({"n_layer": 1, "n_head": 1}, {"num_layers": 1, "num_attention_heads": 1}),
-    "untied": ({"tie_word_embeddings": False}, {}),
+    "untied": ({"tie_word_embeddings": False}, {"untie_embeddings_and_output_weights": True}),
 }
 
 
@@ -79,8 +79,7 @@ def test_logits_loss_and_gradients_are_those_of_the_hugging_face_model(case: str
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
-    config = ModelConfig(**(settings | our_options))
-    model = Decoder(config, V, untie_embeddings_and_output_weights=case == "untied")
+    model = Decoder(ModelConfig(**(settings | our_options)), V)
     num_heads = twin.config.n_head
     twin_weights = dict(twin.state_dict())
     with torch.no_grad():

@@ -80,8 +80,9 @@ def our_model(options: dict[str, Any], *, tied: bool) -> T5:
         "softmax_scale": 1.0,
         "position_embedding_type": "relative",
         "output_bias": False,
+        "untie_embeddings_and_output_weights": not tied,
     }
-    return T5(ModelConfig(**(settings | options)), V, untie_embeddings_and_output_weights=not tied)
+    return T5(ModelConfig(**(settings | options)), V)
 
 
 RENAMED = {

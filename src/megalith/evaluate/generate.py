@@ -143,7 +143,7 @@ def _last_logits(model: Decoder, tokens: Tensor, positions: Tensor, counts: list
     x_BTD = model.stream(tokens, positions, cache=cache)
     last_B = torch.tensor(counts, device=tokens.device) - 1
     x_B1D = x_BTD[torch.arange(len(counts), device=tokens.device), last_B][:, None]
-    return model.logits(x_B1D)[:, 0]
+    return model.token_scores(model.hidden(x_B1D))[:, 0]
 
 
 def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:

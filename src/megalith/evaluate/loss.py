@@ -29,6 +29,7 @@ class StreamLoss:
         return math.exp(min(20.0, self.mean))
 
 
+@torch.no_grad()
 def stream_loss(model: Decoder, tokens: NDArray[np.int64], *, window: int, windows_at_once: int = 8) -> StreamLoss:
     """The loss over a stream cut into windows, each token but the first predicted once.
 
@@ -49,7 +50,7 @@ def stream_loss(model: Decoder, tokens: NDArray[np.int64], *, window: int, windo
         for inputs, labels in pieces:
             if inputs.numel():
                 positions = torch.arange(inputs.shape[1], device=device).expand_as(inputs)
-                total += model.token_losses(inputs, positions, labels).double().sum().item()
+                total += model.token_losses(model.hidden(model.stream(inputs, positions)), labels).double().sum().item()
     return StreamLoss(total, len(tokens) - 1)
 
 

@@ -38,6 +38,7 @@ class TextFigures:
         return math.exp(min(20.0, self.loss.mean * self.token_ratio))
 
 
+@torch.no_grad()
 def overlapping_loss(
     model: Decoder, tokens: NDArray[np.int64], *, window: int, stride: int, windows_at_once: int = 8
 ) -> StreamLoss:
@@ -60,7 +61,7 @@ def overlapping_loss(
         pieces = torch.from_numpy(np.stack([tokens[start : start + window + 1] for start in group])).to(device)
         inputs, labels = pieces[:, :-1], pieces[:, 1:]
         positions = torch.arange(inputs.shape[1], device=device).expand_as(inputs)
-        losses = model.token_losses(inputs, positions, labels).double()
+        losses = model.token_losses(model.hidden(model.stream(inputs, positions)), labels).double()
         for start, of_window in zip(group, losses, strict=True):
             total += of_window[0 if start == 0 else window - stride :].sum().item()
     return StreamLoss(total, count)

@@ -108,7 +108,7 @@ class SelfAttention(_Attention):
         divisor: float,
         dropout: float,
         where: int,
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__(shape, divisor=divisor, dropout=dropout, where=where)
         joined = shape.num_heads * shape.head_width
@@ -138,7 +138,7 @@ class CrossAttention(_Attention):
         divisor: float,
         dropout: float,
         where: int,
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__(shape, divisor=divisor, dropout=dropout, where=where)
         joined = shape.num_heads * shape.head_width

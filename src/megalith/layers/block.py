@@ -48,7 +48,13 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, shape: BlockShape, *, number: int, stack: str, cross: bool = False, device: torch.device | None = None
+        self,
+        shape: BlockShape,
+        *,
+        number: int,
+        stack: str,
+        cross: bool = False,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.shape = shape

@@ -16,7 +16,7 @@ class Embedding(nn.Module):
     Seam for vocabulary parallelism: look_up(ids, table), where the table may be a part of the rows.
     """
 
-    def __init__(self, rows: int, width: int, weight: Initial, *, device: torch.device | None = None) -> None:
+    def __init__(self, rows: int, width: int, weight: Initial, *, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, width, dtype=torch.float32, device=device))
         self.initial = {"weight": weight}

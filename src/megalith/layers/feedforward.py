@@ -39,7 +39,7 @@ class FeedForward(nn.Module):
         down: Initial,
         activation: Activation = "gelu",
         bias: bool = True,
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.up = Linear(width, inner, up, bias=bias, device=device)

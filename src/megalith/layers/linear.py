@@ -17,7 +17,7 @@ class Linear(nn.Module):
     """
 
     def __init__(
-        self, inputs: int, outputs: int, weight: Initial, *, bias: bool = True, device: torch.device | None = None
+        self, inputs: int, outputs: int, weight: Initial, *, bias: bool = True, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=torch.float32, device=device))

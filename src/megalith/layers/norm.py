@@ -14,7 +14,7 @@ Normalization = Literal["LayerNorm", "RMSNorm"]
 class LayerNorm(nn.Module):
     """Layer normalisation (Ba, Kiros and Hinton 2016): statistics in fp32, output in the type of x."""
 
-    def __init__(self, width: int, epsilon: float, *, device: torch.device | None = None) -> None:
+    def __init__(self, width: int, epsilon: float, *, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, dtype=torch.float32, device=device))
         self.bias = nn.Parameter(torch.empty(width, dtype=torch.float32, device=device))
@@ -28,7 +28,7 @@ class LayerNorm(nn.Module):
 class RMSNorm(nn.Module):
     """Division by the root of the mean square (Zhang and Sennrich 2019, arXiv:1910.07467), in fp32; no bias."""
 
-    def __init__(self, width: int, epsilon: float, *, device: torch.device | None = None) -> None:
+    def __init__(self, width: int, epsilon: float, *, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, dtype=torch.float32, device=device))
         self.initial = {"weight": ONES}
@@ -40,6 +40,8 @@ class RMSNorm(nn.Module):
         return (normed * self.weight).to(x.dtype)
 
 
-def make_norm(kind: Normalization, width: int, epsilon: float, *, device: torch.device | None = None) -> nn.Module:
+def make_norm(
+    kind: Normalization, width: int, epsilon: float, *, device: torch.device | str | None = None
+) -> nn.Module:
     """A norm of that kind."""
     return (RMSNorm if kind == "RMSNorm" else LayerNorm)(width, epsilon, device=device)

@@ -27,7 +27,7 @@ class RelativePositions(nn.Module):
         weight: Initial,
         *,
         both_ways: bool,
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_buckets, num_heads, dtype=torch.float32, device=device))

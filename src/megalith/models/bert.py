@@ -10,19 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalith.layers.block import Block
 from megalith.layers.dropout import drop
 from megalith.layers.embedding import Embedding
 from megalith.layers.feedforward import Gelu, gelu
 from megalith.layers.initial import ZEROS
 from megalith.layers.linear import Linear
-from megalith.layers.loss import per_token_losses, vocabulary_cross_entropy
-from megalith.layers.mask import Mask, make_mask
 from megalith.layers.norm import LayerNorm
 from megalith.layers.random import key
-from megalith.models.decoder import run_whole, score_tokens
 from megalith.models.settings import ModelConfig
-from megalith.models.shape import block_shape, initial_weights, shape_of
+from megalith.models.shape import initial_weights, shape_of
+from megalith.models.transformer import LanguageModel
 
 NUM_TOKEN_TYPES = 2  # first and second part of a text
 
@@ -31,7 +28,7 @@ NUM_TOKEN_TYPES = 2  # first and second part of a text
 Head = Literal["pretraining", "classification"]
 
 
-class Bert(nn.Module):
+class Bert(LanguageModel):
     """A transformer that sees both ways (BERT, Devlin et al. 2018, arXiv:1810.04805), with Megatron-LM's options.
 
     With head None it is an encoder alone, for models that are made of encoders: `forward` without labels gives the
@@ -41,7 +38,7 @@ class Bert(nn.Module):
 
     num_classes: of a classification. With norm_after_residual the norms are where the original has them: after the
     embeddings and after every sum, so there is no final one. layers, first, last, dtype and the seams: as for
-    `Decoder`; first_token gives the hidden state of place 0 from those of the tokens that are held here.
+    `LanguageModel`; first_token gives the hidden state of place 0 from those of the tokens that are held here.
     """
 
     def __init__(
@@ -59,45 +56,31 @@ class Bert(nn.Module):
         last: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        device = None if device is None else torch.device(device)
-        shape = shape_of(config)
+        super().__init__(config, dtype=dtype, first=first, last=last)
+        width = shape_of(config).width
         inner, _ = initial_weights(config)
-        common = block_shape(config, dtype)
-        self.config = config
-        self.first, self.last = first, last
-        self.dtype = dtype
-        epsilon = config.layernorm_epsilon
         if first or (last and head == "pretraining"):
-            self.word_embedding = Embedding(vocab_size, shape.width, inner, device=device)
+            self.word_embedding = Embedding(vocab_size, width, inner, device=device)
         if first:
-            self.position_embedding = Embedding(shape.num_positions, shape.width, inner, device=device)
+            self.position_embedding = Embedding(shape_of(config).num_positions, width, inner, device=device)
             if config.bert_binary_head if token_types is None else token_types:
-                self.token_type_embedding = Embedding(NUM_TOKEN_TYPES, shape.width, inner, device=device)
+                self.token_type_embedding = Embedding(NUM_TOKEN_TYPES, width, inner, device=device)
             if config.norm_after_residual:
-                self.embedding_norm = LayerNorm(shape.width, epsilon, device=device)
-        numbers = range(shape.num_layers) if layers is None else layers
-        self.layers = nn.ModuleDict(
-            {str(number): Block(common, number=number, stack=stack, device=device) for number in numbers}
-        )
+                self.embedding_norm = self.make_norm(device=device)
+        self.layers = self.make_blocks(layers, stack=stack, device=device)
         if last and not config.norm_after_residual:
-            self.final_norm = LayerNorm(shape.width, epsilon, device=device)
+            self.final_norm = self.make_norm(device=device)
         if last and (head == "classification" or (head == "pretraining" and config.bert_binary_head)):
-            self.pooler = Linear(shape.width, shape.width, inner, device=device)
+            self.pooler = Linear(width, width, inner, device=device)
         if last and head == "pretraining":
             self.lm_head = TokenHead(config, vocab_size, device=device)
             if config.bert_binary_head:
-                self.binary_head = Linear(shape.width, 2, inner, device=device)
+                self.binary_head = Linear(width, 2, inner, device=device)
         if last and head == "classification":
-            self.classification_head = Linear(shape.width, num_classes, inner, device=device)
+            self.classification_head = Linear(width, num_classes, inner, device=device)
         self._drop_embedding = key("dropout", stack, "embedding")
         self._drop_pooled = key("dropout", stack, "pooled")
-        self.run_blocks: Callable[..., Tensor] = run_whole
-        self.mask_for: Callable[..., Mask] = make_mask
-        self.cut: Callable[[Tensor], Tensor] | None = None
         self.first_token: Callable[[Tensor], Tensor] = take_first
-        self.score: Callable[..., Tensor] = score_tokens
-        self.cross_entropy: Callable[..., Tensor] = vocabulary_cross_entropy
 
     def forward(
         self,
@@ -122,12 +105,12 @@ class Bert(nn.Module):
         first takes the stream BTD for tokens; one that is not last returns it.
         """
         x_BTD = self.embed(tokens_BT, types_BT, rows) if self.first else tokens_BT
-        drops_scores = rows is not None and self.config.attention_dropout > 0
-        mask = self.mask_for(types_BT.shape[1], causal=False, query_documents_BT=padding, dense=drops_scores)
+        dense = self.drops_scores(rows)
+        mask = self.mask_for(types_BT.shape[1], causal=False, query_documents_BT=padding, dense=dense)
         x_BTD = self.run_blocks(list(self.layers.values()), x_BTD, mask, rows)
         if not self.last:
             return x_BTD
-        hidden_BTD = (x_BTD if self.config.norm_after_residual else self.final_norm(x_BTD)).to(self.dtype)
+        hidden_BTD = self.hidden(x_BTD)
         if classes is not None:
             assert class_weights is not None, "classes come with weights"
             scores_BC = self.class_scores(hidden_BTD, rows)
@@ -150,27 +133,21 @@ class Bert(nn.Module):
             x_BTD = x_BTD + self.token_type_embedding(types_BT)
         if self.config.norm_after_residual:
             x_BTD = self.embedding_norm(x_BTD)
-        if not self.config.fp32_residual_connection:
-            x_BTD = x_BTD.to(self.dtype)
-        if self.cut is not None and rows_BT is not None:
-            rows_BT = self.cut(rows_BT)
-        return drop(x_BTD, rows_BT, self.config.hidden_dropout, self._drop_embedding)
+        return self.entering(x_BTD, rows_BT, self._drop_embedding)
 
-    def token_loss(self, hidden_BTD: Tensor, labels_BT: Tensor, loss_weights_BT: Tensor) -> Tensor:
-        """The fp32 sum over tokens of loss weight times cross entropy."""
-        return self.cross_entropy(
-            self.lm_head(hidden_BTD),
-            self.word_embedding.weight,
-            labels_BT,
-            loss_weights_BT,
-            bias_V=self.lm_head.bias,
-            softmax_in_16_bit=self.config.fp16_lm_cross_entropy,
-        )
+    def hidden(self, x_BTD: Tensor) -> Tensor:
+        """BTD: what heads read, from the stream after the last block."""
+        return x_BTD.to(self.dtype) if self.config.norm_after_residual else super().hidden(x_BTD)
 
-    def token_scores(self, hidden_BTD: Tensor) -> Tensor:
-        """BTV: scores of what stands at every place, from hidden states."""
-        features_BTD = self.lm_head(hidden_BTD)
-        return self.score(features_BTD, self.word_embedding.weight, bias_V=self.lm_head.bias)
+    @property
+    def token_bias(self) -> Tensor:
+        """V: what is added to the scores of tokens."""
+        return self.lm_head.bias
+
+    def features(self, hidden_BTD: Tensor) -> Tensor:
+        """BTD: what the table scores, from hidden states."""
+        features_BTD: Tensor = self.lm_head(hidden_BTD)
+        return features_BTD
 
     def order_scores(self, hidden_BTD: Tensor) -> Tensor:
         """B2: scores of the two parts' standing in their order, and of their being swapped."""
@@ -188,22 +165,11 @@ class Bert(nn.Module):
         """BD: what the whole text is, read at its first token."""
         return torch.tanh(self.pooler(self.first_token(hidden_BTD)))
 
-    @torch.no_grad()
-    def token_losses(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
-        """fp32 BT: the cross entropy of every token, from hidden states, without gradients."""
-        return per_token_losses(
-            self.lm_head(hidden_BTD),
-            self.word_embedding.weight,
-            labels_BT,
-            bias_V=self.lm_head.bias,
-            softmax_in_16_bit=self.config.fp16_lm_cross_entropy,
-        )
-
 
 class TokenHead(nn.Module):
     """What hidden states go through before the table scores them, and the bias of those scores."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, *, device: torch.device | None = None) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, *, device: torch.device | str | None = None) -> None:
         super().__init__()
         width = shape_of(config).width
         weight, _ = initial_weights(config)

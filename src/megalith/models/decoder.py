@@ -3,46 +3,22 @@
 Shape letters: B batch, T token, D width, V vocabulary (padded).
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from megalith.layers.block import Block
 from megalith.layers.cache import KeyValueCache
-from megalith.layers.dropout import drop
 from megalith.layers.embedding import Embedding
 from megalith.layers.linear import Linear
-from megalith.layers.loss import per_token_losses, vocabulary_cross_entropy
-from megalith.layers.mask import Mask, make_mask
-from megalith.layers.norm import LayerNorm
 from megalith.layers.random import key
 from megalith.models.settings import ModelConfig
-from megalith.models.shape import block_shape, initial_weights, shape_of
+from megalith.models.shape import initial_weights, shape_of
+from megalith.models.transformer import LanguageModel
 
 
-def run_whole(blocks: Sequence[nn.Module], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Run blocks one after the other and keep what their backward passes need. args: the mask, the dropout rows."""
-    for block in blocks:
-        x = block(x, *args, **kwargs)
-    return x
-
-
-class Decoder(nn.Module):
-    """A decoder-only transformer (GPT-2, Radford et al. 2019), with Megatron-LM's options.
-
-    Parameters are not initialised: `draw_weights` or a checkpoint fills them. They are named by the layer's number in
-    the whole model, also where only a part is held: layers limits the blocks, first says whether the embeddings are
-    here, last whether the final norm and the output are (the tied table is then here as well).
-
-    dtype: of the computation; the stream between blocks is in fp32 if fp32_residual_connection.
-
-    Seams for parallelism: run_blocks(blocks, x, ...) runs blocks, for recomputation; mask_for makes the mask; cut(rows)
-    gives the rows of those tokens of the stream that are held here; score projects to the vocabulary; cross_entropy is
-    the loss over it.
-    """
+class Decoder(LanguageModel):
+    """A decoder-only transformer (GPT-2, Radford et al. 2019), with Megatron-LM's options."""
 
     def __init__(
         self,
@@ -50,37 +26,23 @@ class Decoder(nn.Module):
         vocab_size: int,
         *,
         dtype: torch.dtype = torch.float32,
-        untie_embeddings_and_output_weights: bool = False,
         layers: Iterable[int] | None = None,
         first: bool = True,
         last: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        device = None if device is None else torch.device(device)
+        super().__init__(config, dtype=dtype, first=first, last=last)
         shape = shape_of(config)
         table, _ = initial_weights(config)
-        common = block_shape(config, dtype)
-        self.config = config
-        self.first, self.last, self.tied = first, last, not untie_embeddings_and_output_weights
-        self.dtype = dtype
         if first or (last and self.tied):
             self.word_embedding = Embedding(vocab_size, shape.width, table, device=device)
         if first:
             self.position_embedding = Embedding(shape.num_positions, shape.width, table, device=device)
-        numbers = range(shape.num_layers) if layers is None else layers
-        self.layers = nn.ModuleDict(
-            {str(number): Block(common, number=number, stack="layers", device=device) for number in numbers}
-        )
+        self.layers = self.make_blocks(layers, device=device)
         if last:
-            self.final_norm = LayerNorm(shape.width, config.layernorm_epsilon, device=device)
+            self.final_norm = self.make_norm(device=device)
             if not self.tied:
                 self.output = Linear(shape.width, vocab_size, table, bias=False, device=device)
-        self.run_blocks: Callable[..., Tensor] = run_whole
-        self.mask_for: Callable[..., Mask] = make_mask
-        self.cut: Callable[[Tensor], Tensor] | None = None
-        self.score: Callable[..., Tensor] = score_tokens
-        self.cross_entropy: Callable[..., Tensor] = vocabulary_cross_entropy
 
     def forward(
         self,
@@ -110,15 +72,9 @@ class Decoder(nn.Module):
         if not self.last:
             return x_BTD
         if labels is None:
-            return self.logits(x_BTD)
+            return self.token_scores(self.hidden(x_BTD))
         assert loss_weights is not None, "labels come with loss weights"
-        return self.cross_entropy(
-            self.final_norm(x_BTD).to(self.dtype),
-            self.output_table if table_VD is None else table_VD,
-            labels,
-            loss_weights,
-            softmax_in_16_bit=self.config.fp16_lm_cross_entropy,
-        )
+        return self.token_loss(self.hidden(x_BTD), labels, loss_weights, table_VD=table_VD)
 
     def stream(
         self,
@@ -141,12 +97,12 @@ class Decoder(nn.Module):
         rows: Tensor | None,
         cache: KeyValueCache | None,
     ) -> Tensor:
+        num_tokens = positions_BT.shape[1]
         if cache is not None:
-            mask = cache.mask(positions_BT.shape[1])
+            mask = cache.mask(num_tokens)
         else:
-            drops_scores = rows is not None and self.config.attention_dropout > 0
-            num_tokens = positions_BT.shape[1]
-            mask = self.mask_for(num_tokens, causal=True, query_documents_BT=documents, dense=drops_scores)
+            dense = self.drops_scores(rows)
+            mask = self.mask_for(num_tokens, causal=True, query_documents_BT=documents, dense=dense)
         return self.run_blocks(list(self.layers.values()), x_BTD, mask, rows, cache=cache)
 
     def embed(self, tokens_BT: Tensor, positions_BT: Tensor, rows_BT: Tensor | None) -> Tensor:
@@ -154,40 +110,5 @@ class Decoder(nn.Module):
         return self._embedded(self.word_embedding(tokens_BT), positions_BT, rows_BT)
 
     def _embedded(self, looked_up_BTD: Tensor, positions_BT: Tensor, rows_BT: Tensor | None) -> Tensor:
-        x_BTD: Tensor = looked_up_BTD + self.position_embedding(positions_BT)
-        if not self.config.fp32_residual_connection:
-            x_BTD = x_BTD.to(self.dtype)
-        if self.cut is not None and rows_BT is not None:
-            rows_BT = self.cut(rows_BT)
-        return drop(x_BTD, rows_BT, self.config.hidden_dropout, key("dropout", "embedding"))
-
-    def logits(self, x_BTD: Tensor) -> Tensor:
-        """BTV: scores of the next token from the stream after the last block."""
-        hidden_BTD = self.final_norm(x_BTD).to(self.dtype)
-        return self.score(hidden_BTD, self.output_table)
-
-    @property
-    def output_table(self) -> nn.Parameter:
-        """VD: the table that scores tokens."""
-        table: nn.Parameter = self.word_embedding.weight if self.tied else self.output.weight
-        return table
-
-    @torch.no_grad()
-    def token_losses(
-        self, tokens_BT: Tensor, positions_BT: Tensor, labels_BT: Tensor, *, documents: Tensor | None = None
-    ) -> Tensor:
-        """fp32 BT: the cross entropy of every token, without dropout and gradients."""
-        hidden_BTD = self.final_norm(self.stream(tokens_BT, positions_BT, documents=documents)).to(self.dtype)
-        return per_token_losses(
-            hidden_BTD, self.output_table, labels_BT, softmax_in_16_bit=self.config.fp16_lm_cross_entropy
-        )
-
-
-def score_tokens(hidden_BTD: Tensor, table_VD: Tensor, *, bias_V: Tensor | None = None) -> Tensor:
-    """BTV: the product of every token's features with every row of the table, and the bias added."""
-    return F.linear(hidden_BTD, table_VD.to(hidden_BTD.dtype), None if bias_V is None else bias_V.to(hidden_BTD.dtype))
-
-
-def num_parameters(model: nn.Module) -> int:
-    """Elements of all parameters held here; a tied table counts once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+        x_BTD = looked_up_BTD + self.position_embedding(positions_BT)
+        return self.entering(x_BTD, rows_BT, key("dropout", "embedding"))

@@ -30,7 +30,6 @@ class Tower(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        device = None if device is None else torch.device(device)
         self.encoder = Bert(
             config, vocab_size, dtype=dtype, head=None, stack=stack, token_types=True, first=True, device=device
         )

@@ -4,24 +4,20 @@ Shape letters: B batch, E encoder token, T decoder token, P place in the joined 
 V vocabulary.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from megalith.layers.block import Block
-from megalith.layers.dropout import drop
 from megalith.layers.embedding import Embedding
 from megalith.layers.initial import ZEROS
 from megalith.layers.linear import Linear
-from megalith.layers.loss import per_token_losses, vocabulary_cross_entropy
-from megalith.layers.mask import Mask, make_mask, with_bias
-from megalith.layers.norm import make_norm
+from megalith.layers.mask import Mask, with_bias
 from megalith.layers.random import key
 from megalith.layers.relative import RelativePositions
-from megalith.models.decoder import run_whole, score_tokens
 from megalith.models.settings import ModelConfig
-from megalith.models.shape import block_shape, initial_weights, normalization_of, shape_of
+from megalith.models.shape import initial_weights, shape_of
+from megalith.models.transformer import LanguageModel
 
 
 def num_layers_of(config: ModelConfig) -> int:
@@ -29,19 +25,18 @@ def num_layers_of(config: ModelConfig) -> int:
     return 2 * shape_of(config).num_layers
 
 
-class T5(nn.Module):
+class T5(LanguageModel):
     """An encoder and a decoder that sees it (T5, Raffel et al. 2019, arXiv:1910.10683), as Megatron-LM has it.
 
     One table serves both and, with a bias, the output. With the options of its settings it is the original: positions
     by distance, one table of them for each stack; norms without a mean; feed-forwards with relu or a gate; no biases;
     unscaled scores; an output with a table of its own, or with features divided by the root of the width.
 
-    layers: numbers of the layers held here, those of the encoder
-    first and those of the decoder behind them; first, last, dtype: as for `Decoder`. What leaves a part of the model is
-    the encoder's and the decoder's stream joined along the tokens: the decoder's waits, embedded, while the encoder's
-    layers run, and the encoder's output is handed on through the decoder's.
+    layers: numbers of the layers held here, those of the encoder first and those of the decoder behind them. What
+    leaves a part of the model is the encoder's and the decoder's stream joined along the tokens: the decoder's waits,
+    embedded, while the encoder's layers run, and the encoder's output is handed on through the decoder's.
 
-    Seams for parallelism: those of `Decoder`; cut(entry) gives those tokens of one stream that are held here.
+    Seams for parallelism: those of `LanguageModel`; cut(entry) gives those tokens of one stream that are held here.
     """
 
     def __init__(
@@ -50,21 +45,14 @@ class T5(nn.Module):
         vocab_size: int,
         *,
         dtype: torch.dtype = torch.float32,
-        untie_embeddings_and_output_weights: bool = False,
         layers: Iterable[int] | None = None,
         first: bool = True,
         last: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        device = None if device is None else torch.device(device)
+        super().__init__(config, dtype=dtype, first=first, last=last)
         shape = shape_of(config)
         table, _ = initial_weights(config)
-        common = block_shape(config, dtype)
-        self.config = config
-        self.first, self.last, self.tied = first, last, not untie_embeddings_and_output_weights
-        self.dtype = dtype
-        epsilon, normalization = config.layernorm_epsilon, normalization_of(config)
         self.relative = config.position_embedding_type == "relative"
         if first or (last and self.tied):
             self.word_embedding = Embedding(vocab_size, shape.width, table, device=device)
@@ -72,42 +60,26 @@ class T5(nn.Module):
             self.position_embedding = Embedding(shape.num_positions, shape.width, table, device=device)
         numbers = range(num_layers_of(config)) if layers is None else layers
         depths = [divmod(number, shape.num_layers) for number in numbers]
-        self.encoder = nn.ModuleDict(
-            {
-                str(n): Block(common, number=n, stack="encoder", device=device)
-                for in_decoder, n in depths
-                if not in_decoder
-            }
-        )
+        in_encoder, in_decoder = ([n for stack, n in depths if stack == wanted] for wanted in (0, 1))
+        self.encoder = self.make_blocks(in_encoder, stack="encoder", device=device)
         # The part with the encoder's last layer finishes what the decoder sees.
-        if (0, shape.num_layers - 1) in depths:
-            self.encoder_norm = make_norm(normalization, shape.width, epsilon, device=device)
-        self.decoder = nn.ModuleDict(
-            {
-                str(n): Block(common, number=n, stack="decoder", cross=True, device=device)
-                for in_decoder, n in depths
-                if in_decoder
-            }
-        )
+        if shape.num_layers - 1 in in_encoder:
+            self.encoder_norm = self.make_norm(device=device)
+        self.decoder = self.make_blocks(in_decoder, stack="decoder", cross=True, device=device)
         if self.relative:
             distances = (config.relative_attention_num_buckets, config.relative_attention_max_distance, shape.num_heads)
-            if len(self.encoder):
+            if in_encoder:
                 self.encoder_positions = RelativePositions(*distances, table, both_ways=True, device=device)
-            if len(self.decoder):
+            if in_decoder:
                 self.decoder_positions = RelativePositions(*distances, table, both_ways=False, device=device)
         self.output_bias: nn.Parameter | None = None
         self.initial = {"output_bias": ZEROS}
         if last:
-            self.final_norm = make_norm(normalization, shape.width, epsilon, device=device)
+            self.final_norm = self.make_norm(device=device)
             if not self.tied:
                 self.output = Linear(shape.width, vocab_size, table, bias=False, device=device)
             if config.output_bias:
                 self.output_bias = nn.Parameter(torch.empty(vocab_size, dtype=torch.float32, device=device))
-        self.run_blocks: Callable[..., Tensor] = run_whole
-        self.mask_for: Callable[..., Mask] = make_mask
-        self.cut: Callable[[Tensor], Tensor] | None = None
-        self.score: Callable[..., Tensor] = score_tokens
-        self.cross_entropy: Callable[..., Tensor] = vocabulary_cross_entropy
 
     def forward(
         self,
@@ -128,18 +100,11 @@ class T5(nn.Module):
         x_BPD = self.stream(tokens_BP, padding, rows)
         if not self.last:
             return x_BPD
-        x_BTD = x_BPD[:, self.num_held(padding) :]
+        hidden_BTD = self.hidden(x_BPD[:, self.num_held(padding) :])
         if labels is None:
-            return self.logits(x_BTD)
+            return self.token_scores(hidden_BTD)
         assert loss_weights is not None, "labels come with loss weights"
-        return self.cross_entropy(
-            self.hidden(x_BTD),
-            self.output_table,
-            labels,
-            loss_weights,
-            bias_V=self.output_bias,
-            softmax_in_16_bit=self.config.fp16_lm_cross_entropy,
-        )
+        return self.token_loss(hidden_BTD, labels, loss_weights)
 
     def stream(self, tokens_BP: Tensor, padding_BE: Tensor, rows_BP: Tensor | None) -> Tensor:
         """BPD: what the last blocks held here give, the encoder's stream and the decoder's joined."""
@@ -163,11 +128,7 @@ class T5(nn.Module):
         x_BLD: Tensor = self.word_embedding(tokens_BL)
         if not self.relative:
             x_BLD = x_BLD + self.position_embedding(places_1L)
-        if not self.config.fp32_residual_connection:
-            x_BLD = x_BLD.to(self.dtype)
-        if self.cut is not None and rows_BL is not None:
-            rows_BL = self.cut(rows_BL)
-        return drop(x_BLD, rows_BL, self.config.hidden_dropout, key("dropout", "embedding"))
+        return self.entering(x_BLD, rows_BL, key("dropout", "embedding"))
 
     def encode(self, x_BED: Tensor, padding_BE: Tensor, rows_BE: Tensor | None) -> Tensor:
         """BED: after the encoder's layers held here; after the last one what the decoder sees."""
@@ -195,13 +156,12 @@ class T5(nn.Module):
 
     def mask_of(self, padding_BE: Tensor, num_queries: int, rows: Tensor | None, *, dense: bool = False) -> Mask:
         """Every query sees the encoder's tokens that are no padding."""
-        drops_scores = rows is not None and self.config.attention_dropout > 0
         return self.mask_for(
             num_queries,
             causal=False,
             query_documents_BT=torch.zeros_like(padding_BE[:, :1]).expand(-1, num_queries),
             key_documents_BS=padding_BE,
-            dense=dense or drops_scores,
+            dense=dense or self.drops_scores(rows),
         )
 
     def num_held(self, padding_BE: Tensor) -> int:
@@ -215,24 +175,7 @@ class T5(nn.Module):
             normed_BTD = normed_BTD * normed_BTD.shape[-1] ** -0.5
         return normed_BTD.to(self.dtype)
 
-    def logits(self, x_BTD: Tensor) -> Tensor:
-        """BTV: scores of the next token from the decoder's stream after the last block."""
-        return self.score(self.hidden(x_BTD), self.output_table, bias_V=self.output_bias)
-
     @property
-    def output_table(self) -> nn.Parameter:
-        """VD: the table that scores tokens."""
-        table: nn.Parameter = self.word_embedding.weight if self.tied else self.output.weight
-        return table
-
-    @torch.no_grad()
-    def token_losses(self, tokens_BP: Tensor, padding_BE: Tensor, labels_BT: Tensor) -> Tensor:
-        """fp32 BT: the cross entropy of every token of the decoder, without dropout and gradients."""
-        x_BTD = self.stream(tokens_BP, padding_BE, None)[:, padding_BE.shape[1] :]
-        return per_token_losses(
-            self.hidden(x_BTD),
-            self.output_table,
-            labels_BT,
-            bias_V=self.output_bias,
-            softmax_in_16_bit=self.config.fp16_lm_cross_entropy,
-        )
+    def token_bias(self) -> Tensor | None:
+        """V: what is added to the scores of tokens."""
+        return self.output_bias

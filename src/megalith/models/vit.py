@@ -9,17 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalith.layers.block import Block
-from megalith.layers.dropout import drop
 from megalith.layers.embedding import Embedding
 from megalith.layers.initial import ZEROS, Initial, xavier
 from megalith.layers.linear import Linear
-from megalith.layers.mask import Mask, make_mask
-from megalith.layers.norm import LayerNorm
 from megalith.layers.random import key
-from megalith.models.decoder import run_whole
 from megalith.models.settings import ModelConfig
-from megalith.models.shape import block_shape, initial_weights, shape_of
+from megalith.models.shape import initial_weights, shape_of
+from megalith.models.transformer import Transformer
 
 # Every class starts unlikely, as if scored by itself; the softmax over all of them does not see it.
 FIRST_BIAS = -10.0
@@ -35,14 +31,14 @@ def num_places(config: ModelConfig) -> int:
     return num_patches(config) + 1
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Transformer):
     """A transformer without mask over patches (ViT, Dosovitskiy et al. 2020, arXiv:2010.11929), as Megatron-LM has it.
 
     The class is read at the class token, which stands in front: for pretraining through a layer with tanh, for
-    fine-tuning by one linear layer that starts at zero. layers, first, last, dtype: as for `Decoder`.
+    fine-tuning by one linear layer that starts at zero. layers, first, last, dtype: as for `Transformer`.
 
-    Seams for parallelism: run_blocks(blocks, x, ...) runs blocks, for recomputation; mask_for makes the mask; cut gives
-    the places of a stream or of dropout rows that are held here, joined all places of a stream again.
+    Seams for parallelism: those of `Transformer`; cut gives the places of the stream as well as of dropout rows, joined
+    all places of a stream again.
     """
 
     def __init__(
@@ -56,35 +52,24 @@ class VisionTransformer(nn.Module):
         last: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        device = None if device is None else torch.device(device)
-        shape = shape_of(config)
-        common = block_shape(config, dtype)
-        self.config = config
-        self.first, self.last = first, last
-        self.dtype = dtype
+        super().__init__(config, dtype=dtype, first=first, last=last)
+        width = shape_of(config).width
         if first:
             num_features = config.patch_dim**2 * config.num_channels
             self.initial = {"class_token": ZEROS}
-            self.class_token = nn.Parameter(torch.empty(shape.width, dtype=torch.float32, device=device))
-            self.patch_embedding = _plain_linear(num_features, shape.width, device=device)
+            self.class_token = nn.Parameter(torch.empty(width, dtype=torch.float32, device=device))
+            self.patch_embedding = _plain_linear(num_features, width, device=device)
             positions, _ = initial_weights(config)
-            self.position_embedding = Embedding(num_places(config), shape.width, positions, device=device)
-        numbers = range(shape.num_layers) if layers is None else layers
-        self.layers = nn.ModuleDict(
-            {str(number): Block(common, number=number, stack="layers", device=device) for number in numbers}
-        )
+            self.position_embedding = Embedding(num_places(config), width, positions, device=device)
+        self.layers = self.make_blocks(layers, device=device)
         if config.init_method_xavier_uniform:
             _start_by_xavier(self.layers)
         if last:
-            self.final_norm = LayerNorm(shape.width, config.layernorm_epsilon, device=device)
+            self.final_norm = self.make_norm(device=device)
             if finetune:
-                self.finetuning_head = Linear(shape.width, config.num_classes, ZEROS, device=device)
+                self.finetuning_head = Linear(width, config.num_classes, ZEROS, device=device)
             else:
-                self.pretraining_head = PretrainingHead(shape.width, config.num_classes, device=device)
-        self.run_blocks: Callable[..., Tensor] = run_whole
-        self.mask_for: Callable[..., Mask] = make_mask
-        self.cut: Callable[[Tensor], Tensor] | None = None
+                self.pretraining_head = PretrainingHead(width, config.num_classes, device=device)
         self.joined: Callable[[Tensor], Tensor] | None = None
 
     def forward(
@@ -119,16 +104,13 @@ class VisionTransformer(nn.Module):
         patches_BND = self.patch_embedding(patches_BNP.to(self.dtype))
         token_B1D = self.class_token.to(self.dtype).expand(len(images), 1, -1)
         x_BTD = torch.cat([token_B1D, patches_BND], 1) + self.position_embedding.weight
-        if not self.config.fp32_residual_connection:
-            x_BTD = x_BTD.to(self.dtype)
         if self.cut is not None:
-            x_BTD = self.cut(x_BTD)
-            rows_BT = None if rows_BT is None else self.cut(rows_BT)
-        return drop(x_BTD, rows_BT, self.config.hidden_dropout, key("dropout", "embedding"))
+            x_BTD = self.cut(self.in_stream_type(x_BTD))
+        return self.entering(x_BTD, rows_BT, key("dropout", "embedding"))
 
     def scores(self, x_BTD: Tensor) -> Tensor:
         """BC: from the stream after the last block."""
-        hidden_BTD = self.final_norm(x_BTD).to(self.dtype)
+        hidden_BTD = self.hidden(x_BTD)
         if self.joined is not None:
             hidden_BTD = self.joined(hidden_BTD)
         head = self.pretraining_head if hasattr(self, "pretraining_head") else self.finetuning_head
@@ -139,7 +121,7 @@ class VisionTransformer(nn.Module):
 class PretrainingHead(nn.Module):
     """Scores of the classes through one more layer with tanh."""
 
-    def __init__(self, width: int, num_classes: int, *, device: torch.device | None = None) -> None:
+    def __init__(self, width: int, num_classes: int, *, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.inner = _plain_linear(width, width, device=device)
         self.output = _plain_linear(width, num_classes, device=device)
@@ -175,7 +157,7 @@ def resized_positions(table_TD: Tensor, places: int) -> Tensor:
     return torch.cat([table_TD[:1], resized[0].flatten(1).T])
 
 
-def _plain_linear(inputs: int, outputs: int, *, device: torch.device | None) -> Linear:
+def _plain_linear(inputs: int, outputs: int, *, device: torch.device | str | None) -> Linear:
     """A linear layer that starts as torch.nn.Linear does: Megatron-LM leaves it at that outside the blocks."""
     initial = Initial("uniform", inputs**-0.5)
     linear = Linear(inputs, outputs, initial, device=device)

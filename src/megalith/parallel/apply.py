@@ -1,9 +1,9 @@
 """A model laid over the ranks: everything that is done to it, in one visible order."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -30,10 +30,14 @@ from megalith.parallel.stages import assign_layers
 from megalith.parallel.step import Engine, OrderedWholeModel, RunPart, WholeModel
 from megalith.parallel.tensor import Cut, split_tensors
 
-# Builds, on the meta device, the part of a model with these layers: (layers, is first, is last).
-BuildPart = Callable[[range, bool, bool], nn.Module]
 # The table that stands on the first and on the last stage, if it is tied.
 TIED = "word_embedding.weight"
+
+
+class BuildPart(Protocol):
+    """Builds, on the meta device, the part of a model with these layers."""
+
+    def __call__(self, *, layers: range, first: bool, last: bool) -> nn.Module: ...
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,7 @@ def _build_parts(build_part: BuildPart, sizes: Sizes, config: ParallelConfig, la
     stage, last = layout.place("pipeline"), layout.pipeline * chunks - 1
     numbers = [chunk * layout.pipeline + stage for chunk in range(chunks)]
     return {
-        number: build_part(layers, number == 0, number == last)
+        number: build_part(layers=layers, first=number == 0, last=number == last)
         for number, layers in zip(numbers, assigned[stage], strict=True)
     }
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megalith.layers.attention import CrossAttention, SelfAttention
 from megalith.layers.block import Block
-from megalith.models.decoder import run_whole
+from megalith.models.transformer import run_whole
 from megalith.parallel.collectives import Group, gather_copies, scatter_copies, size_of
 from megalith.parallel.tensor import TOKENS
 

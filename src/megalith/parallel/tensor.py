@@ -26,6 +26,7 @@ from megalith.models.bert import Bert, TokenHead
 from megalith.models.decoder import Decoder
 from megalith.models.retrieval import Tower
 from megalith.models.t5 import T5
+from megalith.models.transformer import LanguageModel
 from megalith.models.vit import VisionTransformer
 from megalith.parallel.collectives import (
     Group,
@@ -145,7 +146,7 @@ def _cut_block(module: Block, path: str, cutter: Cutter) -> None:
         module.cut = partial(scatter_copies, dim=TOKENS, group=cutter.group)
 
 
-def _cut_language_model(module: nn.Module, path: str, cutter: Cutter) -> None:
+def _cut_language_model(module: LanguageModel, path: str, cutter: Cutter) -> None:
     """The tables, and the scores of tokens: what models of tokens have outside of their blocks."""
     for name, child in list(module.named_children()):
         if isinstance(child, Embedding):
@@ -154,11 +155,9 @@ def _cut_language_model(module: nn.Module, path: str, cutter: Cutter) -> None:
         elif name == "output":
             cutter.cut_parameter(child, f"{path}.output".removeprefix("."), "weight", 0)
     if cutter.sequence:
-        module.cut = partial(scatter_copies, dim=TOKENS, group=cutter.group)  # type: ignore[assignment]
-    module.score = partial(cut_logits, group=cutter.group, sequence=cutter.sequence)  # type: ignore[assignment]
-    module.cross_entropy = partial(  # type: ignore[assignment]
-        cut_cross_entropy, group=cutter.group, sequence=cutter.sequence
-    )
+        module.cut = partial(scatter_copies, dim=TOKENS, group=cutter.group)
+    module.score = partial(cut_logits, group=cutter.group, sequence=cutter.sequence)
+    module.cross_entropy = partial(cut_cross_entropy, group=cutter.group, sequence=cutter.sequence)
 
 
 def _cut_vision_transformer(module: VisionTransformer, path: str, cutter: Cutter) -> None:

@@ -1,6 +1,7 @@
 """BERT: an encoder that fills in masked tokens and tells whether two parts of a text stand in their order."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,11 +27,7 @@ MOST_COUNTED = 20_000_000  # tokens looked at for the frequencies
 
 def build_part(run: Run, vocab_size: int, dtype: torch.dtype) -> BuildPart:
     """What builds a part of a BERT, without weights yet."""
-
-    def build(layers: range, first: bool, last: bool) -> Bert:
-        return Bert(run.model, vocab_size, dtype=dtype, layers=layers, first=first, last=last, device="meta")
-
-    return build
+    return partial(Bert, run.model, vocab_size, dtype=dtype, device="meta")
 
 
 def build_parts(

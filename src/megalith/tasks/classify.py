@@ -1,6 +1,7 @@
 """Classification: a trained BERT learns which class a pair of sentences is of. `megalith finetune` trains this task."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,20 +30,9 @@ def build_part(run: Run, vocab_size: int, dtype: torch.dtype) -> BuildPart:
     """What builds a part of a BERT with a head for classes, without weights yet."""
     num_classes = len(layout_of(run).classes)
 
-    def build(layers: range, first: bool, last: bool) -> Bert:
-        return Bert(
-            run.model,
-            vocab_size,
-            dtype=dtype,
-            head="classification",
-            num_classes=num_classes,
-            layers=layers,
-            first=first,
-            last=last,
-            device="meta",
-        )
-
-    return build
+    return partial(
+        Bert, run.model, vocab_size, dtype=dtype, head="classification", num_classes=num_classes, device="meta"
+    )
 
 
 def build_parts(

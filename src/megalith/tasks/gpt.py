@@ -24,20 +24,7 @@ MOST_COUNTED = 20_000_000  # tokens looked at for the frequencies
 
 def build_part(run: Run, vocab_size: int, dtype: torch.dtype) -> BuildPart:
     """What builds a part of a GPT, without weights yet."""
-
-    def build(layers: range, first: bool, last: bool) -> Decoder:
-        return Decoder(
-            run.model,
-            vocab_size,
-            dtype=dtype,
-            untie_embeddings_and_output_weights=run.model.untie_embeddings_and_output_weights,
-            layers=layers,
-            first=first,
-            last=last,
-            device="meta",
-        )
-
-    return build
+    return partial(Decoder, run.model, vocab_size, dtype=dtype, device="meta")
 
 
 def run_part(part: nn.Module, entering: Tensor, batch: Batch) -> Tensor:

@@ -36,7 +36,7 @@ MARKS_AROUND = 3  # [CLS] and two [SEP] beside title and block
 def build_part(run: Run, vocab_size: int, dtype: torch.dtype, *, report_rank: bool = False) -> BuildPart:
     """What builds the bi-encoder, without weights yet."""
 
-    def build(layers: range, first: bool, last: bool) -> Retriever:
+    def build(*, layers: range, first: bool, last: bool) -> Retriever:
         return Retriever(
             run.model,
             vocab_size,

@@ -48,20 +48,7 @@ def num_places(run: Run) -> int:
 
 def build_part(run: Run, vocab_size: int, dtype: torch.dtype) -> BuildPart:
     """What builds a part of a T5, without weights yet."""
-
-    def build(layers: range, first: bool, last: bool) -> T5:
-        return T5(
-            run.model,
-            vocab_size,
-            dtype=dtype,
-            untie_embeddings_and_output_weights=run.model.untie_embeddings_and_output_weights,
-            layers=layers,
-            first=first,
-            last=last,
-            device="meta",
-        )
-
-    return build
+    return partial(T5, run.model, vocab_size, dtype=dtype, device="meta")
 
 
 def build_parts(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,7 @@ FOLDERS = {"train": "train", "valid": "val"}
 
 def build_part(run: Run, vocab_size: int, dtype: torch.dtype) -> BuildPart:
     """What builds a part of a ViT, without weights yet."""
-
-    def build(layers: range, first: bool, last: bool) -> VisionTransformer:
-        finetune = run.checkpoint.finetune
-        return VisionTransformer(
-            run.model, dtype=dtype, finetune=finetune, layers=layers, first=first, last=last, device="meta"
-        )
-
-    return build
+    return partial(VisionTransformer, run.model, dtype=dtype, finetune=run.checkpoint.finetune, device="meta")
 
 
 def identify_data(run: Run, tokenizer: Tokenizer | None, *, vocab_size: int, report: Report) -> list[dict[str, Any]]:
