@@ -178,13 +178,18 @@ def test_layouts_that_fit_have_no_fault(world_size: int, words: list[str]) -> No
         ),
         (
             1,
-            ["--compile-blocks", "--activation-memory-budget", "2"],
+            ["--compile", "on", "--activation-memory-budget", "2"],
             "--activation-memory-budget = 2.0: must be from 0 to 1. Give the share to keep.",
         ),
         (
             1,
             ["--activation-memory-budget", "0.5"],
-            "--activation-memory-budget = 0.5: is kept by the compiler. Add --compile-blocks.",
+            "--activation-memory-budget = 0.5: is kept by the compiler. Add --compile on.",
+        ),
+        (
+            2,
+            [PP, "2", "--pipeline-schedule", "zero-bubble", "--compile", "on"],
+            "--compile = on: cannot split the backward pass. Use another --pipeline-schedule.",
         ),
         (
             1,

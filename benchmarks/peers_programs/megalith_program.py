@@ -25,7 +25,7 @@ words = f"""
     --attention-dropout 0 --hidden-dropout 0 --weight-decay 0.1 --clip-grad 1.0 --lr 1e-4 --device cpu --mock-data
 """.split()
 if size.mode == "compiled":
-    words.append("--compile-blocks")
+    words += ["--compile", "on"]
 run = made_for_measuring(read_command_line(words), steps=100_000)
 assert not check(run, 1)
 layout = make_layout({}, tensor=1, pipeline=1)

@@ -283,10 +283,9 @@ def _compiler(run: Run) -> Iterator[Fault]:
     budget = parallel.activation_memory_budget
     if budget is not None and not 0 <= budget <= 1:
         yield _fault("activation_memory_budget", budget, "must be from 0 to 1", "Give the share to keep")
-    compiles = parallel.compile_blocks or parallel.compile != "off"
-    if budget is not None and not compiles:
-        yield _fault("activation_memory_budget", budget, "is kept by the compiler", "Add --compile-blocks")
+    if budget is not None and parallel.compile == "off":
+        yield _fault("activation_memory_budget", budget, "is kept by the compiler", "Add --compile on")
     if parallel.fp8_format is not None and parallel.pipeline_schedule == SPLIT_BACKWARD:
         yield _fault("fp8_format", parallel.fp8_format, "cannot split the backward pass", "Use another schedule")
-    if (parallel.compile_blocks or parallel.compile == "on") and parallel.pipeline_schedule == SPLIT_BACKWARD:
-        yield _fault("compile_blocks", None, "cannot split the backward pass", "Use another --pipeline-schedule")
+    if parallel.compile == "on" and parallel.pipeline_schedule == SPLIT_BACKWARD:
+        yield _fault("compile", parallel.compile, "cannot split the backward pass", "Use another --pipeline-schedule")

@@ -25,7 +25,7 @@ class Decision(NamedTuple):
 def decide(run: Run, *, device_type: str, peak_flops: float | None, step_flops: float, num_steps: int) -> Decision:
     """peak_flops: per second of one device, if known; step_flops: operations of one device in a step."""
     parallel = run.parallel
-    if parallel.compile_blocks or parallel.compile == "on":
+    if parallel.compile == "on":
         return Decision(True, None)
     if parallel.compile == "off":
         return Decision(False, None)

@@ -160,7 +160,6 @@ OURS = (
     "deterministic",
     "fp8_format",
     "compile",
-    "compile_blocks",
     "activation_memory_budget",
     "on_nan",
     "max_bad_steps",

@@ -68,5 +68,5 @@ def test_uneven_stages_documents_and_clipping_give_the_same_run(
 def test_compiled_blocks_with_a_memory_budget_give_the_same_run(layout: str, runs: Runs) -> None:
     world_size, words = {"one": (1, []), "tp2": (2, [TP, "2"]), "zero3": LAYOUTS["zero3"]}[layout]
     words = ["--train-iters", "5", *words]
-    compiled = runs(world_size, *words, "--compile-blocks", "--activation-memory-budget", "0.3")
+    compiled = runs(world_size, *words, "--compile", "on", "--activation-memory-budget", "0.3")
     assert_same_run(compiled, runs(world_size, *words))

@@ -120,12 +120,6 @@ class ParallelConfig:
         section="training",
         choices=("off", "auto", "on"),
     )
-    compile_blocks: bool = setting(
-        False,
-        "the same as --compile on",
-        section="training",
-        switch="on",
-    )
     activation_memory_budget: float | None = setting(
         None,
         "with --compile: keep this share of the activations, recompute the cheapest rest",
