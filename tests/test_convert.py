@@ -138,6 +138,24 @@ def test_everything_else_that_a_run_goes_on_from_is_taken_over(tmp_path: Path, f
     assert run.model.make_vocab_size_divisible_by == 8
 
 
+def test_a_checkpoint_too_old_to_count_samples_has_drawn_what_its_iteration_says(
+    tmp_path: Path, forked_reader: None
+) -> None:
+    write_checkpoint(tmp_path / "theirs", Case())
+
+    def age(contents: Any) -> None:
+        del contents["args"].consumed_train_samples, contents["args"].consumed_valid_samples
+        contents["args"].eval_interval, contents["args"].eval_iters = 16, 3
+
+    edit(tmp_path / "theirs", age)
+    assert from_megatron(tmp_path / "theirs", tmp_path / "run") == 0
+    state = read_index(list_checkpoints(tmp_path / "run")[-1].path).state
+    assert (state["consumed_train_samples"], state["consumed_valid_samples"]) == (40 * 8, 2 * 3 * 8)
+    edit(tmp_path / "theirs", lambda contents: delattr(contents["args"], "global_batch_size"))
+    with pytest.raises(ValueError, match="its arguments have neither consumed_train_samples nor global_batch_size"):
+        from_megatron(tmp_path / "theirs", tmp_path / "again")
+
+
 TRAIN = ["--lr-decay-iters", "20", "--fp32-residual-connection", "--bf16", "--hidden-dropout", "0.1"]
 
 

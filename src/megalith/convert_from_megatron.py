@@ -24,6 +24,7 @@ from megalith.checkpoint.pieces import whole
 from megalith.checkpoint.store import save
 from megalith.config import ConfigError, Fault, Run, compose, known_settings
 from megalith.config import convert as convert_setting
+from megalith.data.order import SampleCounts, consumed_at
 from megalith.data.tokenizer import Tokenizer, load_tokenizer
 from megalith.derived import OURS, tokenizer_type
 from megalith.files import make_directories
@@ -206,15 +207,16 @@ def padded_to(run: Run, size: int, padded: int) -> Run:
 
 def state_for(joined: Joined, file: ForeignFile) -> dict[str, Any]:
     """Everything but tensors that a run of ours goes on from (see resume.py), as JSON."""
-    tree, arguments, fresh = file.tree, file.tree["args"], joined.moments is None
+    tree, fresh = file.tree, joined.moments is None
+    consumed = consumed_samples(joined, tree["args"])
     schedule, samples = schedule_of(tree) if "lr_scheduler" in tree or not fresh else ({}, 0)
     updates = 0 if fresh else num_updates(file, joined.grid)
     counts = joined.run.optimizer.optimizer == "adam" and not fresh
     shape = shape_of(joined.run.model)
     return {
         "step": joined.iteration,
-        "consumed_train_samples": int(arguments.get("consumed_train_samples") or 0),
-        "consumed_valid_samples": int(arguments.get("consumed_valid_samples") or 0),
+        "consumed_train_samples": consumed.train,
+        "consumed_valid_samples": consumed.valid,
         "schedule_samples": samples,
         "skipped_steps": max(0, joined.iteration - updates) if counts else 0,
         "num_updates": updates,
@@ -231,6 +233,22 @@ def state_for(joined: Joined, file: ForeignFile) -> dict[str, Any]:
             "tokenizer": joined.tokenizer.digest,
         },
     }
+
+
+def consumed_samples(joined: Joined, arguments: Mapping[str, Any]) -> SampleCounts:
+    """What the other program had drawn of its data. The oldest versions do not count it."""
+    train, valid = (arguments.get(f"consumed_{part}_samples") for part in ("train", "valid"))
+    if train is not None or joined.iteration == 0:
+        return SampleCounts(train=int(train or 0), valid=int(valid or 0), test=0)
+    batch_size, evaluate = joined.run.optimizer.global_batch_size, joined.run.evaluate
+    if batch_size is None:
+        raise ValueError("its arguments have neither consumed_train_samples nor global_batch_size")
+    return consumed_at(
+        joined.iteration,
+        global_batch_size=batch_size,
+        eval_interval=evaluate.eval_interval,
+        eval_iters=evaluate.eval_iters,
+    )
 
 
 def notes_for(joined: Joined, files: Files) -> dict[str, Any]:
