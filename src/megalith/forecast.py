@@ -15,7 +15,7 @@ from megalith.job import MOCK_VOCABULARY
 from megalith.models.shape import shape_of
 from megalith.monitor.flops import TERA
 from megalith.parallel.mesh import Layout
-from megalith.plan.memory import Job, Memory, parameters_on_rank, predict
+from megalith.plan.memory import Job, parameters_on_rank, predict
 from megalith.sources import read_command_line
 from megalith.task_rows import TASK_ROWS
 
@@ -115,11 +115,6 @@ def planned(run: Run, ranks: int, *, vocab_size: int, device: str) -> Job:
         shard_size=parallel.data_parallel_shard_size,
         device=device,
     )
-
-
-def predicted_memory(run: Run, ranks: int, *, vocab_size: int, device: str) -> Memory | None:
-    """The memory of a checked run; None for a task that is not planned."""
-    return predict(planned(run, ranks, vocab_size=vocab_size, device=device)) if run.task == "gpt" else None
 
 
 def table(figures: dict[str, Any]) -> str:

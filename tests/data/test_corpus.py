@@ -1,13 +1,12 @@
 """The text that every Python installation carries."""
 
-import json
 import sysconfig
 from pathlib import Path
 
 import pytest
 
 import megalith.data.corpus
-from megalith.data.corpus import standard_library_documents, write_corpus
+from megalith.data.corpus import standard_library_documents
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +102,3 @@ def test_long_texts_are_cut_at_blank_lines(library: Path, monkeypatch: pytest.Mo
 def test_a_python_without_sources_is_told(library: Path) -> None:
     with pytest.raises(ValueError, match=f"{library}: expected the standard library's sources, found none"):
         list(standard_library_documents())
-
-
-def test_the_corpus_is_written_as_json_lines(library: Path, tmp_path: Path) -> None:
-    (library / "a.py").write_text(SOURCE)
-    assert write_corpus(tmp_path / "corpus.jsonl") == 2
-    lines = (tmp_path / "corpus.jsonl").read_text().splitlines()
-    assert [json.loads(line)["text"] for line in lines] == list(standard_library_documents())

@@ -130,13 +130,6 @@ def test_a_warmed_up_corpus_says_so_in_two_places() -> None:
     assert said[5] == "    warming up data mmap file..."
 
 
-def test_settings_of_the_schedule_say_where_they_come_from() -> None:
-    assert lines.schedule_value("learning rate", 0.1, overridden=True) == " > overriding learning rate value to 0.1"
-    assert lines.schedule_value("decay style", "linear", overridden=False) == (
-        " > using checkpoint value linear for decay style"
-    )
-
-
 def test_timers_are_divided_by_the_steps_of_the_interval() -> None:
     said = reference_lines(events.TimersReported({"optimizer": 0.5, "batch-generator": 0.0}, num_steps=4), 0.0)
     assert said == ["time (ms) | optimizer: 125.00 | batch-generator: 0.00"]

@@ -8,15 +8,12 @@ depend on a document's own name alone, so a missing module changes nothing else.
 
 import ast
 import hashlib
-import json
 import os
 import sysconfig
 import tokenize
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-
-from megalith.files import Location, open_whole
 
 SEED = "megalith"  # of the order of the documents and the choice of code
 LARGEST_DOCUMENT = 8000  # characters; longer ones are cut at blank lines, so that a random split is even
@@ -53,16 +50,6 @@ def titled_documents(*, code: bool = True) -> Iterator[tuple[str, str]]:
     for name in sorted(documents, key=_shuffled):
         names.setdefault(documents[name], name)
     yield from ((_title_of(name), text) for text, name in names.items() if code or not _is_code(name))
-
-
-def write_corpus(path: Location) -> int:
-    """Write the documents as JSON lines with the key text; give their number."""
-    number = 0
-    with open_whole(path, "w") as file:
-        for text in standard_library_documents():
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-            number += 1
-    return number
 
 
 def _sources(root: Path) -> Iterator[Path]:

@@ -310,8 +310,3 @@ def checkpoint_missing(tracker: str) -> list[str]:
         f"WARNING: could not find the metadata file {tracker} ",
         "    will not load any checkpoints and will start from random",
     ]
-
-
-def schedule_value(name: str, value: object, *, overridden: bool) -> str:
-    """Whether a setting of the learning-rate schedule comes from the command line or, as usual, from the checkpoint."""
-    return f" > overriding {name} value to {value}" if overridden else f" > using checkpoint value {value} for {name}"
