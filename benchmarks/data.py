@@ -11,7 +11,6 @@ over the library's.
 
 import argparse
 import ctypes
-import importlib
 import json
 import resource
 import shutil
@@ -20,13 +19,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenization
 from numpy.typing import NDArray
+from table import Row, show
 
 from megalith.data.blend import blend_order
 from megalith.data.causal import CausalBatches, CausalDataset
@@ -73,18 +74,6 @@ void blend(const double *weights, int32_t datasets, int64_t size, uint8_t *chose
     }
 }
 """
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    figure: str
-    value: float
-    unit: str
-    conditions: str
-    goal: str = ""
-    ratio: float | None = None  # above 1: better than the goal
 
 
 @dataclass(frozen=True)
@@ -279,15 +268,7 @@ def measure_writer(directory: Path, *, quick: bool) -> Iterator[Row]:
 
 def measure_tokenization(directory: Path, *, quick: bool) -> Iterator[Row]:
     """The rows of the program beside this one."""
-    try:
-        tokenization = importlib.import_module("tokenization")
-    except ModuleNotFoundError as error:
-        if error.name != "tokenization":
-            raise
-        yield Row("tokenization", float("nan"), "", "benchmarks/tokenization.py is not there")
-        return
-    for row in tokenization.measure(quick=quick, directory=directory):
-        yield Row(**asdict(row))
+    yield from tokenization.measure(quick=quick, directory=directory)
 
 
 SECTIONS: dict[str, Callable[..., Iterator[Row]]] = {
@@ -304,13 +285,6 @@ def measure_apart(section: str, directory: Path, *, quick: bool) -> list[Row]:
     command = [sys.executable, __file__, "--only", section, "--here", "--json", "--directory", str(directory)]
     done = subprocess.run([*command, *(["--quick"] if quick else [])], check=True, stdout=subprocess.PIPE, text=True)
     return [Row(**row) for row in json.loads(done.stdout)]
-
-
-def print_table(rows: list[Row]) -> None:
-    print(f"{'figure':24} {'value':>9} {'unit':10} {'ratio':>5}  {'goal':24} conditions")
-    for row in rows:
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        print(f"{row.figure:24} {row.value:>9.3f} {row.unit:10} {ratio:>5}  {row.goal:24} {row.conditions}")
 
 
 def main() -> None:
@@ -331,10 +305,7 @@ def main() -> None:
                 rows += SECTIONS[section](Path(directory), quick=arguments.quick)
             else:
                 rows += measure_apart(section, Path(directory), quick=arguments.quick)
-    if arguments.json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
-    else:
-        print_table(rows)
+    show(rows, as_json=arguments.json)
 
 
 if __name__ == "__main__":

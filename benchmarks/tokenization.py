@@ -28,9 +28,10 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
+
+from table import Row, show
 
 GOAL = 0.9  # of the library's throughput
 ROUNDS = 5
@@ -43,18 +44,6 @@ LIBRARIES = {
     "sentencepiece": ("sentencepiece",),
 }
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One comparison. value: our MB of text per second; ratio: how many times what the library reaches."""
-
-    figure: str
-    value: float
-    unit: str
-    conditions: str
-    goal: str
-    ratio: float
 
 
 def read_texts(size: int, *, packages: bool = False) -> list[str]:
@@ -273,13 +262,6 @@ def measure(
     return [row for kind in kinds for n in sorted({1, cores}) for row in compare(folder, kind, n, rounds)]
 
 
-def print_table(rows: Sequence[Row]) -> None:
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    print(f"{'figure':34} {'value':>7} {'unit':8} {'ratio':>6}  {'goal':24} conditions")
-    for row in rows:
-        print(f"{row.figure:34} {row.value:>7.1f} {row.unit:8} {row.ratio:>6.2f}  {row.goal:24} {row.conditions}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small text, one round")
@@ -304,10 +286,10 @@ def main() -> None:
         rounds=arguments.rounds,
         packages=arguments.packages,
     )
-    if arguments.json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
-    else:
-        print_table(rows)
+    if not arguments.json:
+        machine = platform.processor() or platform.machine()
+        print(f"{machine}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    show(rows, as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,11 @@
 """A plain PyTorch loop around Hugging Face's GPT2LMHeadModel, as a tutorial would write it."""
 
 import torch
+from hugging_face_model import make_gpt2
 from protocol import asked_size, serve
-from transformers import GPT2Config, GPT2LMHeadModel
 
 size = asked_size()
-torch.manual_seed(size.seed)
-model = GPT2LMHeadModel(
-    GPT2Config(
-        vocab_size=size.vocab_size,
-        n_positions=size.sequence_length,
-        n_embd=size.hidden_size,
-        n_layer=size.num_layers,
-        n_head=size.num_heads,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
-    )
-)
+model = make_gpt2(size)
 model.train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
 forward = torch.compile(model) if size.mode == "compiled" else model

@@ -4,26 +4,12 @@ import tempfile
 import time
 
 import torch
+from hugging_face_model import make_gpt2
 from protocol import answer, asked_size, peak_bytes, rounds
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 size = asked_size()
-torch.manual_seed(size.seed)
-model = GPT2LMHeadModel(
-    GPT2Config(
-        vocab_size=size.vocab_size,
-        n_positions=size.sequence_length,
-        n_embd=size.hidden_size,
-        n_layer=size.num_layers,
-        n_head=size.num_heads,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
-    )
-)
+model = make_gpt2(size)
 
 
 class Tokens(torch.utils.data.Dataset):  # type: ignore[type-arg]
