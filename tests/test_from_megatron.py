@@ -10,7 +10,6 @@ from megalith.config import known_settings
 from megalith.derived import OURS
 from megalith.fields import describe
 from megalith.notices import REPLACED
-from megalith.task_rows import TASK_ROWS
 
 GUIDE = Path(__file__).parent.parent / "docs" / "from-megatron.md"
 ROW = re.compile(r"\| `(\w+)` \| (?:`(--[\w-]+)`|\(none\)) \| (.+) \|")
@@ -39,24 +38,21 @@ def test_the_answered_arguments_are_those_that_the_program_answers_in_its_words(
     assert answered == {name: f"answered: {instead}" for name, instead in REPLACED.items()}
 
 
-def test_the_arguments_of_other_tasks_say_which_and_whether_it_can_be_trained(
-    table: dict[str, tuple[str | None, str]],
-) -> None:
+def test_the_arguments_of_some_tasks_say_which(table: dict[str, tuple[str | None, str]]) -> None:
     tasks = {name: describe(known.field)["task"] for name, known in known_settings().items() if name not in OURS}
     for name, task in tasks.items():
         here = table[name][1]
         if not task or name in REPLACED:
-            assert not here.startswith(("comes with ", "only "))
+            assert not here.startswith("only ")
         else:
-            word = "only" if set(task.split(", ")) & TASK_ROWS.keys() else "comes with"
-            assert here.startswith(f"{word} {task}: "), name
+            assert here.startswith(f"only {task}: "), name
 
 
 def test_every_argument_is_the_same_mapped_answered_derived_or_another_tasks(
     table: dict[str, tuple[str | None, str]],
 ) -> None:
     for name, (flag, here) in table.items():
-        assert re.match(r"same\b|(mapped|answered): |(comes with|only) \w+(, \w+)*: |derived: ", here), name
+        assert re.match(r"same\b|(mapped|answered): |only \w+(, \w+)*: |derived: ", here), name
         assert here.startswith("derived: ") == (flag is None) == (name not in known_settings())
 
 

@@ -1,0 +1,53 @@
+"""What the documents show is there: commands, their flags, and the files that they name."""
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from megalith.cli import main
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *(path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "LOG.md")]
+TAKES_FLAGS_OF_PRETRAIN = {"bench", "finetune", "plan"}
+FILES = re.compile(r"`((?:tests|docs|benchmarks|scripts|src)/[\w./*-]+)`|\]\(([\w./-]+)(?:#[\w-]+)?\)")
+
+
+def commands(text: str) -> Iterator[tuple[str, list[str]]]:
+    """(command, its flags) of every `megalith ...` in blocks of code and in single marks of code."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    blocks += re.findall(r"^ {4}(megalith .*)$", text, re.MULTILINE)
+    blocks += re.findall(r"`(megalith [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    for block in blocks:
+        for line in block.replace("\\\n", " ").splitlines():
+            for words in re.findall(r"(?:megalith|-m megalith) ([a-z].*?)(?:&&|#|$)", line):
+                command = words.split()[0]
+                yield command, re.findall(r"(?<![\w-])--[a-z][\w-]*", words)
+
+
+@cache
+def flags_of(command: str) -> set[str]:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    flags = set(re.findall(r"--[a-z][\w-]*", said.getvalue()))
+    return flags | flags_of("pretrain") if command in TAKES_FLAGS_OF_PRETRAIN else flags
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_that_is_shown_has_its_flags(document: Path) -> None:
+    shown = list(commands(document.read_text(encoding="utf-8")))
+    assert shown
+    assert not [command for command, _ in shown if "--help" not in flags_of(command)]
+    assert not [(command, flag) for command, flags in shown for flag in flags if flag not in flags_of(command)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_file_that_is_named_is_there(document: Path) -> None:
+    named = [code or link for code, link in FILES.findall(document.read_text(encoding="utf-8"))]
+    missing = [name for name in named if not any(any(folder.glob(name)) for folder in (ROOT, document.parent))]
+    assert not missing
