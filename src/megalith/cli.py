@@ -52,6 +52,8 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"megalith: rank {os.environ.get('RANK', '0')} ends: {printable(str(error))}", file=sys.stderr)
         return PEER_LOST
     except (MemoryError, RuntimeError) as error:
+        from megalith.monitor.memory import is_out_of_memory
+
         if not is_out_of_memory(error):
             raise
         said = str(error).splitlines() or ["no more can be had"]
@@ -64,13 +66,6 @@ def main(words: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"megalith: {printable(line)}", file=sys.stderr)
         return FAULT
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that there is no more memory: Python's own, and torch's of a host or of a device."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 def usage() -> str:

@@ -25,7 +25,8 @@ from tests.faults.judge import (
 )
 from tests.faults.twin import Twin
 
-CODES = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EINTR)
+CODES = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EINTR, errno.EACCES, errno.EMFILE, errno.ENAMETOOLONG)
+AT_EACH = 3  # errors that are tried at each operation; neighbours differ, so that each kind of operation meets all
 FOR_EVER = 1 << 30  # operations
 REFUSED, NOT_SAVED = 2, 74
 # What the others end with when one refuses to start.
@@ -33,14 +34,19 @@ FOLLOWED = (0, REFUSED, 77, -9)
 
 
 def every_error(trial: Trial, lanes: Sequence[str] = ("save", "main")) -> list[Case]:
-    """Two of the errors, in turns, at each operation of each rank's disk; then all is well again."""
+    """AT_EACH of the errors, in turns, at each operation of each rank's disk; then all is well again."""
     return [
         error_at(trial, rank, operation, code)
         for rank in range(trial.twin.scenario.world_size)
         for lane in lanes
         for operation in trial.twin.lane(rank, lane)
-        for code in CODES[operation.number % 2 :: 2]
+        for code in in_turns(operation.number)
     ]
+
+
+def in_turns(number: int) -> list[int]:
+    """The errors that are tried at the number-th operation."""
+    return [CODES[(AT_EACH * number + turn) % len(CODES)] for turn in range(AT_EACH)]
 
 
 def some_errors(trial: Trial, count: int, seed: int, *, for_ever: bool = False) -> list[Case]:

@@ -116,6 +116,8 @@ class AsyncSaver:
         group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if dist.is_initialized() else None
         self._ranks = Ranks(group)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # A thread needs memory for its stack, which may be short when the first checkpoint is due.
+        self._thread.submit(lambda: None)
         self._host: HostCopy | None = None
         self._copied: Future[None] | None = None
         self._writing: Future[Saved] | None = None

@@ -54,3 +54,15 @@ def process_memory(status: str) -> MemoryUse | None:
     if not all(name in kibibytes for name in names):
         return None
     return MemoryUse(*(1024 * kibibytes[name] for name in names))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no more memory: Python's own, and torch's of a host or of a device.
+
+    A thread that cannot be started lacks its stack, or a number of a process.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(
+        words in str(error) for words in ("can't allocate memory", "not enough memory", "can't start new thread")
+    )

@@ -21,6 +21,7 @@ from typing import Self
 
 from megalith.launch import HUNG, PEER_LOST, PeerLostError
 from megalith.monitor.board import Beat, Board
+from megalith.monitor.memory import is_out_of_memory
 from megalith.monitor.noted import Held
 from megalith.monitor.peers import Peer
 
@@ -100,12 +101,14 @@ class Watch:
         if self._thread is not threading.current_thread():
             self._thread.join(5.0)
         faulthandler.cancel_dump_traceback_later()
+        # Before the others are told: they end for this rank's error, and would be taken for its cause.
+        is_told = isinstance(error, RuntimeError) and not is_out_of_memory(error)
+        text = self.lost_soon() if is_told else ""
         if self._board is not None:
             self._put(replace(self._beat, left=True, failed=kind is not None))
-        if isinstance(error, RuntimeError) and (text := self.lost_soon()):
-            self._close()
-            raise PeerLostError(text) from error
         self._close()
+        if text:
+            raise PeerLostError(text) from error
 
     def _close(self) -> None:
         if self._board is not None:
