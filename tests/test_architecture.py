@@ -45,6 +45,8 @@ LEVELS = [
         "continuity",
         "job",
         "owner",
+        "passes",
+        "recheck",
         "resume",
         "report",
         "closing",

@@ -81,7 +81,7 @@ def _positive(run: Run) -> Iterator[Fault]:
         "spike_threshold",
         "data": "num_workers vocab_extra_ids train_hard_neg val_av_rank_hard_neg val_av_rank_other_neg",
         "evaluate": "eval_iters",
-        "parallel": "max_restarts stop_grace hang_timeout",
+        "parallel": "max_restarts stop_grace hang_timeout check_compute",
     }
     for part, names in not_negative.items():
         for name in names.split():

@@ -168,6 +168,7 @@ OURS = (
     "on_spike",
     "check_replicas",
     "on_replica_fault",
+    "check_compute",
     "slow_rank_ratio",
     "slow_save_ratio",
 )

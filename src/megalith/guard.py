@@ -21,7 +21,8 @@ from megalith.resume import Keeper, load, restore
 
 # Why a run stops, and its exit status then.
 TOO_MANY_BAD_STEPS, SPIKE, REPLICAS_DIFFER = "too many bad steps", "a spike", "replicas that differ"
-EXIT_STATUS = {TOO_MANY_BAD_STEPS: 80, SPIKE: 80, REPLICAS_DIFFER: 81}
+COMPUTES_WRONGLY = "a rank that computes wrongly"
+EXIT_STATUS = {TOO_MANY_BAD_STEPS: 80, SPIKE: 80, REPLICAS_DIFFER: 81, COMPUTES_WRONGLY: 81}
 
 MOST_REWINDS = 3  # without a good step beyond what is passed over
 MOST_NAMES = 3  # of tensors in a line
@@ -90,9 +91,9 @@ def may_save(job: Job, reason: str | None) -> bool:
     """Whether a checkpoint of the weights as they are now is worth having.
 
     In a row of bad steps they have not changed, and may be what is bad: only a stop saves them, if they are finite.
-    Where replicas differ nobody knows which are right.
+    Where replicas differ, or a rank computes wrongly, nobody knows what is right.
     """
-    if reason == REPLICAS_DIFFER:
+    if reason in (REPLICAS_DIFFER, COMPUTES_WRONGLY):
         return False
     return not job.progress.bad_steps.in_a_row or (reason is not None and weights_are_finite(job))
 

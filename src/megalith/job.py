@@ -106,6 +106,7 @@ class Job:
     interval: Interval
     pace: Pace
     stop: str | None = None  # what went so wrong in a step that the run must stop after it
+    erred: dict[int, int] = field(default_factory=dict)  # by rank, the last step in which it computed wrongly
     memory_reported: bool = False
     risk_told: bool = False  # what a kill would cost
     first_step: int | None = None  # the step from which this start goes on; None before the training

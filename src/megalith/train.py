@@ -21,7 +21,6 @@ from megalith.config import Run
 from megalith.corpora import prepare_corpus
 from megalith.guard import EXIT_STATUS, leaves_out, may_save, reason_to_give_up, report_slow_ranks
 from megalith.job import Job, build_job, open_data, open_log
-from megalith.layers.random import dropout_rows
 from megalith.monitor import lines
 from megalith.monitor.events import Evaluated, PlaceReached, RunEnded, StepDone, TrainingStarted
 from megalith.monitor.memory import memory_use
@@ -31,9 +30,9 @@ from megalith.optim.finite import GRAD_NORM, measure
 from megalith.optim.groups import set_learning_rate
 from megalith.optim.schedule import learning_rate
 from megalith.owner import owned
-from megalith.parallel.context import cut_tokens
 from megalith.parallel.mesh import choose_device, joined, make_layout
-from megalith.parallel.step import Batch, mean_losses
+from megalith.passes import run_microbatches, take_passes, with_rows
+from megalith.recheck import is_due, take_checked_passes, tell_what_is_compared
 from megalith.report import open_profile, report_interval
 from megalith.resume import Keeper, resume, try_save_directory
 from megalith.sources import write_run_file
@@ -75,6 +74,7 @@ def train(run: Run, *, started: float) -> int:
             resume(job)
         log.report(PlaceReached("after model, optimizer, and learning rate scheduler are built"))
         open_data(job)
+        tell_what_is_compared(job)
         if run.train.exit_before_training:
             log.line(f"nothing was trained: --exit-before-training ({run.task}, {job.last_step} steps)")
             return 0
@@ -182,11 +182,11 @@ def take_step(job: Job, keeper: Keeper) -> StepDone:
         num_places = job.task.num_places(run)
         microbatches = [with_rows(batch, run.train.seed, num_places) for batch in microbatches]
 
-    job.laid.clear_gradients()
     scale = 1.0 if progress.loss_scale is None else progress.loss_scale.scale
-    losses = run_microbatches(job, microbatches, scale=scale, backward=True)
-    with timers("backward-params-all-reduce"):
-        job.laid.finish_gradients()
+    take = take_checked_passes if is_due(job) else take_passes
+    losses = take(job, microbatches, scale=scale)
+    if losses is None:
+        return step_done(job, Update({}, skipped=True), batch_size, began=began, num_computed=batch_size)
     with timers("optimizer"):
         update = update_weights(job, keeper, losses, scale=scale, batch_size=batch_size)
     return step_done(job, update, batch_size, began=began, num_computed=batch_size)
@@ -218,30 +218,6 @@ def step_done(job: Job, update: Update, batch_size: int, *, began: float, num_co
         causal_flops=None if causal is None else causal(run, job.vocab_size, num_computed),
         memory=memory_use(job.device) if every(progress.step, run.monitor.log_interval) else None,
     )
-
-
-def with_rows(batch: Batch, seed: int, num_places: int) -> Batch:
-    """The batch with the dropout words of its places in the stream."""
-    return {**batch, "rows": dropout_rows(seed, batch["samples"], num_places)}
-
-
-def run_microbatches(job: Job, microbatches: list[Batch], *, scale: float, backward: bool) -> dict[str, Tensor]:
-    """The mean losses of a step's microbatches over all ranks; with backward, their gradients add up on each."""
-    return mean_losses(
-        job.laid.engine,
-        [cut_tokens(on_device(batch, job.device), job.groups.context) for batch in microbatches],
-        names=job.task.losses(job.run),
-        masks=job.task.masks(job.run),
-        scale=scale,
-        group=job.groups.replicas,
-        timers=job.pace.around(job.timers) if backward else job.untimed,
-        backward=backward,
-    )
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device; copies from page-locked memory run beside the computation."""
-    return {name: entry.to(device, non_blocking=True) for name, entry in batch.items()}
 
 
 def update_weights(job: Job, keeper: Keeper, losses: Mapping[str, Tensor], *, scale: float, batch_size: int) -> Update:
@@ -292,7 +268,7 @@ def evaluate(job: Job, part: str, *, final: bool = False) -> None:
         for number in range(1, iterations + 1):
             job.ledger.move()
             microbatches = job.loaders[part].step_batch(consumed, num_microbatches)
-            losses = run_microbatches(job, microbatches, scale=1.0, backward=False)
+            losses = run_microbatches(job, microbatches, scale=1.0, backward=False, timers=job.untimed)
             consumed += job.batch_sizes.batch_size(progress.consumed_train_samples)
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0.0) + float(loss)

@@ -42,6 +42,7 @@ def test_time_spent_inside_is_booked_once() -> None:
         "startup": 3.0,
         "data": 0.25,
         "step": 2.0,
+        "check": 0.0,
         "evaluation": 0.0,
         "checkpoint": 0.0,
         "other": 0.5,

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from megalith.parallel.replicas import Difference, all_alike, differences, digest, folded
+from megalith.parallel.digest import digest
+from megalith.parallel.replicas import Difference, all_alike, differences, folded
 
 KINDS = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.int64]
 SHAPES: list[tuple[int, ...]] = [(), (1,), (7,), (3, 5), (700, 9), (4096,)]

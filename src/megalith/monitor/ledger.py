@@ -15,10 +15,10 @@ from typing import Any
 from megalith.files import DISK, Disk, Location, write_whole
 
 # What time is spent on; "other" is whatever nobody claimed.
-ACCOUNTS = ("startup", "data", "step", "evaluation", "checkpoint", "other", "redone", "interrupted")
+ACCOUNTS = ("startup", "data", "step", "check", "evaluation", "checkpoint", "other", "redone", "interrupted")
 # What is lost with the steps that are done again; the rest is the price of being able to.
-LOST_WITH_STEPS = ("data", "step", "evaluation", "other")
-SHOWN = {"startup": "start-up", "step": "steps", "evaluation": "evaluation", "checkpoint": "checkpoints"}
+LOST_WITH_STEPS = ("data", "step", "check", "evaluation", "other")
+SHOWN = {"startup": "start-up", "step": "steps", "check": "checks", "checkpoint": "checkpoints"}
 NANOSECONDS = 1_000_000_000
 FILE_NAME = "ledger.json"
 LARGEST_FILE = 1 << 16  # bytes

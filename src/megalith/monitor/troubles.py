@@ -53,6 +53,28 @@ class ReplicasCompared:
 
 
 @dataclass(frozen=True)
+class ErringRank:
+    """A rank that made something else of the same numbers."""
+
+    rank: int
+    host: str
+    device: str
+    passes: tuple[int, ...]  # of those taken, from 1 on, in which it did; all three where no two agree
+    tensors: tuple[str, ...]  # what differs, in the order in which it was made
+
+
+@dataclass(frozen=True)
+class PassesCompared:
+    """The forward and backward passes of a step were taken again, and what came of them was compared."""
+
+    step: int
+    seconds: float  # of the passes that were taken again, and of comparing
+    verdict: str  # alike, transient: two of three are, or persistent
+    erring: tuple[ErringRank, ...]
+    text: str  # empty if all are alike
+
+
+@dataclass(frozen=True)
 class RankIsSlow:
     """The others wait for a rank."""
 
@@ -75,5 +97,5 @@ class SaveWasSlow:
     text: str
 
 
-Trouble: TypeAlias = StepLeftOut | SpikeFound | Rewound | ReplicasCompared | RankIsSlow | SaveWasSlow
-TROUBLES = (StepLeftOut, SpikeFound, Rewound, ReplicasCompared, RankIsSlow, SaveWasSlow)
+Trouble: TypeAlias = StepLeftOut | SpikeFound | Rewound | ReplicasCompared | PassesCompared | RankIsSlow | SaveWasSlow
+TROUBLES = (StepLeftOut, SpikeFound, Rewound, ReplicasCompared, PassesCompared, RankIsSlow, SaveWasSlow)

@@ -12,7 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megalith.parallel.journal import JOURNAL
+
 Group = ProcessGroup | None
+# What is noted of a collective.
+SUMMED, GATHERED = "a sum over ranks", "what ranks gather"
 
 
 def size_of(group: Group) -> int:
@@ -32,7 +36,9 @@ def all_gather(local: Tensor, dim: int, group: Group) -> Tensor:
     moved = local.movedim(dim, 0).contiguous()
     whole = moved.new_empty((size_of(group) * moved.shape[0], *moved.shape[1:]))
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name until torch 2.12
+    JOURNAL.made(moved, GATHERED)
     gather(whole, moved, group=group)
+    JOURNAL.received(whole, GATHERED)
     return whole.movedim(0, dim)
 
 
@@ -44,7 +50,9 @@ def reduce_scatter(whole: Tensor, dim: int, group: Group) -> Tensor:
     moved = whole.movedim(dim, 0).contiguous()
     local = moved.new_empty((moved.shape[0] // ranks, *moved.shape[1:]))
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the name until torch 2.12
+    JOURNAL.made(moved, SUMMED)
     scatter(local, moved, group=group)
+    JOURNAL.received(local, SUMMED)
     return local.movedim(0, dim)
 
 
@@ -53,7 +61,9 @@ def all_reduce(value: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tens
     if size_of(group) == 1:
         return value
     value = value.clone(memory_format=torch.contiguous_format)
+    JOURNAL.made(value, SUMMED)
     dist.all_reduce(value, op=op, group=group)
+    JOURNAL.received(value, SUMMED)
     return value
 
 

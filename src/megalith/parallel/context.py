@@ -22,6 +22,10 @@ from megalith.layers.attend import AttentionDropout
 from megalith.layers.attention import Attend, SelfAttention
 from megalith.layers.mask import Mask, make_mask
 from megalith.parallel.collectives import Group, all_gather, gather_for_product, rank_in, size_of
+from megalith.parallel.journal import JOURNAL
+
+# What is noted of trading tokens for heads.
+TRADED = "what ranks trade"
 
 
 def places_held(num_tokens: int, rank: int, ranks: int) -> Tensor:
@@ -154,7 +158,9 @@ class _Trade(torch.autograd.Function):
         ctx.give, ctx.take, ctx.group = give, take, group
         sent = torch.stack([part.contiguous() for part in value.chunk(size_of(group), give)])
         received = torch.empty_like(sent)
+        JOURNAL.made(sent, TRADED)
         dist.all_to_all_single(received, sent, group=group)
+        JOURNAL.received(received, TRADED)
         return torch.cat(received.unbind(), take)
 
     @staticmethod

@@ -19,6 +19,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from megalith.parallel.collectives import Group, all_reduce
+from megalith.parallel.journal import JOURNAL
 from megalith.parallel.step import Batch, RunPart, Timers
 
 # By name: the class, and whether it takes several parts of a rank.
@@ -33,8 +34,9 @@ SCHEDULES: dict[str, tuple[type[Any], bool]] = {
 class _Part(nn.Module):
     """A part of the model as a stage sees it: one tensor in, the entries of the batch beside it, one tensor out."""
 
-    def __init__(self, part: nn.Module, run_part: RunPart) -> None:
+    def __init__(self, part: nn.Module, run_part: RunPart, *, is_first: bool) -> None:
         super().__init__()
+        self._is_first = is_first
         self.part = part
         self._run_part = run_part
         if any(hasattr(parameter, "device_mesh") for parameter in part.parameters()):
@@ -43,10 +45,15 @@ class _Part(nn.Module):
             become_root(self, part)
 
     def forward(self, entering: Tensor, **batch: Tensor) -> Tensor:
+        entering = entering if self._is_first else JOURNAL.entering(entering)
         leaving = self._run_part(self.part, entering, batch)
         # Losses may be a view, to which FSDP2 cannot fix what it has to do before the backward pass.
         # A stream that a reduce-scatter gave lies in memory by tokens; what is sent must lie by samples.
-        return leaving.clone() if leaving.dim() == 1 else leaving.contiguous()
+        if leaving.dim() == 1:
+            return leaving.clone()
+        leaving = leaving.contiguous()
+        JOURNAL.leaving(leaving)
+        return leaving
 
 
 class Pipeline:
@@ -72,7 +79,7 @@ class Pipeline:
         sums_over: Sequence[Group],
         entering: str = "tokens",
     ) -> None:
-        self._parts = {number: _Part(part, run_part) for number, part in sorted(parts.items())}
+        self._parts = {number: _Part(part, run_part, is_first=number == 0) for number, part in sorted(parts.items())}
         self._num_parts = num_parts
         self._schedule = schedule
         self._group = group

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from megalith.parallel.journal import JOURNAL
 from megalith.parallel.step import Batch, RunPart
 
 
@@ -17,6 +18,7 @@ class SeenLosses:
         leaving = self._run_part(part, entering, batch)
         # The stream has more dimensions. In evaluations nothing is to be found.
         if leaving.dim() == 1 and torch.is_grad_enabled():
+            JOURNAL.made(leaving, "the losses")
             self._seen.append((batch["samples"], leaving.detach().clone()))
         return leaving
 

@@ -132,3 +132,9 @@ class ParallelConfig:
     on_replica_fault: str = setting(
         "stop", "what to do if --check-replicas finds a difference", section="numbers", choices=("stop", "warn")
     )
+    check_compute: int = setting(
+        0,
+        "take the passes of a step twice, every so many steps, and compare what comes of them; 0: never",
+        section="numbers",
+        unit="steps",
+    )

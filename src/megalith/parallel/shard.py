@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megalith.layers.block import Block
+from megalith.parallel.collectives import SUMMED
+from megalith.parallel.journal import JOURNAL
 from megalith.parallel.mesh import Groups, Layout
 from megalith.parallel.settings import ParallelConfig
 
@@ -55,10 +58,19 @@ def become_root(around: nn.Module, part: nn.Module) -> None:
     fully_shard(around, mesh=sharded.device_mesh)
 
 
+class _NotedReduceScatter(DefaultReduceScatter):
+    """FSDP2's own, but what this rank adds to the sum is noted."""
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        JOURNAL.made(input_tensor, SUMMED)
+        return super().__call__(output_tensor, input_tensor, *args, **kwargs)
+
+
 def _sum(module: Any) -> None:
     module.set_gradient_divide_factor(1.0)
     # gloo has no reduction that scales as it sums.
     module.set_force_sum_reduction_for_comms(True)
+    module.set_custom_reduce_scatter(_NotedReduceScatter())
 
 
 def offset_of_shard(parameter: Tensor) -> tuple[int, ...]:
