@@ -4,6 +4,7 @@ Statistics are compared with their standard error under independence; seeds are 
 """
 
 import math
+import zlib
 from collections.abc import Callable
 
 import pytest
@@ -185,6 +186,16 @@ def test_shards_of_weights_with_more_than_2_to_32_elements_are_all_different() -
     # Rows 2^20 and 2^21 begin at elements 2^32 and 2^33: what counts in 32 bits would repeat there.
     assert len({tuple(shard.flatten().tolist()) for shard in shards}) == 4
     assert abs(float(shards.mean())) < 3 / math.sqrt(shards.numel())
+
+
+def test_weights_have_the_bits_that_they_always_had() -> None:
+    # Made by the first version, in pieces of 2^18: a run's seed must go on to mean the same weights.
+    whole, shard, even = torch.empty(300001), torch.empty(1000, 77), torch.empty(1000, 77)
+    fill_normal(whole, key(1234, "weight", "layers.0.attention.qkv.weight"), std=0.02)
+    fill_normal(shard, key(7), std=0.5, whole=[5000, 100], offset=[1234, 5])
+    fill_uniform(even, key(7), bound=0.5, whole=[5000, 100], offset=[1234, 5])
+    digests = [zlib.crc32(tensor.numpy().tobytes()) for tensor in (whole, shard, even)]
+    assert digests == [2452564417, 1242170691, 2343538528]
 
 
 def test_a_shard_outside_the_weight_is_refused() -> None:
