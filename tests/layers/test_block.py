@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from megalith.layers.attention import AttentionShape, CrossAttention, SelfAttention
 from megalith.layers.block import Block, BlockShape
+from megalith.layers.feedforward import Gelu
 from megalith.layers.initial import Initial, draw_weights
 from megalith.layers.mask import make_mask
+from megalith.layers.products import Again, linear
 from megalith.layers.random import dropout_rows
 
 B, T, D, H, K = 2, 6, 16, 4, 4
@@ -169,3 +171,33 @@ def test_a_block_compiles_whole_without_dropout() -> None:
     (grad,) = torch.autograd.grad(output.square().sum(), x)
     (expected,) = torch.autograd.grad(block(x, CAUSAL).square().sum(), x)
     torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("residual_after_norm", [False, True])
+@pytest.mark.parametrize("gelu", ["tanh", "erf", "onnx"])
+def test_what_is_made_again_in_the_backward_pass_has_the_same_bits(
+    gelu: Gelu, residual_after_norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention = AttentionShape(128, 4, 32, NORMAL, NORMAL)
+    wide = dataclasses.replace(
+        SHAPE, attention=attention, inner=512, gelu=gelu, residual_after_norm=residual_after_norm
+    )
+    block, causal = block_of(wide), make_mask(128, causal=True)
+    x = torch.randn(1, 128, 128, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    leaves = [x, *block.parameters()]
+
+    def gradients(followed: list[bool]) -> tuple[Tensor, ...]:
+        def product(x: Tensor, weight: Tensor, bias: Tensor | None, again: Again | None) -> Tensor:
+            followed.append(again is not None)
+            return linear(x, weight, bias, again if is_followed else None)
+
+        monkeypatch.setattr("megalith.layers.linear.linear", product)
+        return torch.autograd.grad(block(x, causal).square().sum(), leaves)
+
+    is_followed, given = True, list[bool]()
+    again = gradients(given)
+    # Into queries, keys and values; out of them; up; down.
+    assert given == [True, False, True, True]
+    is_followed = False
+    for found, right in zip(again, gradients([]), strict=True):
+        assert torch.equal(found, right)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalith.layers.products import LEAST, linear, suits_onednn
+from megalith.layers.products import LEAST, Again, linear, suits_onednn
 
 
 def draw(*shape: int, seed: int = 1) -> Tensor:
@@ -49,6 +49,24 @@ def test_what_needs_no_gradient_gets_none() -> None:
 def test_the_same_product_gives_the_same_bits() -> None:
     x, weight, b = draw(512, 161), draw(129, 161, seed=2), draw(129, seed=3)
     assert torch.equal(linear(x, weight, b), linear(x.clone(), weight.clone(), b.clone()))
+
+
+def test_an_input_that_can_be_made_again_is_not_kept_and_gives_the_same_bits() -> None:
+    inner, weight, b = draw(210, 161).requires_grad_(), draw(129, 161, seed=2), draw(129, seed=3)
+    leaves, slopes = (inner, weight.requires_grad_(), b.requires_grad_()), draw(210, 129, seed=4)
+    expected = torch.autograd.grad(linear(F.gelu(inner), weight, b), leaves, slopes)
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        x = F.gelu(inner)
+        y = linear(x, weight, b, Again(F.gelu, (inner,)))
+    assert inner.data_ptr() in kept and x.data_ptr() not in kept
+    for found, right in zip(torch.autograd.grad(y, leaves, slopes), expected, strict=True):
+        assert torch.equal(found, right)
 
 
 def test_small_sixteen_bit_and_meta_products_stay_with_torch() -> None:

@@ -17,6 +17,7 @@ from megalith.layers.cache import KeyValueCache
 from megalith.layers.initial import Initial
 from megalith.layers.linear import Linear
 from megalith.layers.mask import Mask
+from megalith.layers.products import Again
 from megalith.layers.random import mix, number_words, rows_for
 
 
@@ -117,9 +118,15 @@ class SelfAttention(_Attention):
         self.out = Linear(joined, shape.width, shape.out, bias=shape.bias, device=device)
 
     def forward(
-        self, x_BTD: Tensor, mask: Mask, rows_BT: Tensor | None = None, cache: KeyValueCache | None = None
+        self,
+        x_BTD: Tensor,
+        mask: Mask,
+        rows_BT: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        again: Again | None = None,
     ) -> Tensor:
-        qkv: Tensor = self.qkv(x_BTD)
+        """again: how the backward pass can make x again instead of keeping it."""
+        qkv: Tensor = self.qkv(x_BTD, again)
         q_BTHK, k_BSHK, v_BSHK = qkv.unflatten(-1, (-1, 3, self.head_width)).unbind(3)
         if cache is not None:
             k_BHSK, v_BHSK = cache.extend(self.number, k_BSHK.transpose(1, 2), v_BSHK.transpose(1, 2))

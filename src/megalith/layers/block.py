@@ -14,7 +14,8 @@ from megalith.layers.cache import KeyValueCache
 from megalith.layers.dropout import drop
 from megalith.layers.feedforward import Activation, FeedForward, Gelu
 from megalith.layers.mask import Mask
-from megalith.layers.norm import Normalization, make_norm
+from megalith.layers.norm import LayerNorm, Normalization, make_norm
+from megalith.layers.products import Again
 from megalith.layers.random import key
 
 
@@ -113,7 +114,8 @@ class Block(nn.Module):
         stream_rows = self.cut(rows_BT) if self.cut is not None and rows_BT is not None else rows_BT
 
         entering = self._entering(x_BTD, self.attention_norm)
-        branch = self.attention(entering.to(dtype), mask, rows_BT, cache)
+        again = self._again(x_BTD, self.attention_norm)
+        branch = self.attention(entering.to(dtype), mask, rows_BT, cache, again)
         x_BTD = self._add(x_BTD, entering, branch, stream_rows, self._drop_attention, self.attention_norm)
 
         if self.cross is not None and self.cross_norm is not None:
@@ -123,7 +125,7 @@ class Block(nn.Module):
             x_BTD = self._add(x_BTD, entering, branch, stream_rows, self._drop_cross, self.cross_norm)
 
         entering = self._entering(x_BTD, self.feedforward_norm)
-        branch = self.feedforward(entering.to(dtype))
+        branch = self.feedforward(entering.to(dtype), self._again(x_BTD, self.feedforward_norm))
         return self._add(x_BTD, entering, branch, stream_rows, self._drop_feedforward, self.feedforward_norm)
 
     def _entering(self, x_BTD: Tensor, norm: nn.Module) -> Tensor:
@@ -132,6 +134,12 @@ class Block(nn.Module):
             return x_BTD
         normed: Tensor = norm(x_BTD)
         return normed
+
+    def _again(self, x_BTD: Tensor, norm: nn.Module) -> Again | None:
+        """How what enters a branch can be made again of what is kept anyway; None where it cannot."""
+        if self.shape.norm_after_residual or x_BTD.dtype != self.shape.dtype or not isinstance(norm, LayerNorm):
+            return None
+        return norm.again(x_BTD)
 
     def _add(
         self, x_BTD: Tensor, entered: Tensor, branch: Tensor, rows_BT: Tensor | None, where: int, norm: nn.Module

@@ -1,5 +1,6 @@
 """The feed-forward half of a block."""
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from megalith.layers.initial import Initial
 from megalith.layers.linear import Linear
+from megalith.layers.products import Again
 
 # tanh: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))); erf: the exact form; onnx: erf with the divisor 1.41421, as
 # Megatron-LM writes it for --onnx-safe.
@@ -48,13 +50,16 @@ class FeedForward(nn.Module):
         self.form: Gelu = form
         self.activation = activation
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        inner_BTF = self.up(x_BTD)
+    def forward(self, x_BTD: Tensor, again: Again | None = None) -> Tensor:
+        """again: how the backward pass can make x again instead of keeping it."""
+        inner_BTF = self.up(x_BTD, again)
+        inner_again = None
         if self.gate is not None:
             inner_BTF = gelu(self.gate(x_BTD), self.form) * inner_BTF
         elif self.activation == "relu":
             inner_BTF = F.relu(inner_BTF)
         else:
+            inner_again = Again(partial(gelu, form=self.form), (inner_BTF,))
             inner_BTF = gelu(inner_BTF, self.form)
-        down: Tensor = self.down(inner_BTF)
+        down: Tensor = self.down(inner_BTF, inner_again)
         return down

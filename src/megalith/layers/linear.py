@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megalith.layers.initial import ZEROS, Initial
-from megalith.layers.products import linear
+from megalith.layers.products import Again, linear
 
 
 class Linear(nn.Module):
@@ -27,16 +27,17 @@ class Linear(nn.Module):
         self.leave: Callable[[Tensor], Tensor] | None = None
         self.product: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
+        """again: how the backward pass can make x again instead of keeping it."""
         if self.enter is not None:
-            x = self.enter(x)
+            x, again = self.enter(x), None
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.leave is None:
-            return self._multiply(x, bias)
-        product = self.leave(self._multiply(x, None))
+            return self._multiply(x, bias, again)
+        product = self.leave(self._multiply(x, None, again))
         return product if bias is None else product + bias
 
-    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _multiply(self, x: Tensor, bias: Tensor | None, again: Again | None) -> Tensor:
         if self.product is not None:
             return self.product(x, self.weight, bias)
-        return linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, self.weight.to(x.dtype), bias, again)

@@ -1,5 +1,6 @@
 """Normalisation over the features of a token."""
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalith.layers.initial import ONES, ZEROS
+from megalith.layers.products import Again
 
 Normalization = Literal["LayerNorm", "RMSNorm"]
 
@@ -22,7 +24,15 @@ class LayerNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.epsilon)
+        return _layer_norm(x, self.weight.to(x.dtype), self.bias.to(x.dtype), epsilon=self.epsilon)
+
+    def again(self, x: Tensor) -> Again:
+        """How the norm of x is made, and can be made again."""
+        return Again(partial(_layer_norm, epsilon=self.epsilon), (x, self.weight.to(x.dtype), self.bias.to(x.dtype)))
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, epsilon: float) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, epsilon)
 
 
 class RMSNorm(nn.Module):

@@ -7,7 +7,8 @@ Shape letters: N rows, I inputs, O outputs.
 """
 
 import platform
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,21 @@ from torch import Tensor
 LEAST = 1 << 22
 
 
-def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """x weight^T + bias over the last dimension of x; gradients flow to all three."""
+class Again(NamedTuple):
+    """How the backward pass can make a product's input again instead of keeping it: make(*of), with the same bits."""
+
+    make: Callable[..., Tensor]
+    of: tuple[Tensor, ...]  # what is kept anyway
+
+
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, again: Again | None = None) -> Tensor:
+    """x weight^T + bias over the last dimension of x; gradients flow to all three.
+
+    again: of x; followed where the product goes to oneDNN.
+    """
     if not suits_onednn(x, weight_OI):
         return F.linear(x, weight_OI, bias_O)
-    y: Tensor = _Linear.apply(x, weight_OI, bias_O)
+    y: Tensor = _Linear.apply(x, weight_OI, bias_O, *((None, x) if again is None else (again.make, *again.of)))
     return y
 
 
@@ -53,16 +64,23 @@ def times_transposed(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None)
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight_OI)
+    def forward(
+        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, make: Callable[..., Tensor] | None, *of: Tensor
+    ) -> Tensor:
+        ctx.make = make
+        ctx.save_for_backward(weight_OI, *of)
         return times_transposed(x, weight_OI, bias_O)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_OI = ctx.saved_tensors
+        weight_OI, *of = ctx.saved_tensors
         grad_NO = grad_y.reshape(-1, grad_y.shape[-1])
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            x = of[0] if ctx.make is None else ctx.make(*of)
+            # Of this product MKL is as fast.
+            grad_weight = torch.mm(grad_NO.t(), x.reshape(-1, x.shape[-1]))
+            del x
         grad_x = times_transposed(grad_y, weight_OI.t()) if ctx.needs_input_grad[0] else None
-        # Of this product MKL is as fast.
-        grad_weight = torch.mm(grad_NO.t(), x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
         grad_bias = grad_NO.sum(0) if ctx.needs_input_grad[2] else None
-        return grad_x, grad_weight, grad_bias
+        return grad_x, grad_weight, grad_bias, None, *(None for _ in of)

@@ -8,6 +8,7 @@ and an allocator's waste come on top.
 from dataclasses import dataclass
 
 from megalith.layers.loss import CHUNK_ROWS
+from megalith.layers.products import LEAST
 
 FP32 = 4  # bytes
 # Of an Adam moment, by --optimizer-state-dtype; int8 has 4 bytes of scale for 256 elements.
@@ -124,18 +125,31 @@ def tokens_on_rank(job: Job) -> float:
 
 
 def layer_activations(job: Job) -> float:
-    """What one layer keeps of a microbatch: inputs of its norms and products, queries, keys, values, two of GELU."""
+    """What one layer keeps of a microbatch: inputs of its norms and products, queries, keys, values, two of GELU.
+
+    Where products go to oneDNN norms and GELU's output are made again.
+    """
     tokens, e = tokens_on_rank(job), job.compute_bytes
     cut = job.tensor if job.sequence_parallel else 1
     heads, inner = job.num_heads * job.head_width / job.tensor, job.inner / job.tensor
     between = 2 * job.stream_bytes * job.width / cut  # before each norm
-    normed = 2 * e * job.width / cut
+    normed = e * job.width / cut * (_kept(job, 3 * heads, enters=True) + _kept(job, inner, enters=True))
     masks = (2 * job.width / cut) if job.dropout else 0.0
-    inside = e * (3 * heads + heads + 2 * inner)
+    inside = e * (3 * heads + heads + inner + inner * _kept(job, inner, enters=False))
     statistics = FP32 * (4 / cut + job.num_heads / job.tensor)
     words = FP32 * (job.num_heads / job.tensor + 1) if job.attention_dropout else 0.0
     copies = 2.0 * parameters_in_products(job) if e < FP32 else 0.0
     return tokens * (between + normed + masks + inside + statistics + words) + copies
+
+
+def _kept(job: Job, features: float, *, enters: bool) -> bool:
+    """Whether the input of a product of the stream's width and that many features is kept for the backward pass.
+
+    enters: it is what tensor ranks copy or gather.
+    """
+    by_onednn = job.device == "cpu" and job.compute_bytes == FP32
+    large = tokens_on_rank(job) * job.width * features >= LEAST
+    return not (by_onednn and large and not (enters and job.tensor > 1))
 
 
 def parameters_in_products(job: Job) -> float:
