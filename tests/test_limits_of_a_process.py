@@ -1,12 +1,15 @@
 """What the kernel itself refuses a run: descriptors, names that are too long, directories that it may not write to."""
 
+import errno
 import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megalith.monitor.peers import Peer, this_process
 from tests.faults.cluster import Ended, run_ranks
 from tests.faults.disk import Disturbance, undisturbed
 from tests.layouts.runs import MODEL, steps_of, write_data
@@ -83,6 +86,20 @@ def test_a_process_without_descriptors_goes_on_and_saves_again_when_it_has_some(
     assert_recovered(ended, tmp_path, "[Errno 24] Too many open files: ", NOT_SEEN)
     if world_size == 1:
         assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.EACCES])
+def test_a_peer_that_cannot_be_looked_at_is_not_gone(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = this_process(0)
+    assert not peer.is_gone and Peer(1, 2**22 + 1, peer.host, peer.started).is_gone
+
+    def fails(path: Any, *how: Any, **named: Any) -> Any:
+        if str(path).startswith(f"/proc/{peer.pid}/"):
+            raise OSError(code, os.strerror(code), path)
+        return open(path, *how, **named)
+
+    monkeypatch.setattr("megalith.monitor.peers.open", fails, raising=False)
+    assert not peer.is_gone and not peer.is_stopped
 
 
 def folder_of_length(folder: Path, length: int) -> Path:
