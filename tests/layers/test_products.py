@@ -14,8 +14,11 @@ def draw(*shape: int, seed: int = 1) -> Tensor:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(3, 70), (210,)], ids=["BT", "N"])
-def test_output_and_gradients_are_those_of_float64(shape: tuple[int, ...], bias: bool) -> None:
-    x, weight, b = draw(*shape, 161), draw(129, 161, seed=2), draw(129, seed=3) if bias else None
+@pytest.mark.parametrize(("width", "outputs"), [(161, 129), (129, 161)], ids=["narrower", "wider"])
+def test_output_and_gradients_are_those_of_float64(
+    shape: tuple[int, ...], width: int, outputs: int, bias: bool
+) -> None:
+    x, weight, b = draw(*shape, width), draw(outputs, width, seed=2), draw(outputs, seed=3) if bias else None
     inputs = [t.requires_grad_() for t in (x, weight, b) if t is not None]
     assert suits_onednn(x, weight)
     y = linear(x, weight, b)
