@@ -31,11 +31,12 @@ from megalith.allocator import keep_freed_memory
 from megalith.bench import made_for_measuring
 from megalith.check import check
 from megalith.data.index_maps import build_index_maps
-from megalith.job import build_job, open_data
+from megalith.job import build_job
+from megalith.keeper import Keeper
+from megalith.loaders import open_data
 from megalith.monitor.flops import training_flops
 from megalith.monitor.log import RunLog
 from megalith.parallel.mesh import make_layout
-from megalith.resume import Keeper
 from megalith.sources import read_command_line
 from megalith.train import take_step
 from tests.ranks import run_ranks

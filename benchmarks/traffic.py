@@ -28,9 +28,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megalith.job import Job, build_job, open_data, open_log
+from megalith.job import Job, build_job, open_log
+from megalith.keeper import Keeper
+from megalith.loaders import open_data
 from megalith.parallel.mesh import Layout, make_layout
-from megalith.resume import Keeper
 from megalith.train import take_step
 from tests.layouts.runs import MODEL, configured, write_data
 from tests.ranks import run_ranks

@@ -13,15 +13,14 @@ from typing import Any
 
 import pytest
 
-import megalith.resume
 import megalith.train
 from megalith.checkpoint.directory import list_checkpoints
 from megalith.checkpoint.verify import verify
 from megalith.files import Disk
 from megalith.job import Job
+from megalith.keeper import Keeper
 from megalith.monitor.events import StepDone
 from megalith.monitor.outlet import read_records
-from megalith.resume import Keeper
 from tests.faults.cluster import Ended, run_ranks
 from tests.faults.disk import Disturbance, Moment, Operation, Wire, undisturbed
 from tests.layouts.runs import MODEL, steps_of, write_data

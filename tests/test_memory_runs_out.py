@@ -13,8 +13,8 @@ import megalith.train
 from megalith.checkpoint.directory import list_checkpoints
 from megalith.checkpoint.verify import verify
 from megalith.cli import OUT_OF_MEMORY
+from megalith.keeper import Keeper
 from megalith.launch import HUNG
-from megalith.resume import Keeper
 from tests.faults.cluster import Ended, run_ranks
 from tests.faults.disk import Disturbance, undisturbed
 from tests.layouts.runs import MODEL, write_data

@@ -10,10 +10,11 @@ from protocol import asked_size, serve
 from megalith.allocator import keep_freed_memory
 from megalith.bench import made_for_measuring
 from megalith.check import check
-from megalith.job import build_job, open_data
+from megalith.job import build_job
+from megalith.keeper import Keeper
+from megalith.loaders import open_data
 from megalith.monitor.log import RunLog
 from megalith.parallel.mesh import choose_device, make_layout
-from megalith.resume import Keeper
 from megalith.sources import read_command_line
 from megalith.train import take_step
 

@@ -23,13 +23,14 @@ from megalith.check import check
 from megalith.command_line import CommandParser
 from megalith.config import ConfigError, Run
 from megalith.derived import compute_dtype, global_batch_size
-from megalith.job import Job, build_job, open_data
+from megalith.job import Job, build_job
+from megalith.keeper import Keeper
+from megalith.loaders import open_data
 from megalith.monitor.flops import TERA, measure_matmul_flops
 from megalith.monitor.log import RunLog
 from megalith.monitor.memory import memory_use
 from megalith.monitor.timers import STEP_TIMERS, Timers
 from megalith.parallel.mesh import Layout, choose_device, joined, make_layout, ranks_in
-from megalith.resume import Keeper
 from megalith.sources import read_command_line
 from megalith.train import take_step
 

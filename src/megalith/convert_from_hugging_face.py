@@ -209,7 +209,7 @@ class Weights:
 
 
 def state_for(run: Run, tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    """Everything but tensors that a run of ours goes on from (see resume.py): it has not begun."""
+    """Everything but tensors that a run of ours goes on from (see run_state.py): it has not begun."""
     shape = shape_of(run.model)
     return {
         "step": 0,

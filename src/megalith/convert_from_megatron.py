@@ -206,7 +206,7 @@ def padded_to(run: Run, size: int, padded: int) -> Run:
 
 
 def state_for(joined: Joined, file: ForeignFile) -> dict[str, Any]:
-    """Everything but tensors that a run of ours goes on from (see resume.py), as JSON."""
+    """Everything but tensors that a run of ours goes on from (see run_state.py), as JSON."""
     tree, fresh = file.tree, joined.moments is None
     consumed = consumed_samples(joined, tree["args"])
     schedule, samples = schedule_of(tree) if "lr_scheduler" in tree or not fresh else ({}, 0)

@@ -11,13 +11,15 @@ from megalith.checkpoint.exchange import Ranks, RanksError
 from megalith.checkpoint.shards import DamagedError
 from megalith.files import DISK
 from megalith.job import Job
+from megalith.keeper import Keeper
 from megalith.monitor.events import CheckpointLoaded, LoadStarted, Warned
 from megalith.monitor.pace import slow_ranks
 from megalith.monitor.troubles import RankIsSlow, ReplicasCompared, Rewound, SpikeFound, StepLeftOut
 from megalith.optim.clip import global_norm
 from megalith.optim.finite import GRAD_NORM, Measured
 from megalith.parallel.replicas import Difference, all_alike, differences, digests_held, folded
-from megalith.resume import Keeper, load, restore
+from megalith.resume import load
+from megalith.run_state import restore
 
 # Why a run stops, and its exit status then.
 TOO_MANY_BAD_STEPS, SPIKE, REPLICAS_DIFFER = "too many bad steps", "a spike", "replicas that differ"

@@ -20,7 +20,9 @@ from megalith.closing import tell_what_next
 from megalith.config import Run
 from megalith.corpora import prepare_corpus
 from megalith.guard import EXIT_STATUS, leaves_out, may_save, reason_to_give_up, report_slow_ranks
-from megalith.job import Job, build_job, open_data, open_log
+from megalith.job import Job, build_job, open_log
+from megalith.keeper import Keeper, try_save_directory
+from megalith.loaders import open_data
 from megalith.monitor import lines
 from megalith.monitor.events import Evaluated, PlaceReached, RunEnded, StepDone, TrainingStarted
 from megalith.monitor.memory import memory_use
@@ -34,7 +36,7 @@ from megalith.parallel.mesh import choose_device, joined, make_layout
 from megalith.passes import run_microbatches, take_passes, with_rows
 from megalith.recheck import is_due, take_checked_passes, tell_what_is_compared
 from megalith.report import open_profile, report_interval
-from megalith.resume import Keeper, resume, try_save_directory
+from megalith.resume import resume
 from megalith.sources import write_run_file
 from megalith.watching import Places, collective_timeout, open_watch
 

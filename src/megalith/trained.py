@@ -28,7 +28,7 @@ from megalith.evaluate.loss import StreamLoss, stream_loss
 from megalith.evaluate.talk import continuations, eod_of, shown, stream_text
 from megalith.models.decoder import Decoder
 from megalith.parallel.mesh import choose_device
-from megalith.resume import WEIGHT
+from megalith.run_state import WEIGHT
 from megalith.sources import read_run_file
 from megalith.terminal import printable
 

@@ -14,9 +14,9 @@ from megalith.checkpoint.index import Index
 from megalith.checkpoint.verify import verify
 from megalith.data.loader import Batch, Loader
 from megalith.job import Job
+from megalith.keeper import Keeper
 from megalith.monitor.events import StepDone
 from megalith.monitor.outlet import read_records
-from megalith.resume import Keeper
 from tests.faults.cluster import run_ranks
 from tests.faults.disk import Disturbance, Operation, recorded, recording, undisturbed
 from tests.layouts.runs import write_data

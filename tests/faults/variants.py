@@ -13,7 +13,7 @@ from torch import Tensor
 
 import megalith.files
 import megalith.train
-from megalith import owner, resume
+from megalith import keeper, owner, resume, run_state
 from megalith.checkpoint import directory, index, retention, saver, store, verify
 from megalith.checkpoint.directory import StepDirectory, folder_of, list_checkpoints, step_name
 from megalith.checkpoint.exchange import Ranks
@@ -25,9 +25,9 @@ from megalith.data import inspect, kept_arrays, record
 from megalith.data.loader import Batch, Loader
 from megalith.files import Disk, Location, Written
 from megalith.job import Job
+from megalith.keeper import Keeper
 from megalith.monitor.signals import StopSignals
 from megalith.optim.loss_scale import DynamicLossScale
-from megalith.resume import Keeper
 from tests.faults.disk import Disturbance
 
 
@@ -113,7 +113,7 @@ def tracker_in_place(rank: int) -> None:
         return [entry for entry in found if entry.step == int(tracker.read_text())] if tracker.exists() else []
 
     put(saver, write=writing)
-    for module in (store, resume):
+    for module in (store, resume, keeper):
         put(module, list_checkpoints=list_tracked)
 
 
@@ -188,7 +188,7 @@ def failure_ends_the_run(rank: int) -> None:
 
 def changed_state(rank: int, change: Callable[[dict[str, Any]], None]) -> None:
     """What a start takes over beside the tensors is not what was saved."""
-    restore = resume.restore
+    restore = run_state.restore
 
     def restoring(job: Job, loaded: Loaded, *, with_optimizer: bool) -> None:
         state = dict(loaded.index.state)
@@ -212,7 +212,7 @@ def loss_scale_not_restored(rank: int) -> None:
 
 
 def updates_not_restored(rank: int) -> None:
-    put(resume, set_num_updates=nothing)
+    put(run_state, set_num_updates=nothing)
 
 
 def moments_not_restored(rank: int) -> None:
@@ -220,7 +220,7 @@ def moments_not_restored(rank: int) -> None:
 
     def loading(run_dir: Location, wanted: Any, **named: Any) -> Any:
         def weights_only(index: Any) -> Any:
-            return {name: piece for name, piece in wanted(index).items() if name.startswith(resume.WEIGHT)}
+            return {name: piece for name, piece in wanted(index).items() if name.startswith(run_state.WEIGHT)}
 
         return load_latest(run_dir, weights_only, **{**named, "may_stay_unread": lambda name: True})
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from megalith.job import build_job
 from megalith.parallel.mesh import make_layout
-from megalith.resume import resume, tensors_of
+from megalith.resume import resume
+from megalith.run_state import tensors_of
 from tests.layouts.runs import MODEL, Runs, assert_same_steps, configured, largest_difference, run_on, weights_of
 from tests.ranks import run_ranks
 

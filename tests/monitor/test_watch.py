@@ -17,11 +17,11 @@ from megalith.checkpoint.directory import list_checkpoints
 from megalith.checkpoint.verify import verify
 from megalith.data.causal import CausalBatches
 from megalith.job import Job
+from megalith.keeper import Keeper
 from megalith.launch import HUNG, PEER_LOST
 from megalith.monitor.board import ROW_BYTES, Beat, MemoryBoard
 from megalith.monitor.events import StepDone
 from megalith.monitor.watch import find_guilty, is_stuck
-from megalith.resume import Keeper
 from tests.faults.cluster import Ended, run_ranks
 from tests.faults.disk import slow
 from tests.layouts.runs import MODEL, run_on, steps_of, write_data

@@ -10,11 +10,12 @@ import torch
 from megalith.bench import made_for_measuring
 from megalith.check import check
 from megalith.forecast import forecast, planned
-from megalith.job import build_job, open_data
+from megalith.job import build_job
+from megalith.keeper import Keeper
+from megalith.loaders import open_data
 from megalith.monitor.log import RunLog
 from megalith.parallel.mesh import Layout
 from megalith.plan.memory import gathered_bytes, predict
-from megalith.resume import Keeper
 from megalith.sources import read_command_line
 from megalith.train import take_step
 from tests.plan.live import LiveBytes, tensors_in

@@ -1,0 +1,150 @@
+"""When a run's checkpoints are written, and what is told of them."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from megalith.checkpoint.directory import CheckpointError, list_checkpoints, try_run_directory
+from megalith.checkpoint.saver import AsyncSaver
+from megalith.config import Run
+from megalith.files import DISK
+from megalith.job import Job
+from megalith.monitor.events import CheckpointStarted, Warned
+from megalith.monitor.pace import SavePace
+from megalith.monitor.timers import Timer
+from megalith.owner import Lease
+from megalith.report import report_saved
+from megalith.run_state import notes_of, state_of, tensors_of
+
+NOTHING_BEFORE = "there is none before it: a kill loses everything"
+
+
+def try_save_directory(run: Run) -> None:
+    """Find out whether --save can be written to. Raises ValueError if not."""
+    if run.checkpoint.save is None or run.train.exit_before_training:
+        return
+    try:
+        try_run_directory(run.checkpoint.save, disk=DISK)
+    except CheckpointError as error:
+        raise ValueError(f"--save = {run.checkpoint.save}: {error}. Choose another directory.") from error
+
+
+class Keeper:
+    """Writes the checkpoints of a run that has --save, in the background; use it in a `with` block.
+
+    A checkpoint that cannot be written is announced, and the run goes on: the next one is tried anew; unless
+    --on-save-failure says to stop. lease: of the rank that has one.
+    """
+
+    def __init__(self, job: Job, lease: Lease | None = None) -> None:
+        self._job, self._lease = job, lease
+        self._saver: AsyncSaver | None = None
+        self._saved_step: int | None = None
+        self._stall = 0.0  # seconds that the steps have waited for the checkpoint that is being written
+        self._pace = SavePace(job.run.monitor.slow_save_ratio)
+        self.failed = False  # the newest attempt
+        self.asks_to_stop = False  # this rank has learnt of a failure; the others may in another step
+
+    def __enter__(self) -> Self:
+        checkpoint = self._job.run.checkpoint
+        if checkpoint.save is not None and not self._job.run.train.exit_before_training:
+            self._saver = AsyncSaver(
+                checkpoint.save,
+                keep_last=checkpoint.keep_last,
+                keep_every=checkpoint.keep_every,
+                disk=self._job.disk,
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for loader in self._job.loaders.values():
+            loader.close()
+        if self._saver is not None:
+            self._saver.close()
+
+    def save(self, *, while_training: bool = True) -> None:
+        """Begin a checkpoint of the step just taken, unless there is one; the step waits for a copy in memory only."""
+        job = self._job
+        if self._saver is None or self._saved_step == job.progress.step:
+            return
+        if self._lease is not None:
+            self._lease.check()
+        with self._timer():
+            self.settle()
+        assert job.run.checkpoint.save is not None
+        job.log.report(CheckpointStarted(job.progress.step, job.run.checkpoint.save))
+        with job.ledger.spend("checkpoint"), self._timer():
+            self._stall = self._saver.save(
+                job.progress.step, tensors_of(job), state_of(job), notes=notes_of(job), overlap=True
+            )
+        self._saved_step = job.progress.step
+        if not while_training:
+            self.settle(while_training=False)
+
+    def _timer(self) -> Timer:
+        return self._job.timers("checkpoint-stall")
+
+    def look_for_room(self) -> None:
+        """Find out, before the first step, whether there is room for a checkpoint. Raises ValueError if not."""
+        if self._saver is None:
+            return
+        need, free = self._saver.room(tensors_of(self._job))
+        if free is not None and free < need:
+            raise ValueError(
+                f"--save = {self._job.run.checkpoint.save}: a checkpoint needs {need:,} bytes, {free:,} are free "
+                "there. Make room, or choose another directory."
+            )
+
+    def forget_saved(self) -> None:
+        """The run went back: what was saved last is of no step that it is at."""
+        self._saved_step = None
+
+    def before_update(self) -> None:
+        """Wait until the checkpoint that was begun is copied: only then may the weights change."""
+        if self._saver is not None and self._saver.is_copying:
+            with self._job.ledger.spend("checkpoint"), self._timer():
+                self._stall += self._saver.before_update()
+
+    def poll(self) -> None:
+        """Say how the checkpoint that was being written went, if it is done; does not wait.
+
+        Raises OwnedError if another job has taken the run directory over.
+        """
+        if self._lease is not None and self._lease.lost:
+            self._lease.check()
+        self._settle(wait=False, while_training=True)
+
+    def settle(self, *, while_training: bool = True) -> None:
+        """Wait for the checkpoint that is being written, if any, and say how it went."""
+        self._settle(wait=True, while_training=while_training)
+
+    def _settle(self, *, wait: bool, while_training: bool) -> None:
+        if self._saver is None:
+            return
+        began = time.monotonic()
+        try:
+            with self._job.ledger.spend("checkpoint"):
+                saved = self._saver.wait() if wait else self._saver.poll()
+        except CheckpointError as error:
+            self._tell_failure(error)
+            return
+        self._stall += time.monotonic() - began
+        for done in saved:
+            self.failed = False
+            report_saved(self._job, done, self._pace, stall=self._stall if while_training else None)
+
+    def _tell_failure(self, error: CheckpointError) -> None:
+        """Say that a checkpoint could not be written, what that puts at risk, and what becomes of the run."""
+        checkpoint = self._job.run.checkpoint
+        self.failed, self._saved_step = True, None
+        self.asks_to_stop = checkpoint.on_save_failure == "stop"
+        assert checkpoint.save is not None
+        try:
+            safe = [found.step for found in list_checkpoints(checkpoint.save)]
+            kept = f"the newest before is of step {safe[-1]}" if safe else NOTHING_BEFORE
+        except OSError as unseen:
+            kept = f"which there are before it cannot be seen ({unseen.strerror})"
+        then = "The run stops" if self.asks_to_stop else "The run goes on; the next checkpoint is tried anew"
+        self._job.log.report(Warned(f"{error}; {kept}. {then} (--on-save-failure {checkpoint.on_save_failure})."))

@@ -1,0 +1,60 @@
+"""The data of a run: opened, announced, and dealt to this replica."""
+
+from megalith.data.loader import BatchSource, Loader
+from megalith.data.order import CyclicOrder, Order, RoundOrder, SingleOrder, sample_counts
+from megalith.derived import dataloader_type
+from megalith.job import Job
+from megalith.monitor import lines
+from megalith.monitor.events import DatasetsBuilt, PlaceReached, TargetsSet, TimersReported
+from megalith.monitor.timers import SETUP_TIMERS
+
+
+def open_data(job: Job) -> None:
+    """Open the data of every part that the run asks samples of; in place."""
+    run = job.run
+    with job.timers("train/valid/test-data-iterators-setup"):
+        counts = sample_counts(
+            train_iters=job.last_step,
+            train_samples=run.train.train_samples,
+            eval_interval=run.evaluate.eval_interval,
+            eval_iters=run.evaluate.eval_iters,
+            global_batch_size=job.batch_sizes.global_batch_size,
+        )
+        targets = {"train": counts.train, "valid": counts.valid, "test": counts.test}
+        job.log.line(lines.building_datasets(), detail=True)
+        job.log.report(TargetsSet(train=counts.train, validation=counts.valid, test=counts.test))
+        job.log.line(lines.building_datasets(job.task.title), detail=True)
+        if run.data.mock_data:
+            assert job.task.build_mock is not None, "check_tasks.py saw to it"
+            parts = job.task.build_mock(run, job.vocab_size, targets)
+        else:
+            parts = job.task.build_parts(
+                run, job.tokenizer, vocab_size=job.vocab_size, targets=targets, report=job.log.report
+            )
+        job.log.report(DatasetsBuilt(job.task.title))
+        job.loaders = {name: make_loader(job, name, source) for name, source in parts.items()}
+    job.log.report(PlaceReached("after dataloaders are built"))
+    job.log.line(lines.setup_done(), detail=True)
+    job.log.report(TimersReported(job.timers.elapsed(SETUP_TIMERS)))
+
+
+def make_loader(job: Job, name: str, source: BatchSource) -> Loader:
+    """What reads this replica's share of a part."""
+    total = len(source)
+    order: Order
+    if name != "train":
+        # Evaluations go round: how many there will be is not known when a run is continued with more steps.
+        order = RoundOrder(total)
+    elif dataloader_type(job.run) == "cyclic":
+        order = CyclicOrder(total)
+    else:
+        order = SingleOrder(total)
+    assert job.run.optimizer.micro_batch_size is not None
+    return Loader(
+        source,
+        order,
+        micro_batch_size=job.run.optimizer.micro_batch_size,
+        replica=job.layout.place("data"),
+        data_parallel=job.layout.data,
+        pinned=job.device.type == "cuda",
+    )

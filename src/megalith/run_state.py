@@ -1,0 +1,112 @@
+"""What a checkpoint holds of a run, tensors and the rest of its state, and how a run takes the rest over."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from megalith import __version__
+from megalith.checkpoint.pieces import Piece
+from megalith.checkpoint.store import Loaded
+from megalith.continuity import decisive
+from megalith.job import Job
+from megalith.models.shape import shape_of
+from megalith.optim.finite import BadSteps
+from megalith.optim.groups import num_updates, optimizer_tensors, set_num_updates
+from megalith.optim.schedule import resumed_schedule, schedule_to_json
+from megalith.parallel.apply import local_part
+from megalith.sources import as_toml
+
+# Tensors of a checkpoint are named after what they are, then by the parameter: weight.layers.0.... , exp_avg. ...
+WEIGHT = "weight."
+
+
+def tensors_of(job: Job) -> dict[str, Piece]:
+    """What this rank holds of the weights and, unless --no-save-optim, of the optimizer's tensors."""
+    pieces = weight_pieces(job)
+    return pieces if job.run.checkpoint.no_save_optim else {**pieces, **optimizer_pieces(job)}
+
+
+def weight_pieces(job: Job) -> dict[str, Piece]:
+    held = job.laid.trained.held
+    return {WEIGHT + name: Piece(local_part(h.parameter.data), h.whole, h.offset) for name, h in held.items()}
+
+
+def optimizer_pieces(job: Job) -> dict[str, Piece]:
+    pieces = {}
+    for name, tensor in optimizer_tensors(job.laid.trained, job.optimizer).items():
+        held = job.laid.trained.held[name.split(".", 1)[1]]
+        pieces[name] = Piece(local_part(tensor), held.whole, held.offset)
+    return pieces
+
+
+def state_of(job: Job) -> dict[str, Any]:
+    """Everything else that a run goes on from, as JSON."""
+    progress = job.progress
+    return {
+        "step": progress.step,
+        "consumed_train_samples": progress.consumed_train_samples,
+        "consumed_valid_samples": progress.consumed_valid_samples,
+        "schedule_samples": progress.schedule_samples,
+        "skipped_steps": progress.skipped_steps,
+        "bad_steps": progress.bad_steps.to_json(),
+        "spikes": progress.spikes.state(),
+        "num_updates": num_updates(job.laid.trained, job.optimizer),
+        "loss_scale": None if progress.loss_scale is None else progress.loss_scale.to_json(),
+        "schedule": schedule_to_json(job.schedule),
+        "model": identity_of(job),
+        "data": job.data,
+        "samples": decisive(job.run),
+    }
+
+
+def notes_of(job: Job) -> dict[str, Any]:
+    """What a checkpoint keeps besides: it may differ between two checkpoints that are the same."""
+    return {
+        "interval": job.interval.state(time.perf_counter()),
+        "ledger": job.ledger.state(),
+        "run": as_toml(job.run),
+        "megalith": __version__,
+    }
+
+
+def identity_of(job: Job) -> dict[str, Any]:
+    """What must be the same for a checkpoint's weights to mean the same."""
+    shape = shape_of(job.run.model)
+    return {
+        "task": job.run.task,
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.width,
+        "num_attention_heads": shape.num_heads,
+        "kv_channels": shape.head_width,
+        "max_position_embeddings": shape.num_positions,
+        "padded_vocab_size": job.vocab_size,
+        "tokenizer": None if job.tokenizer is None else job.tokenizer.digest,
+        **job.task.identity(job.run),
+    }
+
+
+def restore(job: Job, loaded: Loaded, *, with_optimizer: bool) -> None:
+    """Take over everything but the tensors, in place."""
+    state: Mapping[str, Any] = loaded.index.state
+    progress = job.progress
+    progress.step = int(state["step"])
+    progress.consumed_train_samples = int(state["consumed_train_samples"])
+    progress.consumed_valid_samples = int(state["consumed_valid_samples"])
+    progress.schedule_samples = int(state["schedule_samples"])
+    progress.skipped_steps = int(state["skipped_steps"])
+    # Checkpoints of earlier versions have neither.
+    progress.bad_steps = BadSteps.from_json(state.get("bad_steps", {}))
+    progress.spikes.restore(state.get("spikes", {}))
+    if with_optimizer:
+        set_num_updates(job.laid.trained, job.optimizer, int(state["num_updates"]))
+        if progress.loss_scale is not None and state["loss_scale"] is not None:
+            progress.loss_scale = progress.loss_scale.resumed(state["loss_scale"])
+        job.schedule, spoken = resumed_schedule(
+            job.schedule,
+            state["schedule"],
+            override_lr_scheduler=job.run.optimizer.override_lr_scheduler,
+            use_checkpoint_lr_scheduler=job.run.optimizer.use_checkpoint_lr_scheduler,
+        )
+        for line in spoken:
+            job.log.line(line, detail=True)
+    job.interval.restore(loaded.index.notes["interval"], time.perf_counter())
