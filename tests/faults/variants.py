@@ -13,7 +13,7 @@ from torch import Tensor
 
 import megalith.files
 import megalith.train
-from megalith import keeper, owner, resume, run_state
+from megalith import keeper, owner, passes, resume, run_state
 from megalith.checkpoint import directory, index, retention, saver, store, verify
 from megalith.checkpoint.directory import StepDirectory, folder_of, list_checkpoints, step_name
 from megalith.checkpoint.exchange import Ranks
@@ -241,7 +241,7 @@ def loader_restarted(rank: int) -> None:
 
 def random_numbers_restarted(rank: int) -> None:
     """Dropout draws from a stream that each start begins anew, instead of by sample."""
-    dropout_rows = megalith.train.dropout_rows  # type: ignore[attr-defined]
+    dropout_rows = passes.dropout_rows  # type: ignore[attr-defined]
     drawn = 0
 
     def next_rows(seed: int, samples: Tensor, num_places: int) -> Tensor:
@@ -250,7 +250,7 @@ def random_numbers_restarted(rank: int) -> None:
         rows: Tensor = dropout_rows(seed, torch.full_like(samples, drawn), num_places)
         return rows
 
-    put(megalith.train, dropout_rows=next_rows)
+    put(passes, dropout_rows=next_rows)
 
 
 def newest_passed_over(rank: int) -> None:
