@@ -24,7 +24,7 @@ from megalith.job import Job, build_job, open_log
 from megalith.keeper import Keeper, try_save_directory
 from megalith.loaders import open_data
 from megalith.monitor import lines
-from megalith.monitor.events import Evaluated, PlaceReached, RunEnded, StepDone, TrainingStarted
+from megalith.monitor.events import Evaluated, PlaceReached, RunEnded, StepDone, TrainingStarted, Warned
 from megalith.monitor.memory import memory_use
 from megalith.monitor.signals import StopSignals
 from megalith.optim.clip import clip_gradients, count_zeros, global_norm, unscale_gradients
@@ -38,6 +38,7 @@ from megalith.recheck import is_due, take_checked_passes, tell_what_is_compared
 from megalith.report import open_profile, report_interval
 from megalith.resume import resume
 from megalith.sources import write_run_file
+from megalith.threads import leave_threads_of_parent
 from megalith.watching import Places, collective_timeout, open_watch
 
 # Exit statuses beside 0 (done, or stopped where --exit-interval or --exit-duration-in-mins said) and those of guard.py.
@@ -57,6 +58,7 @@ def train(run: Run, *, started: float) -> int:
         pipeline=run.parallel.pipeline_model_parallel_size,
         context=run.parallel.context_parallel_size,
     )
+    inherited = leave_threads_of_parent()
     with ExitStack() as stack:
         device = choose_device(run.parallel.device, layout.local_rank)
         if device.type == "cpu":
@@ -67,6 +69,8 @@ def train(run: Run, *, started: float) -> int:
         lease = stack.enter_context(owned(run, layout))
         try_save_directory(run)
         log = stack.enter_context(open_log(run, layout))
+        if inherited:
+            log.report(Warned(f"this process was forked: it computes with 1 thread, not {inherited}; spawn keeps all"))
         signals = stack.enter_context(StopSignals())
         asked, run = run, prepare_corpus(run, layout, log)
         job = build_job(run, layout, device, log, started=started)
