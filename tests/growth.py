@@ -58,21 +58,19 @@ def shared_entries() -> set[str]:
 
 
 def own_shared(before: set[str]) -> int:
-    """Entries that were not there before and that no process but this holds."""
-    return sum(not _is_held_elsewhere(path) for path in shared_entries() - before)
+    """Entries that were not there before and that no process but this has open."""
+    new = shared_entries() - before
+    return len(new - open_elsewhere()) if new else 0
 
 
-def _is_held_elsewhere(path: str) -> bool:
+def open_elsewhere() -> set[str]:
+    """The files that other processes have open."""
+    found = set()
     for name in filter(str.isdigit, os.listdir("/proc")):
-        if int(name) == os.getpid():
-            continue
-        with suppress(OSError):
-            if path in Path(f"/proc/{name}/maps").read_text():
-                return True
-        with suppress(OSError):
-            if any(os.readlink(entry) == path for entry in Path(f"/proc/{name}/fd").iterdir()):
-                return True
-    return False
+        if int(name) != os.getpid():
+            with suppress(OSError):
+                found |= {os.readlink(entry.path) for entry in os.scandir(f"/proc/{name}/fd")}
+    return found
 
 
 def resident_bytes() -> int:
