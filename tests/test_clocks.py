@@ -127,7 +127,7 @@ def test_a_calendar_that_jumps_by_days_and_years_changes_nothing(
     assert len(saves) == 5 and all(0 <= save["seconds"] <= seconds for save in saves)
     assert all(0 < step["seconds"] <= seconds for step in steps_of(tmp_path / "run"))
     times = [step["time"] for step in steps_of(tmp_path / "run")]
-    assert max(times) - min(times) > 40_000 * DAY, "the calendar did not jump"
+    assert max(times) - min(times) > 300 * DAY, "the calendar did not jump"
 
 
 def test_the_ledger_of_two_starts_is_the_time_that_they_took(data: Path, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_wall_time_limit_stops_after_saving_and_counts_anew_at_each_start(
 OLD, FAR = 0.0, 4_102_444_800.0  # 1970 and 2100
 
 
-@pytest.mark.parametrize("newest", [OLD, FAR], ids=["newest-of-1970", "newest-of-2100"])
+@pytest.mark.parametrize("newest", [OLD, pytest.param(FAR, marks=pytest.mark.slow)], ids=["of-1970", "of-2100"])
 def test_no_date_of_a_file_means_anything(newest: float, data: Path, whole: Path, tmp_path: Path) -> None:
     prefix = tmp_path / data.name
     for suffix in (".bin", ".idx"):

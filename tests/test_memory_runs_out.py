@@ -115,7 +115,7 @@ def assert_told(ended: Ended) -> None:
     assert said[1] == "megalith: checkpoints that were saved are whole; the same command goes on from the newest"
 
 
-@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("limit", ["data", pytest.param("address-space", marks=pytest.mark.slow)])
 def test_memory_that_runs_out_in_an_evaluation(limit: str, data: Path, whole: Path, tmp_path: Path) -> None:
     assert_told(start(tmp_path, data, disturb=in_evaluation(LIMITS[limit])))
     assert whole_steps(tmp_path) == [2]

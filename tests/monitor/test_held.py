@@ -96,6 +96,7 @@ def test_steps_that_go_on_do_not_hide_it_and_end_where_they_must_wait(data: Path
     assert ended.said.count("in write_into_a_full_pipe") == 2
 
 
+@pytest.mark.slow
 def test_one_that_returns_late_but_before_a_step_must_wait_is_told_and_forgiven(data: Path, tmp_path: Path) -> None:
     def disturb(rank: int) -> None:
         holding("sync", 0, lambda: time.sleep(1.5 * HANG_TIMEOUT))(rank)
