@@ -15,8 +15,8 @@ from megalith.checkpoint import foreign
 from megalith.checkpoint.directory import list_checkpoints
 from megalith.checkpoint.verify import read_index
 from megalith.convert import main
-from megalith.convert_to_megatron import run_of
 from megalith.train import train
+from megalith.trained import run_of
 from tests.checkpoint.forked_reader import forked_reader
 from tests.checkpoint.megatron_files import VOCABULARY, Case, whole_tensors, write_checkpoint
 from tests.checkpoint.test_foreign import Payload

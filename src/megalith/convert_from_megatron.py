@@ -127,14 +127,8 @@ def start(
             f"args/padded_vocab_size is {arguments['padded_vocab_size']}, but the word tables have {vocab_size} rows"
         )
     run = padded_to(run, tokenizer.vocab_size, vocab_size)
-    shape = shape_of(run.model)
     grid = Grid(
-        num_layers=shape.num_layers,
-        width=shape.width,
-        inner=shape.inner,
-        num_heads=shape.num_heads,
-        head_width=shape.head_width,
-        num_positions=shape.num_positions,
+        **vars(shape_of(run.model)),
         vocab_size=vocab_size,
         tensor=files.tensor,
         stages=files.stages,

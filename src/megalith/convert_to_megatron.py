@@ -13,13 +13,13 @@ from megalith.checkpoint.megatron import FILE_NAME, TRACKER, Grid, iteration_nam
 from megalith.checkpoint.megatron_contents import Kept, file_contents
 from megalith.checkpoint.pieces import TORCH_DTYPES, Piece, whole
 from megalith.checkpoint.store import load_latest
-from megalith.config import ConfigError, Run, compose
+from megalith.config import Run
 from megalith.data.tokenizer import load_saved_tokenizer, padded_vocab_size
 from megalith.derived import compute_dtype, reference_arguments
 from megalith.files import make_directories, open_whole, write_whole
 from megalith.models.shape import shape_of
 from megalith.parallel.mesh import Layout
-from megalith.sources import read_run_file
+from megalith.trained import run_of
 
 # The kinds of tokenizers that Megatron-LM has.
 TOKENIZERS = ("GPT2BPETokenizer", "BertWordPieceLowerCase", "BertWordPieceCase")
@@ -35,7 +35,7 @@ def to_megatron(
 
     Raises ValueError if there is none, if Megatron-LM has no such model, or cannot cut it like that.
     """
-    run = run_of(run_dir)
+    run = gpt_of(run_dir)
     tensors: dict[str, Tensor] = {}
 
     def everything(index: Index) -> dict[str, Piece]:
@@ -75,15 +75,9 @@ def to_megatron(
     )
 
 
-def run_of(run_dir: str) -> Run:
+def gpt_of(run_dir: str) -> Run:
     """The run of a run directory; ValueError if there is none or Megatron-LM has no such model."""
-    path = Path(run_dir) / "run.toml"
-    if not path.is_file():
-        raise ValueError(f"{run_dir}: is not a run directory (it has no run.toml). Name what --save named.")
-    values, faults = read_run_file(path)
-    if faults:
-        raise ConfigError(faults)
-    run = compose(values.pop("task", "gpt"), values)
+    run = run_of(run_dir)
     if run.task != "gpt":
         raise ValueError(f"{run_dir}: holds a {run.task} model; only a gpt can be converted.")
     if run.model.untie_embeddings_and_output_weights:
@@ -100,12 +94,7 @@ def grid_of(run: Run, vocab_size: int, tensor: int, stages: int, layers_per_chun
             f"--num-layers-per-virtual-pipeline-stage = {layers_per_chunk}: must divide a stage's {per_stage} layers"
         )
     return Grid(
-        num_layers=shape.num_layers,
-        width=shape.width,
-        inner=shape.inner,
-        num_heads=shape.num_heads,
-        head_width=shape.head_width,
-        num_positions=shape.num_positions,
+        **vars(shape),
         vocab_size=vocab_size,
         tensor=tensor,
         stages=stages,

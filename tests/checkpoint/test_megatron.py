@@ -76,7 +76,7 @@ def test_a_file_has_the_keys_shapes_types_and_values_of_one_that_megatron_wrote(
 
 @pytest.mark.parametrize(("tensor", "stages", "chunks"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (4, 4, 2)])
 def test_the_files_cover_every_parameter_once_beside_copies(tensor: int, stages: int, chunks: int) -> None:
-    grid = Grid(8, 32, 128, 4, 8, 32, 512, tensor, stages, chunks)
+    grid = Grid(8, 32, 4, 8, 128, 32, 512, tensor, stages, chunks)
     places: dict[str, list[Place]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for tensor_rank, stage in grid.files:
@@ -93,7 +93,7 @@ def test_the_files_cover_every_parameter_once_beside_copies(tensor: int, stages:
 
 def test_stages_and_chunks_have_the_layers_that_megatron_gives_them(golden: Path) -> None:
     for case in json.loads((golden / "layer_assignment.json").read_text())["cases"]:
-        grid = Grid(case["num_layers"], 8, 32, 2, 4, 8, 16, 1, case["pp"], case["chunks"] or 1)
+        grid = Grid(case["num_layers"], 8, 2, 4, 32, 8, 16, 1, case["pp"], case["chunks"] or 1)
         for stage, expected in enumerate(case["per_rank_chunks"]):
             found = [
                 [int(part.ours.split(".")[1]) + 1 for part in chunk if part.ours.endswith("qkv.weight")]
@@ -172,6 +172,6 @@ def test_a_cut_that_does_not_divide_is_refused() -> None:
     with pytest.raises(
         ValueError, match="25 attention heads cannot be shared out by a tensor-model-parallel size of 2"
     ):
-        Grid(48, 1600, 6400, 25, 64, 1024, 50304, 2)
+        Grid(48, 1600, 25, 64, 6400, 1024, 50304, 2)
     with pytest.raises(ValueError, match="48 layers cannot be shared out by a stages x chunks of the pipeline of 5"):
-        Grid(48, 1600, 6400, 25, 64, 1024, 50304, 1, 5)
+        Grid(48, 1600, 25, 64, 6400, 1024, 50304, 1, 5)

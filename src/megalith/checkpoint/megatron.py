@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from megalith.checkpoint.pieces import Place
+from megalith.models.shape import Shape
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE_NAME = "model_optim_rng.pt"
@@ -25,18 +26,12 @@ Keys = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(Shape):
     """The sizes of a model and over how many files it is cut.
 
     Raises ValueError if Megatron-LM could not cut it like that.
     """
 
-    num_layers: int
-    width: int
-    inner: int
-    num_heads: int
-    head_width: int
-    num_positions: int
     vocab_size: int  # padded
     tensor: int = 1  # files that share each layer
     stages: int = 1  # files that share the layers
