@@ -17,8 +17,8 @@ from pathlib import Path
 
 import megalith.train
 from megalith.job import Job
+from megalith.keeper import Keeper
 from megalith.monitor.events import StepDone
-from megalith.resume import Keeper
 
 COUNTED = ("descriptors", "threads", "children", "shared")
 MOST_GROWTH = 0.01  # of the resident memory, in a thousand steps

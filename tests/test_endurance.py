@@ -11,8 +11,8 @@ import pytest
 
 import megalith.train
 from megalith.job import Job
+from megalith.keeper import Keeper
 from megalith.monitor.events import StepDone
-from megalith.resume import Keeper
 from tests.faults.cluster import run_ranks
 from tests.faults.disk import Disturbance, undisturbed
 from tests.growth import COUNTED, Reading, growing, growth, read_each, readings_in, slope
