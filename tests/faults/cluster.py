@@ -20,7 +20,7 @@ import torch
 
 import tests.early  # noqa: F401 - for its effect
 from megalith import cli
-from megalith.launch import ALL_END_SO, SECONDS_TO_FOLLOW, end_with_parent, rank_environment
+from megalith.launch import ALL_END_SO, PEER_LOST, SECONDS_TO_FOLLOW, end_with_parent, rank_environment
 from tests.faults.disk import Disturbance, undisturbed
 
 RAISED = 1  # what Python ends with when nothing caught an exception
@@ -38,9 +38,10 @@ class Ended:
 
     @property
     def status(self) -> int:
-        """What the launcher would end with, or nearly: that of a rank that ended by itself, if not all are well."""
-        own = [status for rank, status in enumerate(self.statuses) if rank not in self.killed]
-        return next((status for status in own if status), -signal.SIGKILL if self.killed else 0)
+        """What the launcher would end with, or nearly: that of a rank that ended by itself and followed no other."""
+        own = [status for rank, status in enumerate(self.statuses) if status and rank not in self.killed]
+        causes = [status for status in own if status != PEER_LOST] or own
+        return next(iter(causes), -signal.SIGKILL if self.killed else 0)
 
     @property
     def raised(self) -> bool:

@@ -184,12 +184,17 @@ def killing(point: Point, number: signal.Signals = signal.SIGKILL) -> Disturbanc
     return lambda rank: Wire(act).install() if rank == point.rank else None
 
 
-def failing(point: Point, code: int = errno.EIO, *, count: int = 1) -> Disturbance:
-    """Lets that many operations of the lane do nothing but raise, from the point on; then all is well again."""
+def failing(point: Point, code: int = errno.EIO, *, count: int = 1, struck: Path | None = None) -> Disturbance:
+    """Lets that many operations of the lane do nothing but raise, from the point on; then all is well again.
+
+    struck: a file that then holds the path of the first of them; operations of "main" are not always in the same order.
+    """
 
     def act(moment: Moment, operation: Operation) -> None:
-        struck = operation.lane == point.lane and point.number <= operation.number < point.number + count
-        if struck and moment == "before":
+        is_struck = operation.lane == point.lane and point.number <= operation.number < point.number + count
+        if is_struck and moment == "before":
+            if struck is not None and not struck.exists():
+                struck.write_text(operation.path)
             raise OSError(code, os.strerror(code), operation.path)
 
     return lambda rank: Wire(act).install() if rank == point.rank else None

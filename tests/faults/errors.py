@@ -23,7 +23,6 @@ from tests.faults.judge import (
     told_of_damage,
     warnings_in,
 )
-from tests.faults.twin import Twin
 
 CODES = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EINTR, errno.EACCES, errno.EMFILE, errno.ENAMETOOLONG)
 AT_EACH = 3  # errors that are tried at each operation; neighbours differ, so that each kind of operation meets all
@@ -65,22 +64,18 @@ def error_at(trial: Trial, rank: int, operation: Operation, code: int, *, count:
     place = f"{operation.lane} {operation.number}{lasting}, {operation.name} of {Path(operation.path).name}"
     name = f"{trial.twin.scenario.name}: {errno.errorcode[code]} on rank {rank} at {place}"
     point = Point(rank, operation.lane, operation.number)
-    return Case(name, partial(_failed_there, trial, name, point, code, count, operation.path))
+    return Case(name, partial(_failed_there, trial, name, point, code, count))
 
 
-def _failed_there(
-    trial: Trial, name: str, point: Point, code: int, count: int, path: str, folder: Path
-) -> Iterator[Outcome]:
-    save = folder / "run"
-    ended = trial.start(save, disturb=failing(point, code, count=count))
+def _failed_there(trial: Trial, name: str, point: Point, code: int, count: int, folder: Path) -> Iterator[Outcome]:
+    save, struck = folder / "run", folder / "struck"
+    ended = trial.start(save, disturb=failing(point, code, count=count, struck=struck))
     if point.lane == "save" and ended.status not in (0, NOT_SAVED):
         raise WrongError(f"an error of the disk ended the run with status {ended.status}: {ended.said}")
-    yield after_error(trial, name, save, ended, os.strerror(code), _place(trial.twin, path, save), lasting=count > 1)
-
-
-def _place(twin: Twin, path: str, save: Path) -> Path:
-    """Where the file of an operation of the twin lies in a disturbed run, as far as names do not vary."""
-    return twin.data.parent if Path(path).name.startswith(twin.data.name) else save
+    place = save
+    if struck.exists() and not struck.read_text().startswith(str(save)):
+        place = trial.twin.data.parent
+    yield after_error(trial, name, save, ended, os.strerror(code), place, lasting=count > 1)
 
 
 def after_error(

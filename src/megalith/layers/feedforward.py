@@ -1,6 +1,5 @@
 """The feed-forward half of a block."""
 
-from functools import partial
 from typing import Literal
 
 import torch
@@ -53,13 +52,11 @@ class FeedForward(nn.Module):
     def forward(self, x_BTD: Tensor, again: Again | None = None) -> Tensor:
         """again: how the backward pass can make x again instead of keeping it."""
         inner_BTF = self.up(x_BTD, again)
-        inner_again = None
         if self.gate is not None:
             inner_BTF = gelu(self.gate(x_BTD), self.form) * inner_BTF
         elif self.activation == "relu":
             inner_BTF = F.relu(inner_BTF)
         else:
-            inner_again = Again(partial(gelu, form=self.form), (inner_BTF,))
             inner_BTF = gelu(inner_BTF, self.form)
-        down: Tensor = self.down(inner_BTF, inner_again)
+        down: Tensor = self.down(inner_BTF)
         return down

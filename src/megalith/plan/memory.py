@@ -127,29 +127,26 @@ def tokens_on_rank(job: Job) -> float:
 def layer_activations(job: Job) -> float:
     """What one layer keeps of a microbatch: inputs of its norms and products, queries, keys, values, two of GELU.
 
-    Where products go to oneDNN norms and GELU's output are made again.
+    Where products go to oneDNN the outputs of norms are made again.
     """
     tokens, e = tokens_on_rank(job), job.compute_bytes
     cut = job.tensor if job.sequence_parallel else 1
     heads, inner = job.num_heads * job.head_width / job.tensor, job.inner / job.tensor
     between = 2 * job.stream_bytes * job.width / cut  # before each norm
-    normed = e * job.width / cut * (_kept(job, 3 * heads, enters=True) + _kept(job, inner, enters=True))
+    normed = e * job.width / cut * (_is_kept(job, 3 * heads) + _is_kept(job, inner))
     masks = (2 * job.width / cut) if job.dropout else 0.0
-    inside = e * (3 * heads + heads + inner + inner * _kept(job, inner, enters=False))
+    inside = e * (3 * heads + heads + 2 * inner)
     statistics = FP32 * (4 / cut + job.num_heads / job.tensor)
     words = FP32 * (job.num_heads / job.tensor + 1) if job.attention_dropout else 0.0
     copies = 2.0 * parameters_in_products(job) if e < FP32 else 0.0
     return tokens * (between + normed + masks + inside + statistics + words) + copies
 
 
-def _kept(job: Job, features: float, *, enters: bool) -> bool:
-    """Whether the input of a product of the stream's width and that many features is kept for the backward pass.
-
-    enters: it is what tensor ranks copy or gather.
-    """
+def _is_kept(job: Job, features: float) -> bool:
+    """Whether a norm's output is kept for the backward pass of the product that makes so many features of it."""
     by_onednn = job.device == "cpu" and job.compute_bytes == FP32
     large = tokens_on_rank(job) * job.width * features >= LEAST
-    return not (by_onednn and large and not (enters and job.tensor > 1))
+    return not (by_onednn and large) or job.tensor > 1
 
 
 def parameters_in_products(job: Job) -> float:
