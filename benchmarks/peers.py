@@ -3,12 +3,13 @@
     python benchmarks/peers.py                         all programs and sizes: half an hour, 8 GB of disk
     python benchmarks/peers.py --sizes small --rounds 5
     python benchmarks/peers.py --programs megalith hf-eager hf-eager-tcmalloc
+    python benchmarks/peers.py --bf16                  16-bit products, for processors that have them
 
 Each program is a process in a virtual environment of its own, which this script makes (and keeps in --directory). The
 programs of a size stand side by side and take their steps in turns, A B C A B C, so that whatever else the machine does
 meets all alike; a ratio is the median over rounds of (this program's tokens per second / those of hf-eager in the same
-round). Where memory does not hold all programs of a size at once, they run in groups, each beside hf-eager. fp32, AdamW
-(fused), clipping at 1.0, no dropout, random tokens, all cores.
+round). Where memory does not hold all programs of a size at once, they run in groups, each beside hf-eager. fp32 (with
+--bf16 torch.autocast, and Megalith's --bf16), AdamW (fused), clipping at 1.0, no dropout, random tokens, all cores.
 
 first step: seconds from starting the process to the end of its first step, alone on the machine. peak: high-water mark
 of resident memory. Programs with -tcmalloc have that allocator preloaded (Debian: libtcmalloc-minimal4).
@@ -44,12 +45,13 @@ class Program:
     environment: str
     mode: str = "eager"
     tcmalloc: bool = False
+    has_bf16: bool = False
 
 
 PROGRAMS = {
-    "megalith": Program("megalith_program.py", "megalith"),
-    "hf-eager": Program("hugging_face_loop.py", "hugging-face"),
-    "hf-eager-tcmalloc": Program("hugging_face_loop.py", "hugging-face", tcmalloc=True),
+    "megalith": Program("megalith_program.py", "megalith", has_bf16=True),
+    "hf-eager": Program("hugging_face_loop.py", "hugging-face", has_bf16=True),
+    "hf-eager-tcmalloc": Program("hugging_face_loop.py", "hugging-face", tcmalloc=True, has_bf16=True),
     "hf-compiled": Program("hugging_face_loop.py", "hugging-face", mode="compiled"),
     "hf-trainer": Program("hugging_face_trainer.py", "hugging-face"),
     "megatron-core": Program("megatron_core_program.py", "megatron-core"),
@@ -89,7 +91,7 @@ class Measured:
 
 def main() -> int:
     options = parse()
-    names = [*options.programs]
+    names = [name for name in options.programs if PROGRAMS[name].has_bf16 or not options.bf16]
     if YARDSTICK not in names:
         names.insert(0, YARDSTICK)
     allocator = ctypes.util.find_library("tcmalloc_minimal")
@@ -114,6 +116,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
+    parser.add_argument("--bf16", action="store_true", help="in bf16 instead of fp32; only programs that offer it")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each program [7]")
     parser.add_argument("--steps", type=int, help="steps in a turn [3 of the small size, 2 of the others]")
     parser.add_argument(
@@ -147,7 +150,7 @@ def _pip(python: Path, *words: str) -> None:
 class Running:
     """A program that waits for rounds."""
 
-    def __init__(self, name: str, size: str, directory: Path) -> None:
+    def __init__(self, name: str, size: str, directory: Path, *, bf16: bool) -> None:
         program = PROGRAMS[name]
         layers, width, heads, length, batch, _ = SIZES[size]
         model = {
@@ -159,6 +162,7 @@ class Running:
             "vocab_size": VOCABULARY,
             "seed": 1234,
             "mode": program.mode,
+            "bf16": bf16,
         }
         environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "LD_PRELOAD")}
         environment["PYTHONDONTWRITEBYTECODE"] = ""
@@ -231,7 +235,7 @@ def measure_size(size: str, names: Sequence[str], options: argparse.Namespace) -
 
 def start(name: str, size: str, found: Measured, options: argparse.Namespace) -> Running | None:
     """Start a program and let it take its first two steps, alone; None if it fails, which is noted."""
-    program = Running(name, size, options.directory)
+    program = Running(name, size, options.directory, bf16=options.bf16)
     try:
         said = program.answer()
         found.first_step = time.perf_counter() - program.began
@@ -273,7 +277,7 @@ def print_table(size: str, measured: dict[str, Measured], options: argparse.Name
     steps = options.steps or steps
     print(
         f"\n{size}: {layers} layers x {width}, {heads} heads, sequence {length}, batch {batch}, vocabulary "
-        f"{VOCABULARY}; {options.rounds} rounds, steps in a turn: {steps}\n\n"
+        f"{VOCABULARY}; {'bf16; ' if options.bf16 else ''}{options.rounds} rounds, steps in a turn: {steps}\n\n"
         "| program | tokens/s | x (wall), quartiles | x (CPU time) | peak MB | x | first step s | x | parameters |\n"
         "|---|---|---|---|---|---|---|---|---|"
     )

@@ -14,7 +14,8 @@ generator = torch.Generator().manual_seed(size.seed)
 
 def step() -> float:
     tokens = torch.randint(size.vocab_size, (size.batch_size, size.sequence_length), generator=generator)
-    loss = forward(input_ids=tokens, labels=tokens).loss
+    with torch.autocast("cpu", torch.bfloat16, enabled=size.bf16):
+        loss = forward(input_ids=tokens, labels=tokens).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()

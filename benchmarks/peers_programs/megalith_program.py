@@ -27,6 +27,8 @@ words = f"""
 """.split()
 if size.mode == "compiled":
     words += ["--compile", "on"]
+if size.bf16:
+    words += ["--bf16"]
 run = made_for_measuring(read_command_line(words), steps=100_000)
 assert not check(run, 1)
 layout = make_layout({}, tensor=1, pipeline=1)

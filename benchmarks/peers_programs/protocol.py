@@ -24,6 +24,7 @@ class Size:
     vocab_size: int
     seed: int
     mode: str  # what a program offers: eager, compiled
+    bf16: bool  # 16-bit products; weights and AdamW stay in fp32
 
 
 def asked_size() -> Size:
