@@ -25,7 +25,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,14 +101,22 @@ def main() -> int:
     for environment in sorted({PROGRAMS[name].environment for name in names}):
         make_environment(options.directory, environment)
     results: dict[str, dict[str, Measured]] = {}
+    is_stopped = False
     for size in options.sizes:
-        results[size] = measure_size(size, names, options)
+        results[size] = {name: Measured() for name in names}
+        try:
+            measure_size(size, results[size], options)
+        except KeyboardInterrupt:
+            is_stopped = True
+            print(f"\n{size}: stopped; what had been measured:", flush=True)
         print_table(size, results[size], options)
+        if is_stopped:
+            break
     print(conditions(options.directory))
     if options.json:
         plain = {size: {n: dataclasses.asdict(m) for n, m in measured.items()} for size, measured in results.items()}
         Path(options.json).write_text(json.dumps({"conditions": conditions(options.directory), "sizes": plain}))
-    return 0
+    return 130 if is_stopped else 0
 
 
 def parse() -> argparse.Namespace:
@@ -207,13 +214,12 @@ class Running:
         self.errors.close()
 
 
-def measure_size(size: str, names: Sequence[str], options: argparse.Namespace) -> dict[str, Measured]:
+def measure_size(size: str, measured: dict[str, Measured], options: argparse.Namespace) -> None:
     """All programs at a size: in groups that memory holds, each with the yardstick in it."""
-    measured = {name: Measured() for name in names}
     yardstick = start(YARDSTICK, size, measured[YARDSTICK], options)
     if yardstick is None:
         raise RuntimeError(f"{size}: nothing can be compared without {YARDSTICK}: {measured[YARDSTICK].failed}")
-    waiting = [name for name in names if name != YARDSTICK]
+    waiting = [name for name in measured if name != YARDSTICK]
     while waiting:
         group = {YARDSTICK: yardstick}
         largest = yardstick.take(1)["peak"]
@@ -230,7 +236,6 @@ def measure_size(size: str, names: Sequence[str], options: argparse.Namespace) -
             if name != YARDSTICK:
                 program.end()
     yardstick.end()
-    return measured
 
 
 def start(name: str, size: str, found: Measured, options: argparse.Namespace) -> Running | None:
@@ -285,6 +290,9 @@ def print_table(size: str, measured: dict[str, Measured], options: argparse.Name
     for name, found in measured.items():
         if found.failed:
             print(f"| {name} | failed: {found.failed[:80]} | | | | | | | |")
+            continue
+        if not found.ratios:
+            print(f"| {name} | not measured | | | | | | | |")
             continue
         ratios, busy = found.ratios, found.cpu_ratios
         low, high = statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else (ratios[0], ratios[0])

@@ -1,6 +1,7 @@
 """Shared by all tests: one thread for torch (a forked child of a multi-threaded parent hangs), and the --slow flag."""
 
 import os
+import signal
 from pathlib import Path
 
 # Before torch is imported anywhere, so that neither the parent nor a forked rank ever starts a pool of threads.
@@ -8,6 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where there is no GPU Triton interprets its kernels; it decides when it is imported, by whomever.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# A shell starts what it puts in the background with SIGINT ignored, and processes under test would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 
