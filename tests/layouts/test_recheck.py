@@ -14,6 +14,7 @@ import megalith.recheck
 from megalith.check import check
 from megalith.checkpoint.directory import list_checkpoints
 from megalith.layers.feedforward import FeedForward
+from megalith.layers.products import Again
 from megalith.parallel.apply import Laid, local_part
 from megalith.recheck import compares_gradients
 from megalith.sources import read_command_line
@@ -107,8 +108,8 @@ def flip(rank: int, *, ranks: Iterable[int], passes: Iterable[int], backward: bo
         taken[0] += 1
         clear(laid)
 
-    def forward(module: FeedForward, x: Tensor) -> Tensor:
-        given: Tensor = run(module, x)
+    def forward(module: FeedForward, x: Tensor, again: Again | None = None) -> Tensor:
+        given: Tensor = run(module, x, again)
         if taken[0] not in wrong:
             return given
         bit = taken[0]
