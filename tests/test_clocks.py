@@ -173,7 +173,8 @@ def test_another_job_is_refused_while_the_calendar_jumps(data: Path, tmp_path: P
         jumping(-2 * DAY, 9_000 * DAY)(rank)
         at_step(knock, step=4)
 
-    assert start(tmp_path, data, disturb=quick_heart(disturb)).statuses == (0,)
+    ended = start(tmp_path, data, disturb=quick_heart(disturb))
+    assert ended.statuses == (0,), ended
     assert "another job writes there, process " in said.read_text() and ", for 0 s." in _rounded(said.read_text())
 
 

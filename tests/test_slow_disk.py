@@ -85,8 +85,8 @@ def test_a_slow_save_is_told_with_its_figures_and_changes_nothing(
     text = str(told["text"])
     assert f"the checkpoint of step 10 took {saves[10]['seconds']:.1f} s to write (" in text
     assert f"times the {usual_median:.1f} s of the 4 before it (their median); the steps waited " in text
-    # each_step waits for the end of each save: some of it is over by then, the rest is what it costs the steps.
-    assert SLOW < float(saves[10]["stall"]) <= float(saves[10]["seconds"]) + 1.0
+    # each_step waits for the end of each save: by then any part of it may be over, the rest is what it costs the steps.
+    assert 0 < float(saves[10]["stall"]) <= float(saves[10]["seconds"]) + 1.0
     if world_size == 1:
         assert_same(tmp_path / "run", whole)
 

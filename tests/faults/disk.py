@@ -92,14 +92,14 @@ class Wire:
 
     def _on_descriptor(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def on_descriptor(disk: Disk, descriptor: int, *arguments: Any) -> Any:
-            path = self.paths[descriptor]
             if name == "close":
+                # Before it is closed: from then on another thread may get the same descriptor.
+                path = self.paths.pop(descriptor)
                 # A close that fails has closed all the same.
                 original(disk, descriptor)
-                del self.paths[descriptor]
                 self._end(self._begin(name, path))
                 return None
-            operation = self._begin(name, path)
+            operation = self._begin(name, self.paths[descriptor])
             value = original(disk, descriptor, *arguments)
             self._end(operation)
             return value
