@@ -72,8 +72,8 @@ SLOW = pytest.mark.slow
     ("method", "count"),
     [
         ("fork", 2),
-        ("forkserver", 2),
-        ("spawn", 1),
+        pytest.param("forkserver", 2, marks=SLOW),
+        pytest.param("spawn", 1, marks=SLOW),
         pytest.param("fork", 100, marks=SLOW),
         pytest.param("forkserver", 100, marks=SLOW),
         pytest.param("spawn", 20, marks=SLOW),
@@ -111,8 +111,8 @@ def assert_same(found: list[list[Figures]], figures: list[Figures]) -> None:
 @pytest.mark.parametrize(
     ("threads", "nproc", "count"),
     [
-        ("2", None, 1),
-        (None, None, 1),
+        pytest.param("2", None, 1, marks=SLOW),
+        pytest.param(None, None, 1, marks=SLOW),
         ("2", 2, 1),
         *(pytest.param(threads, None, 10, marks=SLOW) for threads in ("1", "2", "4", None)),
         *(pytest.param(threads, 2, 5, marks=SLOW) for threads in ("1", "2", "4", None)),

@@ -67,7 +67,7 @@ def spread(cases: list[Case], count: int) -> list[Case]:
 SECTIONS = [
     Section(
         "kill at an operation of a save",
-        {"one": Amount(40, EVERY), "pp2": Amount(20, EVERY), "dp2tp2": Amount(10, EVERY)},
+        {"one": Amount(32, EVERY), "pp2": Amount(14, EVERY), "dp2tp2": Amount(7, EVERY)},
         lambda trial, count: (
             every_kill(trial, once=trial.twin.scenario.world_size > 1)
             if count == EVERY
@@ -81,7 +81,7 @@ SECTIONS = [
     ),
     Section(
         "kill at a random moment",
-        {"one": Amount(12, 100), "pp2": Amount(6, 60), "dp2tp2": Amount(4, 40)},
+        {"one": Amount(10, 100), "pp2": Amount(5, 60), "dp2tp2": Amount(3, 40)},
         lambda trial, count: random_kills(trial, count, SEED),
     ),
     Section(
@@ -91,7 +91,7 @@ SECTIONS = [
     ),
     Section(
         "one error of the disk",
-        {"one": Amount(32, EVERY), "pp2": Amount(12, 200), "dp2tp2": Amount(6, 60)},
+        {"one": Amount(28, EVERY), "pp2": Amount(8, 200), "dp2tp2": Amount(4, 60)},
         lambda trial, count: every_error(trial) if count == EVERY else some_errors(trial, count, SEED),
     ),
     Section(

@@ -76,6 +76,7 @@ def test_a_writer_that_hangs_ends_the_job_with_rank_path_and_stack(data: Path, t
     assert "rank 0 (" not in ended.said and "Traceback" not in ended.said
 
 
+@pytest.mark.slow
 def test_steps_that_go_on_do_not_hide_it_and_end_where_they_must_wait(data: Path, tmp_path: Path) -> None:
     def disturb(rank: int) -> None:
         holding("sync", 0, write_into_a_full_pipe)(rank)
