@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 # Before torch is imported anywhere, so that neither the parent nor a forked rank ever starts a pool of threads.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 # Where there is no GPU Triton interprets its kernels; it decides when it is imported, by whomever.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -127,7 +127,7 @@ def test_dropout_of_a_sample_does_not_depend_on_its_batch() -> None:
     block = block_of(DROPPING)
     x = stream()
     whole = block(x, CAUSAL, rows_of([3, 8]))
-    torch.testing.assert_close(block(x[1:], CAUSAL, rows_of([8])), whole[1:])
+    torch.testing.assert_close(block(x[1:], CAUSAL, rows_of([8])), whole[1:], rtol=0, atol=1e-6)
 
 
 def test_dropout_is_the_same_when_heads_are_split_over_ranks() -> None:
