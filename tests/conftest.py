@@ -29,6 +29,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="a long campaign: run with --slow"))
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prefix of a small token file."""
+    from tests.layouts.runs import write_data  # torch only where a test needs it
+
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """The run directory of the run that nothing disturbs, which the module's function `start` starts."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert request.module.start(folder, data).statuses == (0,)
+    return folder / "run"
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder with data made by Megatron-LM (its README says how)."""

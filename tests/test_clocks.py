@@ -6,6 +6,7 @@ import shutil
 import time
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from megalith.checkpoint.directory import list_checkpoints
 from megalith.monitor.ledger import Ledger
 from megalith.monitor.log import RunLog
 from megalith.owner import Lease, OwnedError
-from tests.faults.cluster import Ended, run_ranks
-from tests.faults.disk import Disturbance, Moment, Operation, Wire, undisturbed
-from tests.layouts.runs import MODEL, events_of, steps_of, write_data
+from tests.disturbed import start_run
+from tests.faults.disk import Disturbance, Moment, Operation, Wire
+from tests.layouts.runs import events_of, steps_of
 from tests.monitor.test_watch import at_step
 from tests.test_train import assert_same
 
@@ -26,23 +27,7 @@ DAY = 86_400.0
 STEPS = 8
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    """The run directory of the run that nothing disturbs."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert start(folder, data).statuses == (0,)
-    return folder / "run"
-
-
-def start(folder: Path, data: Path, *words: str, disturb: Disturbance = undisturbed, world_size: int = 1) -> Ended:
-    given = [*MODEL, "--data-path", str(data), "--save", str(folder / "run"), "--train-iters", str(STEPS)]
-    given += ["--save-interval", "2", "--eval-interval", "100"]
-    return run_ranks(["pretrain", *given, *words], world_size, folder, disturb=disturb)
+start = partial(start_run, num_steps=STEPS)
 
 
 def defaults_of(made: type) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +22,15 @@ from megalith.job import Job
 from megalith.keeper import Keeper
 from megalith.monitor.events import StepDone
 from megalith.monitor.outlet import read_records
-from tests.faults.cluster import Ended, run_ranks
-from tests.faults.disk import Disturbance, Moment, Operation, Wire, undisturbed
-from tests.layouts.runs import MODEL, steps_of, write_data
+from tests.disturbed import INTERVAL, start_run
+from tests.faults.disk import Moment, Operation, Wire
+from tests.layouts.runs import steps_of
 from tests.test_train import assert_same
 
-INTERVAL = 2
 STEPS = 10
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    """The run directory of the run that nothing disturbs."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert start(folder, data).statuses == (0,)
-    return folder / "run"
-
-
-def start(folder: Path, data: Path, *words: str, disturb: Disturbance = undisturbed, world_size: int = 1) -> Ended:
-    given = [*MODEL, "--data-path", str(data), "--save", str(folder / "run"), "--train-iters", str(STEPS)]
-    given += ["--save-interval", str(INTERVAL), "--eval-interval", "100"]
-    return run_ranks(["pretrain", *given, *words], world_size, folder, disturb=disturb)
+start = partial(start_run, num_steps=STEPS)
 
 
 def each_step(act: Callable[[int], None]) -> None:

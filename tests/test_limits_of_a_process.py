@@ -4,15 +4,16 @@ import errno
 import os
 import resource
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megalith.monitor.peers import Peer, this_process
-from tests.faults.cluster import Ended, run_ranks
-from tests.faults.disk import Disturbance, undisturbed
-from tests.layouts.runs import MODEL, steps_of, write_data
+from tests.disturbed import start_run
+from tests.faults.cluster import Ended
+from tests.layouts.runs import steps_of
 from tests.processes import give_up_privileges, permissions_hold
 from tests.test_disk_faults import each_step, saved_steps, warned
 from tests.test_train import assert_same
@@ -22,23 +23,7 @@ NOT_SEEN = "which there are before it cannot be seen (Too many open files)"
 LONGEST_PATH = 4095  # bytes, without the zero at its end
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    """The run directory of the run that nothing disturbs."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert start(folder, data).statuses == (0,)
-    return folder / "run"
-
-
-def start(folder: Path, data: Path, *words: str, disturb: Disturbance = undisturbed, world_size: int = 1) -> Ended:
-    given = [*MODEL, "--data-path", str(data), "--save", str(folder / "run"), "--train-iters", str(STEPS)]
-    given += ["--save-interval", "2", "--eval-interval", "100"]
-    return run_ranks(["pretrain", *given, *words], world_size, folder, disturb=disturb)
+start = partial(start_run, num_steps=STEPS)
 
 
 def from_step_to_step(first: int, last: int, break_it: Callable[[], None], repair: Callable[[], None]) -> None:

@@ -14,9 +14,9 @@ from megalith.checkpoint.directory import list_checkpoints
 from megalith.checkpoint.verify import verify
 from megalith.cli import OUT_OF_MEMORY
 from megalith.keeper import Keeper
-from tests.faults.cluster import Ended, run_ranks
+from tests.disturbed import start_run
+from tests.faults.cluster import Ended
 from tests.faults.disk import Disturbance, undisturbed
-from tests.layouts.runs import MODEL, write_data
 from tests.test_train import assert_same
 
 # Wide enough for a pass to need blocks that a starved process has not got.
@@ -27,23 +27,9 @@ SMALLEST_BLOCK = 1 << 16  # bytes; what is smaller is left, for Python to say wh
 LIMITS = {"address-space": resource.RLIMIT_AS, "data": resource.RLIMIT_DATA}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    """The run directory of the run that nothing disturbs."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert start(folder, data).statuses == (0,)
-    return folder / "run"
-
-
 def start(folder: Path, data: Path, *words: str, disturb: Disturbance = undisturbed, world_size: int = 1) -> Ended:
-    given = [*MODEL, *WIDE, "--data-path", str(data), "--save", str(folder / "run"), "--train-iters", str(STEPS)]
-    given += ["--save-interval", "2", "--eval-interval", "3", "--eval-first", "--hang-timeout", "20"]
-    return run_ranks(["pretrain", *given, *words], world_size, folder, disturb=disturb)
+    given = [*WIDE, "--eval-interval", "3", "--eval-first", "--hang-timeout", "20", *words]
+    return start_run(folder, data, *given, num_steps=STEPS, disturb=disturb, world_size=world_size)
 
 
 def starve(limit: int, *, spare: int = 0) -> list[torch.Tensor]:

@@ -2,39 +2,24 @@
 
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import megalith.checkpoint.saver
 import megalith.keeper
-from tests.faults.cluster import Ended, run_ranks
-from tests.faults.disk import Disturbance, Moment, Operation, Wire, undisturbed
-from tests.layouts.runs import MODEL, events_of, write_data
+from tests.disturbed import start_run
+from tests.faults.disk import Disturbance, Moment, Operation, Wire
+from tests.layouts.runs import events_of
 from tests.test_disk_faults import each_step
 from tests.test_train import assert_same
 
-INTERVAL, STEPS = 2, 14
+STEPS = 14
 USUAL, SLOW = 0.25, 1.5  # seconds of an operation of a save, of which there are some thirty
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    """The run directory of the run that nothing disturbs."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert start(folder, data).statuses == (0,)
-    return folder / "run"
-
-
-def start(folder: Path, data: Path, *words: str, disturb: Disturbance = undisturbed, world_size: int = 1) -> Ended:
-    given = [*MODEL, "--data-path", str(data), "--save", str(folder / "run"), "--train-iters", str(STEPS)]
-    given += ["--save-interval", str(INTERVAL), "--eval-interval", "100"]
-    return run_ranks(["pretrain", *given, *words], world_size, folder, disturb=disturb)
+start = partial(start_run, num_steps=STEPS)
 
 
 def slow_from(first: int, last: int, *, usual: float, slow: float) -> Disturbance:

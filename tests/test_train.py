@@ -11,14 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.layouts.runs import MODEL, run_on, steps_of, weights_of, write_data
+from tests.layouts.runs import MODEL, run_on, steps_of, weights_of
 
 STEPS = ["--train-iters", "20"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from megalith.checkpoint.store import load_latest
 from megalith.parallel.apply import Laid, local_part
 from megalith.parallel.seen import SeenLosses
 from megalith.parallel.step import Batch, RunPart
-from tests.layouts.runs import MODEL, events_of, largest_difference, run_on, steps_of, weights_of, write_data
+from tests.layouts.runs import MODEL, events_of, largest_difference, run_on, steps_of, weights_of
 
 TP, PP, SHARD = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--data-parallel-sharding"
 SMALL = [*MODEL, *"--num-layers 2 --hidden-size 16 --num-attention-heads 2 --eval-iters 0".split()]
@@ -34,11 +34,6 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "pp2-dp2": (4, [PP, "2"]),
     "hybrid": (4, [SHARD, "parameters", "--data-parallel-shard-size", "2"]),
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def spoil_losses(rank: int, *, samples: Iterable[int], factor: float) -> None:

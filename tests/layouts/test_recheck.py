@@ -20,7 +20,7 @@ from megalith.recheck import compares_gradients
 from megalith.sources import read_command_line
 from tests.images import write_images
 from tests.layouts import test_bert, test_ict, test_t5, test_vit
-from tests.layouts.runs import MODEL, Runs, events_of, largest_difference, run_on, steps_of, write_data
+from tests.layouts.runs import MODEL, Runs, events_of, largest_difference, run_on, steps_of
 from tests.layouts.test_numbers import spoil_losses
 
 TP, PP, SHARD = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--data-parallel-sharding"
@@ -50,11 +50,6 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "hybrid": (4, [SHARD, "parameters", "--data-parallel-shard-size", "2"]),
 }
 QUICK = {"dp2", "pp2"}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

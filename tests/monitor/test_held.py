@@ -18,17 +18,12 @@ from megalith.monitor.peers import this_process
 from megalith.monitor.watch import Place, Watch
 from tests.faults.cluster import Ended, run_ranks
 from tests.faults.disk import Disturbance, Moment, Operation, Wire
-from tests.layouts.runs import MODEL, steps_of, write_data
+from tests.layouts.runs import MODEL, steps_of
 from tests.monitor.test_watch import at_step
 
 HANG_TIMEOUT = 3.0
 SECONDS_OF_STEP = 0.6
 INTERVAL = 10  # steps, which take twice as long as an operation may
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def start(folder: Path, data: Path, *words: str, disturb: Disturbance, world_size: int = 1) -> Ended:

@@ -24,16 +24,11 @@ from megalith.monitor.events import StepDone
 from megalith.monitor.watch import find_guilty, is_stuck
 from tests.faults.cluster import Ended, run_ranks
 from tests.faults.disk import slow
-from tests.layouts.runs import MODEL, run_on, steps_of, write_data
+from tests.layouts.runs import MODEL, run_on, steps_of
 from tests.test_train import assert_same
 
 HANG_TIMEOUT = 2.0
 STEP = 3  # in which it happens; the first step may take longer
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def at_step(act: Callable[[], None], *, step: int = STEP) -> None:
