@@ -40,6 +40,7 @@ LEVELS = [
     {
         "adopt",
         "bench",
+        "evaluations",
         "forecast",
         "guard",
         "continuity",

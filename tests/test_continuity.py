@@ -241,7 +241,7 @@ def test_a_run_without_memory_ends_in_a_sentence_and_its_last_commit_is_whole(
     words += ["--train-iters", "4", "--eval-interval", "3", "--eval-iters", "1"]
 
     def on_rank(rank: int) -> tuple[int, str]:
-        monkeypatch.setattr("megalith.train.evaluate", exhaust)
+        monkeypatch.setattr("megalith.evaluations.evaluate", exhaust)
         for variable, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
             monkeypatch.setenv(variable, value)
         monkeypatch.setattr("sys.stdout", io.StringIO())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import megalith.train
+import megalith.evaluations
 from megalith.checkpoint.directory import list_checkpoints
 from megalith.checkpoint.verify import verify
 from megalith.cli import OUT_OF_MEMORY
@@ -56,17 +56,18 @@ def in_evaluation(limit: int, *, number: int = 2, spare: int = 0) -> Disturbance
     """The number-th evaluation; the first starts a thread, the second is that of step 3."""
 
     def on_rank(rank: int) -> None:
-        evaluate = megalith.train.evaluate
+        evaluate = megalith.evaluations.evaluate
         count = 0
 
-        def starved(*arguments: Any, **named: Any) -> None:
+        def starved(*arguments: Any, **named: Any) -> str | None:
             nonlocal count
             count += 1
             taken = starve(limit, spare=spare) if count == number else []
-            evaluate(*arguments, **named)
+            cut = evaluate(*arguments, **named)
             del taken
+            return cut
 
-        megalith.train.evaluate = starved
+        megalith.evaluations.evaluate = starved
 
     return on_rank
 

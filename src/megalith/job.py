@@ -67,6 +67,7 @@ class Progress:
     step: int = 0  # optimizer steps, skipped ones included
     consumed_train_samples: int = 0
     consumed_valid_samples: int = 0
+    owes: str | None = None  # which evaluation is still to be made at this step (evaluations.OWED)
     schedule_samples: int = 0  # of steps that were not skipped: what the learning rate counts
     loss_scale: LossScale | None = None
     skipped_steps: int = 0

@@ -8,6 +8,7 @@ from megalith import __version__
 from megalith.checkpoint.pieces import Piece
 from megalith.checkpoint.store import Loaded
 from megalith.continuity import decisive
+from megalith.evaluations import OWED
 from megalith.job import Job
 from megalith.models.shape import shape_of
 from megalith.optim.finite import BadSteps
@@ -46,6 +47,7 @@ def state_of(job: Job) -> dict[str, Any]:
         "step": progress.step,
         "consumed_train_samples": progress.consumed_train_samples,
         "consumed_valid_samples": progress.consumed_valid_samples,
+        "owes": progress.owes,
         "schedule_samples": progress.schedule_samples,
         "skipped_steps": progress.skipped_steps,
         "bad_steps": progress.bad_steps.to_json(),
@@ -94,7 +96,9 @@ def restore(job: Job, loaded: Loaded, *, with_optimizer: bool) -> None:
     progress.consumed_valid_samples = int(state["consumed_valid_samples"])
     progress.schedule_samples = int(state["schedule_samples"])
     progress.skipped_steps = int(state["skipped_steps"])
-    # Checkpoints of earlier versions have neither.
+    # Checkpoints of earlier versions have none of these.
+    owes = state.get("owes")
+    progress.owes = owes if isinstance(owes, str) and owes in OWED else None
     progress.bad_steps = BadSteps.from_json(state.get("bad_steps", {}))
     progress.spikes.restore(state.get("spikes", {}))
     if with_optimizer:

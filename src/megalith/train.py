@@ -12,19 +12,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import SupportsFloat
 
-import torch
 from torch import Tensor
 
 from megalith.allocator import keep_freed_memory
 from megalith.closing import tell_what_next
 from megalith.config import Run
 from megalith.corpora import prepare_corpus
+from megalith.evaluations import evaluate_if_owed, is_finished
 from megalith.guard import EXIT_STATUS, leaves_out, may_save, reason_to_give_up, report_slow_ranks
 from megalith.job import Job, build_job, open_log
 from megalith.keeper import Keeper, try_save_directory
 from megalith.loaders import open_data
-from megalith.monitor import lines
-from megalith.monitor.events import Evaluated, PlaceReached, RunEnded, StepDone, TrainingStarted, Warned
+from megalith.monitor.events import PlaceReached, RunEnded, StepDone, TrainingStarted, Warned
 from megalith.monitor.memory import memory_use
 from megalith.monitor.signals import StopSignals
 from megalith.optim.clip import clip_gradients, count_zeros, global_norm, unscale_gradients
@@ -33,7 +32,7 @@ from megalith.optim.groups import set_learning_rate
 from megalith.optim.schedule import learning_rate
 from megalith.owner import owned
 from megalith.parallel.mesh import choose_device, joined, make_layout
-from megalith.passes import run_microbatches, take_passes, with_rows
+from megalith.passes import take_passes, with_rows
 from megalith.recheck import is_due, take_checked_passes, tell_what_is_compared
 from megalith.report import open_profile, report_interval
 from megalith.resume import resume
@@ -86,13 +85,13 @@ def train(run: Run, *, started: float) -> int:
             return 0
         if layout.rank == 0:
             write_run_file(asked)
-        if job.progress.step >= job.last_step:
+        if job.progress.step >= job.last_step and is_finished(job):
             log.line(f"the run is finished: all {job.last_step} steps were taken; raise --train-iters to go on")
             return 0
         keeper.look_for_room()
         reason = run_steps(job, keeper, signals)
         if reason is None:
-            finish(job, keeper)
+            reason = finish(job, keeper, signals)
         keeper.settle()
         log.report(
             RunEnded(
@@ -104,7 +103,8 @@ def train(run: Run, *, started: float) -> int:
         )
         tell_what_next(job, reason)
         if job.book is not None:
-            job.book.write(job.ledger, ended=reason is None or reason.startswith("exit-"))
+            finished = job.progress.step if reason is None else None
+            job.book.write(job.ledger, ended=reason is None or reason.startswith("exit-"), finished=finished)
     if keeper.failed or reason == "save-failure":
         return NOT_SAVED
     if reason is None or reason.startswith("exit-"):
@@ -127,12 +127,16 @@ def run_steps(job: Job, keeper: Keeper, signals: StopSignals) -> str | None:
         )
     )
     log.report(PlaceReached("before the start of training step"))
-    if run.evaluate.eval_first and progress.step == 0:
-        evaluate(job, "valid")
+    if progress.step == 0 and run.evaluate.eval_first:
+        progress.owes = "interval"
     profile = open_profile(job)
     job.ledger.switch("other")
     job.first_step = progress.step
+    if progress.owes != "interval" and progress.step < job.last_step:
+        progress.owes = None  # it was the end of a run that goes on now
     while progress.step < job.last_step:
+        if cut := evaluate_if_owed(job, signals):
+            return cut
         if profile is not None:
             profile.before_step(progress.step + 1)
         with job.ledger.spend("step"):
@@ -148,7 +152,9 @@ def run_steps(job: Job, keeper: Keeper, signals: StopSignals) -> str | None:
             report_interval(job, done)
             report_slow_ranks(job)
         if every(progress.step, run.evaluate.eval_interval):
-            evaluate(job, "valid")
+            progress.owes = "interval"
+        if job.stop is None and not evaluate_if_owed(job, signals) and progress.step == job.last_step:
+            progress.owes = "final"
         reason = reason_to_give_up(job, keeper) or reason_to_stop(job, signals, keeper)
         if (reason or every(progress.step, run.checkpoint.save_interval)) and may_save(job, reason):
             keeper.save()
@@ -261,41 +267,18 @@ def weights_norm(job: Job) -> Tensor:
     return global_norm(job.laid.weights(counted=True), device=job.device, reduce=job.laid.total)
 
 
-def evaluate(job: Job, part: str, *, final: bool = False) -> None:
-    """Report the mean losses over the next eval_iters batches of a part, if the run has such data."""
-    if part not in job.loaders or not job.run.evaluate.eval_iters:
-        return
-    progress, sums = job.progress, dict[str, float]()
-    began = time.perf_counter()
-    iterations = job.run.evaluate.eval_iters
-    num_microbatches = job.batch_sizes.num_microbatches(progress.consumed_train_samples)
-    with job.ledger.spend("evaluation"), torch.no_grad():
-        consumed = progress.consumed_valid_samples if part == "valid" else 0
-        for number in range(1, iterations + 1):
-            job.ledger.move()
-            microbatches = job.loaders[part].step_batch(consumed, num_microbatches)
-            losses = run_microbatches(job, microbatches, scale=1.0, backward=False, timers=job.untimed)
-            consumed += job.batch_sizes.batch_size(progress.consumed_train_samples)
-            for name, loss in losses.items():
-                sums[name] = sums.get(name, 0.0) + float(loss)
-            if part == "test" and every(number, job.run.monitor.log_interval):
-                job.log.line(lines.evaluating(number, iterations), detail=True)
-    if part == "valid":
-        progress.consumed_valid_samples = consumed
-    means = {name: total / iterations for name, total in sums.items()}
-    if part == "valid":
-        job.validations.append((progress.step, means))
-    split = "validation" if part == "valid" else part
-    seconds = time.perf_counter() - began
-    job.log.report(Evaluated(progress.step, progress.consumed_train_samples, split, final, means, seconds))
-
-
-def finish(job: Job, keeper: Keeper) -> None:
-    """After the last step: validate, save, test."""
+def finish(job: Job, keeper: Keeper, signals: StopSignals) -> str | None:
+    """After the last step: validate, save, test; the name of the signal that cut an evaluation short, or None."""
+    progress = job.progress
     job.log.report(PlaceReached("after training is done"))
-    evaluate(job, "valid", final=True)
-    keeper.save(while_training=False)
-    evaluate(job, "test", final=True)
+    if progress.owes == "interval":  # cut short at the last step of an earlier start
+        if cut := evaluate_if_owed(job, signals):
+            return cut
+        progress.owes = "final"
+    cut = evaluate_if_owed(job, signals)
+    if progress.step != job.first_step:
+        keeper.save(while_training=False)
+    return cut or evaluate_if_owed(job, signals)
 
 
 def reason_to_stop(job: Job, signals: StopSignals, keeper: Keeper) -> str | None:

@@ -174,13 +174,20 @@ class LedgerFile:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
+    def finished_step(self) -> int | None:
+        """The last step of the run, if it was written that nothing is left to do after it."""
+        finished = (self.read() or {}).get("finished")
+        return finished if isinstance(finished, int) else None
+
     def write_if_due(self, ledger: Ledger) -> None:
         if self._clock() >= self._next:
             self.write(ledger)
 
-    def write(self, ledger: Ledger, *, ended: bool = False) -> None:
+    def write(self, ledger: Ledger, *, ended: bool = False, finished: int | None = None) -> None:
+        """finished: the last step of a run of which nothing is left to do."""
         began = self._clock()
         with suppress(OSError):
-            write_whole(self.path, json.dumps(ledger.state(ended=ended)) + "\n", disk=self._disk)
+            state = {**ledger.state(ended=ended), "finished": finished}
+            write_whole(self.path, json.dumps(state) + "\n", disk=self._disk)
         now = self._clock()
         self._next = now + max(SECONDS_BETWEEN_WRITES, (now - began) / SHARE_OF_WRITES)

@@ -1,0 +1,95 @@
+"""The evaluations of a run while it trains and at its end, none of which a stop loses.
+
+A signal cuts an evaluation short, for the grace of a scheduler may be shorter. What is cut short, or was due at a step
+after which the run stopped, is owed: the checkpoint says so, and the run makes it when it goes on.
+"""
+
+import signal
+import time
+from typing import NamedTuple
+
+import torch
+
+from megalith.job import Job
+from megalith.monitor import lines
+from megalith.monitor.events import Evaluated
+from megalith.monitor.signals import StopSignals
+from megalith.passes import run_microbatches
+
+
+class Owed(NamedTuple):
+    """An evaluation that a run has to make. then: what it owes after it."""
+
+    part: str
+    final: bool
+    then: str | None
+
+
+# By the names that Progress.owes has for them.
+OWED = {
+    "interval": Owed("valid", final=False, then=None),
+    "final": Owed("valid", final=True, then="test"),
+    "test": Owed("test", final=True, then=None),
+}
+
+
+def evaluate_if_owed(job: Job, signals: StopSignals) -> str | None:
+    """Make the next evaluation that is owed, if any; the name of the signal that cut it short, or None."""
+    progress = job.progress
+    if progress.owes is None:
+        return None
+    owed = OWED[progress.owes]
+    cut = evaluate(job, owed.part, signals, final=owed.final)
+    if cut is None:
+        progress.owes = owed.then
+    return cut
+
+
+def evaluate(job: Job, part: str, signals: StopSignals, *, final: bool) -> str | None:
+    """Report the mean losses over the next eval_iters batches of a part, if the run has such data.
+
+    None once that is done. Gives the name of a signal, the same on every rank, if one came first: then nothing is
+    reported, and nothing has changed.
+    """
+    if part not in job.loaders or not job.run.evaluate.eval_iters:
+        return None
+    progress, sums = job.progress, dict[str, float]()
+    began = time.perf_counter()
+    iterations = job.run.evaluate.eval_iters
+    num_microbatches = job.batch_sizes.num_microbatches(progress.consumed_train_samples)
+    with job.ledger.spend("evaluation"), torch.no_grad():
+        consumed = progress.consumed_valid_samples if part == "valid" else 0
+        for number in range(1, iterations + 1):
+            if cut := signal_agreed(job, signals):
+                return cut
+            job.ledger.move()
+            microbatches = job.loaders[part].step_batch(consumed, num_microbatches)
+            losses = run_microbatches(job, microbatches, scale=1.0, backward=False, timers=job.untimed)
+            consumed += job.batch_sizes.batch_size(progress.consumed_train_samples)
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0.0) + float(loss)
+            if part == "test" and number % job.run.monitor.log_interval == 0:
+                job.log.line(lines.evaluating(number, iterations), detail=True)
+    if part == "valid":
+        progress.consumed_valid_samples = consumed
+    means = {name: total / iterations for name, total in sums.items()}
+    if part == "valid":
+        job.validations.append((progress.step, means))
+    split = "validation" if part == "valid" else part
+    seconds = time.perf_counter() - began
+    job.log.report(Evaluated(progress.step, progress.consumed_train_samples, split, final, means, seconds))
+    return None
+
+
+def signal_agreed(job: Job, signals: StopSignals) -> str | None:
+    """The name of a signal that any rank got; every rank calls it."""
+    number = job.groups.agree([int(signals.received or 0)])[0]
+    return signal.Signals(number).name if number else None
+
+
+def is_finished(job: Job) -> bool:
+    """Whether a run that has taken its last step has made its last evaluations too, the same on every rank."""
+    if job.progress.owes is None:
+        return True
+    finished = job.book.finished_step() if job.book is not None else None
+    return job.groups.agree([0 if finished is None else finished])[0] == job.progress.step
