@@ -98,6 +98,7 @@ def planned(run: Run, ranks: int, *, vocab_size: int, device: str) -> Job:
         micro_batch_size=run.optimizer.micro_batch_size,
         num_microbatches=global_batch_size(run, layout.data) // (run.optimizer.micro_batch_size * layout.data),
         compute_bytes=element,
+        bf16=compute_dtype(run) == "bfloat16",
         stream_bytes=4 if run.model.fp32_residual_connection else element,
         dropout=run.model.hidden_dropout > 0,
         attention_dropout=run.model.attention_dropout > 0,

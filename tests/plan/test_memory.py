@@ -43,6 +43,8 @@ CASES = {
     "a table that is most of it": f"{MOST_TABLE} --global-batch-size 2",
     "a table that is most of it, one microbatch": f"{MOST_TABLE} --global-batch-size 1",
     "a table that is most of it, untied": f"{MOST_TABLE} --global-batch-size 2 --untie-embeddings-and-output-weights",
+    "bf16": "--global-batch-size 8 --bf16",
+    "bf16, a wide vocabulary": "--global-batch-size 8 --bf16 --vocab-size 20000",
     "a wide vocabulary, untied": "--global-batch-size 8 --vocab-size 20000 --untie-embeddings-and-output-weights",
 }
 

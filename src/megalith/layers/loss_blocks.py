@@ -84,6 +84,7 @@ def _softmaxes(hidden_CD: Tensor, blocks: tuple[Tensor, ...]) -> tuple[list[Tens
         if len(lost):
             size_C1[lost] = F.linear(hidden_CD[lost], rows_SD).float().logsumexp(-1, keepdim=True)
         sizes.append(size_C1)
+        del logits_CS, p_CS  # before the next block's are made
     return softmaxes, torch.cat(sizes, -1)
 
 

@@ -8,6 +8,7 @@ and an allocator's waste come on top.
 from dataclasses import dataclass
 
 from megalith.layers.loss import CHUNK_ROWS
+from megalith.layers.loss_blocks import BLOCK
 from megalith.layers.products import LEAST
 
 FP32 = 4  # bytes
@@ -31,6 +32,7 @@ class Job:
     num_microbatches: int  # of a step, on a rank
     compute_bytes: int = FP32  # of an activation
     stream_bytes: int = FP32  # of an element between blocks
+    bf16: bool = False  # of the 16-bit types
     dropout: bool = False  # of what is added to the stream
     attention_dropout: bool = False
     recompute: str | None = None  # full, selective or None
@@ -205,9 +207,15 @@ def loss_bytes(job: Job) -> float:
     """A chunk of logits, the gradient by the hidden states, and that of the table."""
     tokens, vocabulary = tokens_on_rank(job), job.vocab_size / job.tensor
     rows = min(CHUNK_ROWS[job.device], tokens)
-    # In 16 bits the slopes are another chunk; on the CPU, where nothing is fused, so are the logarithms, in fp32.
-    copies = 1.0 if job.compute_bytes == FP32 and job.device == "cpu" else 2.0
-    if job.compute_bytes < FP32 and job.device == "cpu":
-        copies += 1.5 * FP32 / job.compute_bytes
+    if job.bf16 and job.device == "cpu" and vocabulary > BLOCK and rows * job.width * BLOCK >= LEAST:
+        # The probabilities of a chunk, the logits of the last block in fp32 or of the one before, the table in bf16.
+        last, e = vocabulary % BLOCK, job.compute_bytes
+        block = max(FP32 * last, FP32 * BLOCK - e * last)
+        copies = 1.0 + block / (e * vocabulary) + job.width / rows
+    else:
+        # In 16 bits the slopes are another chunk; on the CPU, where nothing is fused, so are the logarithms, in fp32.
+        copies = 1.0 if job.compute_bytes == FP32 and job.device == "cpu" else 2.0
+        if job.compute_bytes < FP32 and job.device == "cpu":
+            copies += 1.5 * FP32 / job.compute_bytes
     chunk = rows * vocabulary * job.compute_bytes * copies
     return chunk + tokens * job.width * job.compute_bytes + FP32 * vocabulary * job.width
