@@ -94,6 +94,31 @@ def test_another_models_checkpoint_is_refused_with_the_differences(tmp_path: Pat
         load_latest(tmp_path, {**wanted, "model.bias": whole(torch.zeros(6))})
 
 
+def test_the_index_of_another_run_is_damage_and_a_whole_checkpoint_of_another_run_is_not(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder, run in ((ours, "ours"), (theirs, "theirs")):
+        for step in (1, 2):
+            save(folder, step, pieces_of(tensors_at(step if run == "ours" else step + 7)), {"run": run})
+
+    def wanted(index: Index) -> dict[str, Piece]:
+        if index.state["run"] != "ours":
+            raise ValueError(f"it is of {index.state['run']}")
+        return pieces_of(empty())
+
+    newest = ours / "checkpoints" / "step-0000002"
+    shutil.copy(theirs / "checkpoints" / "step-0000002" / "index.json", newest)
+    loaded = load_latest(ours, wanted)
+    assert loaded is not None and loaded.index.step == 1
+    assert "step-0000002 is damaged and was not used" in loaded.messages()[0]
+    # Without one that could be used instead, or whole: refused by name, as what it is.
+    with pytest.raises(ValueError, match=r"step-0000002 is refused: it is of theirs"):
+        load_latest(theirs, wanted)
+    shutil.rmtree(newest)
+    shutil.copytree(theirs / "checkpoints" / "step-0000002", newest)
+    with pytest.raises(ValueError, match=r"step-0000002 is refused: it is of theirs"):
+        load_latest(ours, wanted)
+
+
 def test_an_equal_checkpoint_of_the_step_stays_and_a_different_one_is_never_overwritten(tmp_path: Path) -> None:
     path = save(tmp_path, 1, pieces_of(tensors_at(1)), {"consumed_samples": 8}, notes={"seconds": 1})
     before = {file.name: file.stat().st_ino for file in path.iterdir()}

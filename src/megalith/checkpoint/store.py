@@ -9,7 +9,7 @@ the latest; it is the newest that verifies.
 
 import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,6 +189,14 @@ def _give_up(
     return CheckpointError(f"{message}. Earlier checkpoints are untouched", path, need=need, free=free)
 
 
+class UnfitError(ValueError):
+    """A checkpoint that a run cannot go on from, sound as it may be."""
+
+    def __init__(self, message: str, index: Index) -> None:
+        super().__init__(message)
+        self.index = index
+
+
 class Refused(NamedTuple):
     """A checkpoint that was not used, and why."""
 
@@ -242,6 +250,9 @@ def load_latest(
 
     A damaged checkpoint is passed over for the one before it: see `Loaded.messages`. Raises CheckpointError if all are
     damaged or the step is not there, ValueError if the tensors of the run and of the checkpoint are not the same.
+
+    What does not fit is refused by its index alone, for the files of a large run take minutes to verify; but where an
+    earlier one fits, only after it has verified: the index of another run may lie among files that are not its own.
     """
     ranks = Ranks(group)
     folder = folder_of(run_dir)
@@ -255,13 +266,39 @@ def load_latest(
             raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {steps}", folder)
         steps = [step]
     refused: list[Refused] = []
-    for candidate in reversed(steps):
+
+    def fitting(step: int) -> tuple[Index, Mapping[str, Piece]]:
+        path = folder / step_name(step)
+        index = index_together(ranks, path, disk=disk)
+        try:
+            pieces = wanted(index) if callable(wanted) else wanted
+        except DamagedError:
+            raise
+        except ValueError as error:
+            raise UnfitError(f"{path} is refused: {error}", index) from error
+        _check_fit(ranks, path, index, pieces, may_stay_unread)
+        return index, pieces
+
+    def fits(step: int) -> bool:
+        try:
+            fitting(step)
+        except (RanksError, DamagedError, UnfitError):
+            return False
+        return True
+
+    def fitting_unless_damaged(step: int, earlier: Sequence[int]) -> tuple[Index, Mapping[str, Piece]]:
+        try:
+            return fitting(step)
+        except UnfitError as unfit:
+            if any(map(fits, reversed(earlier))):
+                check_together(ranks, folder / step_name(step), unfit.index, disk=disk)
+            raise
+
+    while steps:
+        candidate = steps.pop()
         path = folder / step_name(candidate)
         try:
-            # What does not fit is refused by the index alone: the files of a large run take minutes to verify.
-            index = index_together(ranks, path, disk=disk)
-            pieces = wanted(index) if callable(wanted) else wanted
-            _check_fit(ranks, path, index, pieces, may_stay_unread)
+            index, pieces = fitting_unless_damaged(candidate, steps)
             check_together(ranks, path, index, disk=disk)
             _fill(ranks, path, index, pieces, disk)
         except (RanksError, DamagedError) as failed:
@@ -277,7 +314,7 @@ def load_latest(
 def _check_fit(
     ranks: Ranks, path: Path, index: Index, pieces: Mapping[str, Piece], may_stay_unread: Callable[[str], bool]
 ) -> None:
-    """Raise ValueError on all ranks unless the checkpoint holds what is wanted, as it is wanted, and nothing else."""
+    """Raise UnfitError on all ranks unless the checkpoint holds what is wanted, as it is wanted, and nothing else."""
 
     def names() -> list[str]:
         faults = []
@@ -295,10 +332,10 @@ def _check_fit(
     try:
         read = set().union(*ranks.together(names))
     except RanksError as failed:
-        raise ValueError(f"{path} does not fit this run: {failed}") from failed
+        raise UnfitError(f"{path} does not fit this run: {failed}", index) from failed
     unread = [name for name in index.tensors if name not in read and not may_stay_unread(name)]
     if unread:
-        raise ValueError(f"{path} does not fit this run: the run has no {_some(unread)}")
+        raise UnfitError(f"{path} does not fit this run: the run has no {_some(unread)}", index)
 
 
 def _some(faults: list[str]) -> str:
