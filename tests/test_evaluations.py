@@ -13,7 +13,7 @@ from megalith import evaluations
 from megalith.monitor.ledger import FILE_NAME
 from megalith.passes import run_microbatches
 from megalith.train import STOPPED_BY_SIGNAL
-from tests.layouts.runs import run_on
+from tests.layouts.runs import events_of, run_on
 from tests.test_train import assert_same
 
 # Evaluations after steps 3, 6 and 9, one at the end, and one of the test data: five times four batches.
@@ -25,8 +25,7 @@ ENDS = {"saved before": WORDS, "saved between": [*WORDS[:-1], "4"]}
 
 def told(save: Path) -> list[tuple[Any, ...]]:
     """Every evaluation that was told, in order."""
-    events = map(json.loads, (save / "log.jsonl").read_text().splitlines())
-    return [(e["step"], e["split"], e["final"], json.dumps(e["losses"])) for e in events if e["event"] == "evaluated"]
+    return [(e["step"], e["split"], e["final"], json.dumps(e["losses"])) for e in events_of(save, "evaluated")]
 
 
 def evaluated(save: Path) -> list[tuple[Any, ...]]:

@@ -266,39 +266,12 @@ def load_latest(
             raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {steps}", folder)
         steps = [step]
     refused: list[Refused] = []
-
-    def fitting(step: int) -> tuple[Index, Mapping[str, Piece]]:
-        path = folder / step_name(step)
-        index = index_together(ranks, path, disk=disk)
-        try:
-            pieces = wanted(index) if callable(wanted) else wanted
-        except DamagedError:
-            raise
-        except ValueError as error:
-            raise UnfitError(f"{path} is refused: {error}", index) from error
-        _check_fit(ranks, path, index, pieces, may_stay_unread)
-        return index, pieces
-
-    def fits(step: int) -> bool:
-        try:
-            fitting(step)
-        except (RanksError, DamagedError, UnfitError):
-            return False
-        return True
-
-    def fitting_unless_damaged(step: int, earlier: Sequence[int]) -> tuple[Index, Mapping[str, Piece]]:
-        try:
-            return fitting(step)
-        except UnfitError as unfit:
-            if any(map(fits, reversed(earlier))):
-                check_together(ranks, folder / step_name(step), unfit.index, disk=disk)
-            raise
-
+    choice = _Choice(ranks, folder, wanted, may_stay_unread, disk)
     while steps:
         candidate = steps.pop()
         path = folder / step_name(candidate)
         try:
-            index, pieces = fitting_unless_damaged(candidate, steps)
+            index, pieces = choice.fitting_unless_damaged(candidate, steps)
             check_together(ranks, path, index, disk=disk)
             _fill(ranks, path, index, pieces, disk)
         except (RanksError, DamagedError) as failed:
@@ -309,6 +282,46 @@ def load_latest(
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in refused)
         raise CheckpointError(f"no checkpoint in {folder} can be used: {reasons}", folder)
     return None
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Which checkpoint a run can go on from, by the indices; all ranks of the group call its methods alike."""
+
+    ranks: Ranks
+    folder: Path
+    wanted: Wanted
+    may_stay_unread: Callable[[str], bool]
+    disk: Disk
+
+    def fitting_unless_damaged(self, step: int, earlier: Sequence[int]) -> tuple[Index, Mapping[str, Piece]]:
+        """As `fitting`; where a step of earlier fits in its stead, the unfit one's files are verified first."""
+        try:
+            return self.fitting(step)
+        except UnfitError as unfit:
+            if any(map(self.fits, reversed(earlier))):
+                check_together(self.ranks, self.folder / step_name(step), unfit.index, disk=self.disk)
+            raise
+
+    def fits(self, step: int) -> bool:
+        try:
+            self.fitting(step)
+        except (RanksError, DamagedError, UnfitError):
+            return False
+        return True
+
+    def fitting(self, step: int) -> tuple[Index, Mapping[str, Piece]]:
+        """The index, and the pieces to fill. Raises UnfitError, or RanksError or DamagedError for a damaged index."""
+        path = self.folder / step_name(step)
+        index = index_together(self.ranks, path, disk=self.disk)
+        try:
+            pieces = self.wanted(index) if callable(self.wanted) else self.wanted
+        except DamagedError:
+            raise
+        except ValueError as error:
+            raise UnfitError(f"{path} is refused: {error}", index) from error
+        _check_fit(self.ranks, path, index, pieces, self.may_stay_unread)
+        return index, pieces
 
 
 def _check_fit(
