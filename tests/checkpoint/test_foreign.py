@@ -107,6 +107,7 @@ def test_a_truncated_file_is_refused_by_name(is_zip: bool, tmp_path: Path, forke
             pass
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch 2.11 and 2.12
 @pytest.mark.parametrize(
     ("value", "message"),
     [

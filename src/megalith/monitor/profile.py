@@ -75,7 +75,8 @@ class Profile:
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.memory._record_memory_history(max_entries=100_000)
         self._synchronize()
-        self._tracer = profile(activities=activities, profile_memory=True)
+        # acc_events: torch 2.11 and 2.12 warn without it, though there is one cycle only.
+        self._tracer = profile(activities=activities, profile_memory=True, acc_events=True)
         self._tracer.__enter__()
 
     def _synchronize(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed import ProcessGroup
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.pipelining.schedules import (
@@ -54,6 +55,28 @@ class _Part(nn.Module):
         leaving = leaving.contiguous()
         JOURNAL.leaving(leaving)
         return leaving
+
+
+class _SplitStage(PipelineStage):
+    """A stage whose backward pass by the weights comes later than that by the inputs.
+
+    Before torch 2.13 the first takes the graph from the outputs away, and with it the nodes of our own functions, which
+    the second needs: they live as long as what points at them.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._held: dict[int, list[GradientEdge]] = {}
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        leaving = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        tensors = leaving if isinstance(leaving, tuple) else (leaving,)
+        self._held[fwd_chunk_id] = [get_gradient_edge(tensor) for tensor in tensors if tensor.requires_grad]
+        return leaving
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+        self._held.pop(bwd_chunk_id, None)
 
 
 class Pipeline:
@@ -132,7 +155,8 @@ class Pipeline:
         size = entering.shape[0]
         stream = torch.empty(size, *self._stream_shape, dtype=self._stream_dtype, device="meta", requires_grad=backward)
         losses = torch.empty(self._num_losses, device="meta", requires_grad=backward)
-        return PipelineStage(
+        kind = _SplitStage if backward and self._schedule == "zero-bubble" else PipelineStage
+        return kind(
             part,
             number,
             self._num_parts,
