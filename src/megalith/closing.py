@@ -50,9 +50,10 @@ def _tell_losses(job: Job) -> None:
         before = f"{first[figure]:.3f} at step {first_step}, " if last_step > first_step else ""
         job.log.line(f"validation {_spoken(figure)}: {before}{last[figure]:.3f} at step {last_step}")
     if baseline is not None:
+        gap = baseline.value - last[name]
         job.log.line(
             f"{baseline.title}: {baseline.value:.3f}, {baseline.meaning}; "
-            f"the model is {baseline.value - last[name]:.3f} below it"
+            f"the model is {abs(gap):.3f} {'below' if gap >= 0 else 'above'} it"
         )
 
 

@@ -105,3 +105,10 @@ def test_every_kind_of_event_is_known_and_none_is_left_out_by_accident() -> None
         events.CheckpointStarted,
         events.LoadStarted,
     }
+
+
+def test_a_perplexity_is_told_of_the_loss_of_tokens_alone() -> None:
+    event = events.Evaluated(10, 640, "validation", False, {"lm loss": 3.0, "top1_acc": 14.0}, seconds=1.5)
+    assert clean.evaluated(event) == [
+        "validation at step 10: lm loss 3.0000, perplexity 20.09; top1_acc 14.0000 (1.5 s)"
+    ]

@@ -83,8 +83,10 @@ def rates(tokens_per_second: float, tflops_per_device: float | None, mfu: float 
 
 
 def evaluated(event: events.Evaluated) -> list[str]:
-    losses = (f"{name} {loss:.4f}, perplexity {perplexity(loss):,.2f}" for name, loss in event.losses.items())
-    return [f"{event.split} at step {event.step:,}: {'; '.join(losses)} ({duration(event.seconds)})"]
+    told = []
+    for name, loss in event.losses.items():
+        told.append(f"{name} {loss:.4f}" + (f", perplexity {perplexity(loss):,.2f}" if name == "lm loss" else ""))
+    return [f"{event.split} at step {event.step:,}: {'; '.join(told)} ({duration(event.seconds)})"]
 
 
 def warned(event: Any) -> list[str]:
