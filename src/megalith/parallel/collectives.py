@@ -81,7 +81,9 @@ class _Copy(torch.autograd.Function):
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: Group) -> Tensor:
-        return all_reduce(value, group)
+        total = all_reduce(value, group)
+        # torch 2.11's compiler gives zeros as the gradient by what was changed in place; it fuses the copy away.
+        return total.clone() if torch.compiler.is_compiling() else total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -108,7 +110,8 @@ class _Scatter(torch.autograd.Function):
         ctx.dim, ctx.group = dim, group
         if summed:
             return reduce_scatter(whole, dim, group)
-        return whole.chunk(size_of(group), dim)[rank_in(group)].contiguous()
+        # Not contiguous(), which may give a view: torch 2.11's compiler gives zeros as the gradient by that.
+        return whole.chunk(size_of(group), dim)[rank_in(group)].clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:

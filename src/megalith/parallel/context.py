@@ -69,7 +69,7 @@ def cut_context(model: nn.Module, group: Group, *, exchange: str) -> None:
     if size_of(group) == 1:
         return
     if exchange == "gather":
-        model.mask_for = partial(mask_over_all_keys, group=group)  # type: ignore[assignment]
+        model.mask_for = partial(mask_over_all_keys, group=group, model=model)  # type: ignore[assignment]
     else:
         model.mask_for = partial(mask_of_whole_sequence, group=group)  # type: ignore[assignment]
     for module in model.modules():
@@ -79,13 +79,19 @@ def cut_context(model: nn.Module, group: Group, *, exchange: str) -> None:
 
 
 def mask_over_all_keys(
-    num_tokens: int, *, causal: bool, query_documents_BT: Tensor | None = None, dense: bool = True, group: Group
+    num_tokens: int,
+    *,
+    causal: bool,
+    query_documents_BT: Tensor | None = None,
+    dense: bool = True,
+    group: Group,
+    model: nn.Module,
 ) -> Mask:
     """What this rank's queries see of all keys in their natural order. num_tokens: held here."""
     ranks = size_of(group)
-    device = query_documents_BT.device if query_documents_BT is not None else None
+    device = next(model.parameters()).device
     places_S = torch.arange(num_tokens * ranks, device=device)
-    places_T = places_held(num_tokens * ranks, rank_in(group), ranks).to(places_S.device)
+    places_T = places_held(num_tokens * ranks, rank_in(group), ranks).to(device)
     visible_B1TS = ((places_T[:, None] >= places_S) | (not causal))[None, None]
     if query_documents_BT is not None:
         keys_BS = in_natural_order(query_documents_BT, 1, group)
