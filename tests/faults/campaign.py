@@ -67,7 +67,7 @@ def spread(cases: list[Case], count: int) -> list[Case]:
 SECTIONS = [
     Section(
         "kill at an operation of a save",
-        {"one": Amount(32, EVERY), "pp2": Amount(14, EVERY), "dp2tp2": Amount(7, EVERY)},
+        {"one": Amount(24, EVERY), "pp2": Amount(9, EVERY), "dp2tp2": Amount(4, EVERY)},
         lambda trial, count: (
             every_kill(trial, once=trial.twin.scenario.world_size > 1)
             if count == EVERY
@@ -91,7 +91,7 @@ SECTIONS = [
     ),
     Section(
         "one error of the disk",
-        {"one": Amount(28, EVERY), "pp2": Amount(8, 200), "dp2tp2": Amount(4, 60)},
+        {"one": Amount(21, EVERY), "pp2": Amount(6, 200), "dp2tp2": Amount(3, 60)},
         lambda trial, count: every_error(trial) if count == EVERY else some_errors(trial, count, SEED),
     ),
     Section(
