@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from megalith.compiling import COMPILING, SAVED_ON_GPU, USUAL_UTILIZATION, decide
@@ -51,8 +52,8 @@ def test_compiled_code_is_kept_with_the_users_other_caches(monkeypatch: pytest.M
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "so that it is put back as it was")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    compile_blocks(nn.Linear(1, 1), memory_budget=None)
+    compile_blocks(nn.Linear(1, 1), memory_budget=None, device=torch.device("cpu"))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/somewhere/megalith/compiled"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
-    compile_blocks(nn.Linear(1, 1), memory_budget=None)
+    compile_blocks(nn.Linear(1, 1), memory_budget=None, device=torch.device("cpu"))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"

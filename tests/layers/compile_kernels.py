@@ -8,7 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megalith.layers import attend_fused
-from megalith.layers.attend_fused import backward_blocks, forward_blocks
+from megalith.layers.attend_fused import backward_blocks, forward_blocks, queries_blocks
 
 POINTERS = {
     "q": "", "k": "", "v": "", "o": "", "grad_o": "", "grad_q": "", "grad_k": "", "grad_v": "",
@@ -16,9 +16,9 @@ POINTERS = {
 }  # fmt: skip
 KERNELS = {
     attend_fused._forward: forward_blocks,
-    attend_fused._row_products: backward_blocks,
+    attend_fused._row_products: queries_blocks,
     attend_fused._backward_keys: backward_blocks,
-    attend_fused._backward_queries: backward_blocks,
+    attend_fused._backward_queries: queries_blocks,
 }
 
 
@@ -47,7 +47,7 @@ def main(capability: int, dtypes: list[str]) -> None:
                 }  # fmt: skip
                 constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
                 source = ASTSource(kernel, signature_of(kernel, dtype, constants), constants)
-                options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+                options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "maxnreg": blocks.registers}
                 made = triton.compile(source, target=target, options=options)
                 assert made.asm["cubin"]
                 print(f"{kernel.__name__} {dtype} {width} shared {made.metadata.shared} bytes")

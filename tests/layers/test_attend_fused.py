@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +13,19 @@ import torch
 from torch import Tensor
 
 from megalith.layers.attend import AttentionDropout, attend
+from megalith.layers.attention import AttentionShape
+from megalith.layers.block import Block, BlockShape
+from megalith.layers.initial import Initial, draw_weights
 from megalith.layers.mask import Mask, make_mask
 from megalith.layers.random import dropout_rows, mix, number_words
+from megalith.parallel.recompute import recomputed
 
 pytest.importorskip("triton", reason="needs triton")
 
 from megalith.layers import attend_fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"  # which compiles nothing, but traces the same
 
 
 def numbers_of(release: str) -> tuple[int, ...]:
@@ -58,7 +64,7 @@ def both(
     fused = attend_fused.attend_fused(
         q, k, v, mask, scale=0.3, rows_BHT=dropout.rows, words_S=words, probability=PROBABILITY
     )
-    monkeypatch.setattr("megalith.layers.attend._can_fuse", lambda width: False)
+    monkeypatch.setattr("megalith.layers.attend.is_fused", lambda *args, **kwargs: False)
     plain = attend(q, k, v, mask, scale=0.3, dropout=dropout)
     weights = torch.randn(plain.shape, generator=torch.Generator().manual_seed(6)).to(plain)
     return tuple((output.detach(), *torch.autograd.grad((output * weights).sum(), inputs)) for output in (fused, plain))  # type: ignore[return-value]
@@ -84,7 +90,7 @@ def test_the_kernels_give_what_the_plain_form_gives(
     if "causal" in name and queries != keys:
         pytest.skip("a causal order is of a sequence with itself")
     # Several blocks each way, of sizes that divide nothing.
-    for sizes in ("forward_blocks", "backward_blocks"):
+    for sizes in ("forward_blocks", "backward_blocks", "queries_blocks"):
         monkeypatch.setattr(attend_fused, sizes, lambda width: attend_fused.Blocks(16, 32, 4, 1))
     inputs = draw(2, 2, queries, keys, width, torch.float32)
     fused, plain = both(inputs, rule(name, 2, queries, keys), dropout_of(2, 2, queries), monkeypatch)
@@ -128,6 +134,36 @@ def test_a_query_that_sees_nothing_gets_zero_and_no_gradient(monkeypatch: pytest
         assert torch.equal(of_queries[:, :, 7], torch.zeros_like(of_queries[:, :, 7]))
         assert float(of_queries[:, :, 6].abs().max()) > 0
     assert all(bool(tensor.isfinite().all()) for tensor in fused)
+
+
+@runs_kernels
+@pytest.mark.filterwarnings("default")  # the compiler has warnings of its own
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
+def test_a_block_with_dropout_is_one_graph(again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megalith.layers.attend.is_fused", lambda *args, **kwargs: True)
+    block = a_block()
+    x = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(8)).to(DEVICE).requires_grad_()
+    rows = dropout_rows(1234, torch.arange(2), 20).to(DEVICE)
+    trained = [x, *block.parameters()]
+
+    def run(forward: Any) -> list[Tensor]:
+        y = forward(x, make_mask(20, causal=True), rows)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), trained)]
+
+    plain = run(block)
+    compiled = torch.compile(recomputed(block.forward) if again else block, backend=BACKEND, fullgraph=True)
+    for found, expected in zip(run(compiled), plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def a_block() -> Block:
+    std = Initial("normal", 0.2)
+    shape = BlockShape(
+        AttentionShape(32, 2, 16, std, std), 64, "tanh", 1e-5, PROBABILITY, PROBABILITY, True, False, torch.float32
+    )  # fmt: skip
+    block = Block(shape, number=3, stack="decoder", device=DEVICE)
+    draw_weights(block, 7)
+    return block
 
 
 @pytest.mark.parametrize(

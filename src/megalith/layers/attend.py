@@ -20,6 +20,8 @@ from megalith.layers.random import keep_mask, number_words
 
 # Scores held at once by attention with dropout: on the CPU what fits its caches, on a GPU what fills it.
 _SCORES_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 27}
+HAS_TRITON = find_spec("triton") is not None  # a constant, for the compiler
+LARGEST_FUSED_HEAD = 256  # features; wider heads do not fit a multiprocessor's shared memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +68,7 @@ def _attend_with_dropout(
     divisor: float,
     dropout: AttentionDropout,
 ) -> Tensor:
-    if q_BHTK.is_cuda and mask.bias is None and _can_fuse(q_BHTK.shape[-1]):
+    if is_fused(q_BHTK.shape[-1], q_BHTK.device, biased=mask.bias is not None):
         from megalith.layers.attend_fused import attend_fused
 
         words_S = number_words(k_BHSK.shape[2], device=q_BHTK.device)
@@ -85,14 +87,9 @@ def _attend_with_dropout(
     return output
 
 
-@cache
-def _can_fuse(head_width: int) -> bool:
-    """Whether Triton is here, as it is with PyTorch's CUDA builds, and its kernels take heads of this width."""
-    if find_spec("triton") is None:
-        return False
-    from megalith.layers.attend_fused import LARGEST_HEAD
-
-    return head_width <= LARGEST_HEAD
+def is_fused(head_width: int, device: torch.device, *, biased: bool) -> bool:
+    """Whether attention with dropout is one kernel: on GPUs, by Triton, which comes with PyTorch's CUDA builds."""
+    return device.type == "cuda" and not biased and head_width <= LARGEST_FUSED_HEAD and HAS_TRITON
 
 
 @cache

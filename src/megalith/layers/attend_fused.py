@@ -19,8 +19,6 @@ from torch import Tensor
 
 from megalith.layers.mask import Mask
 
-LARGEST_HEAD = 256  # features; wider heads do not fit a multiprocessor's shared memory
-
 
 class Blocks(NamedTuple):
     """Queries and keys handled at a time by one program, its warps, and loads in flight."""
@@ -29,12 +27,13 @@ class Blocks(NamedTuple):
     keys: int
     warps: int
     stages: int
+    registers: int | None = None  # of a thread, at most: so that a multiprocessor holds one program more
 
 
 def forward_blocks(head_width: int) -> Blocks:
     """Sizes for the forward pass."""
     return (
-        Blocks(128, 64, 4, 3)
+        Blocks(128, 64, 8, 3, 128)
         if head_width <= 64
         else Blocks(128, 64, 8, 2)
         if head_width <= 128
@@ -53,6 +52,11 @@ def backward_blocks(head_width: int) -> Blocks:
     )
 
 
+def queries_blocks(head_width: int) -> Blocks:
+    """Sizes for the gradients of queries."""
+    return backward_blocks(head_width)._replace(registers=168 if head_width <= 64 else None)
+
+
 def attend_fused(
     q_BHTK: Tensor,
     k_BHSK: Tensor,
@@ -68,60 +72,100 @@ def attend_fused(
 
     rows_BHT, words_S: int32, what `keep_mask` takes. mask: causal, or visible, not blocks. Scores are fp32 throughout.
     """
-    output: Tensor = _FusedAttention.apply(
-        q_BHTK, k_BHSK, v_BHSK, mask, scale, rows_BHT.contiguous(), words_S, probability
-    )
+    causal, visible = mask.causal, None if mask.visible is None else mask.visible.contiguous().view(torch.uint8)
+    assert mask.blocks is None
+    rows = rows_BHT.contiguous()
+    output: Tensor = _attend(q_BHTK, k_BHSK, v_BHSK, visible, rows, words_S, causal, scale, probability)[0]
     return output
 
 
-class _FusedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q_BHTK: Tensor,
-        k_BHSK: Tensor,
-        v_BHSK: Tensor,
-        mask: Mask,
-        scale: float,
-        rows_BHT: Tensor,
-        words_S: Tensor,
-        probability: float,
-    ) -> Tensor:
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHTK, k_BHSK, v_BHSK))
-        batch, heads, num_queries, width = q.shape
-        o = q.new_empty(batch, num_queries, heads, width).transpose(1, 2)
-        sums_BHT = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=q.device)
-        blocks = forward_blocks(width)
-        grid = (triton.cdiv(num_queries, blocks.queries), batch * heads)
-        _forward[grid](
-            q, k, v, o, sums_BHT, rows_BHT, words_S, *_visible(mask, q),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
-            **_sizes(q, k, mask, scale, probability, blocks),
-        )  # fmt: skip
-        ctx.save_for_backward(q, k, v, o, sums_BHT, rows_BHT, words_S)
-        ctx.mask, ctx.scale, ctx.probability = mask, scale, probability
-        return o
+# Operators of torch, and not plain functions, so that the compiler passes over them within one graph.
+@torch.library.custom_op("megalith::attend_with_dropout", mutates_args=())
+def _attend(
+    q_BHTK: Tensor,
+    k_BHSK: Tensor,
+    v_BHSK: Tensor,
+    visible_B1TS: Tensor | None,
+    rows_BHT: Tensor,
+    words_S: Tensor,
+    causal: bool,
+    scale: float,
+    probability: float,
+) -> tuple[Tensor, Tensor]:
+    """What `attend_fused` gives, and log2 of each query's sum of exponentials, BHT; visible: 1 where seen, bytes."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHTK, k_BHSK, v_BHSK))
+    o, sums_BHT = _made_by_forward(q, rows_BHT)
+    blocks = forward_blocks(q.shape[-1])
+    grid = (triton.cdiv(q.shape[2], blocks.queries), q.shape[0] * q.shape[1])
+    _forward[grid](
+        q, k, v, o, sums_BHT, rows_BHT, words_S, *_visible(visible_B1TS, q),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
+        **_sizes(q, k, visible_B1TS, causal, scale, probability, blocks),
+    )  # fmt: skip
+    return o, sums_BHT
 
-    @staticmethod
-    def backward(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, sums_BHT, rows_BHT, words_S = ctx.saved_tensors
-        grad_o = grad_o if grad_o.stride(-1) == 1 else grad_o.contiguous()
-        grad_q, grad_k, grad_v = (_heads_inside(x) for x in (q, k, v))
-        batch, heads, num_queries, width = q.shape
-        blocks = backward_blocks(width)
-        sizes = _sizes(q, k, ctx.mask, ctx.scale, ctx.probability, blocks)
-        by_queries = (triton.cdiv(num_queries, blocks.queries), batch * heads)
-        by_keys = (triton.cdiv(k.shape[2], blocks.keys), batch * heads)
-        products_BHT = torch.empty_like(sums_BHT)
-        _row_products[by_queries](
-            o, grad_o, products_BHT, *o.stride()[:3], *grad_o.stride()[:3], heads, num_queries,
-            WIDTH=width, PADDED=sizes["PADDED"], BLOCK_T=blocks.queries,
-        )  # fmt: skip
-        strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_o.stride()[:3])
-        given = (q, k, v, grad_o, sums_BHT, products_BHT, rows_BHT, words_S, *_visible(ctx.mask, q))
-        _backward_keys[by_keys](*given, grad_k, grad_v, *strides, *grad_k.stride()[:3], *grad_v.stride()[:3], **sizes)
-        _backward_queries[by_queries](*given, grad_q, *strides, *grad_q.stride()[:3], **sizes)
-        return grad_q, grad_k, grad_v, None, None, None, None, None
+
+@_attend.register_fake
+def _(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, visible: Any, rows_BHT: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _made_by_forward(q_BHTK, rows_BHT)
+
+
+def _made_by_forward(q_BHTK: Tensor, rows_BHT: Tensor) -> tuple[Tensor, Tensor]:
+    return _heads_inside(q_BHTK), torch.empty_like(rows_BHT, dtype=torch.float32)
+
+
+@torch.library.custom_op("megalith::attend_with_dropout_backward", mutates_args=())
+def _attend_backward(
+    grad_o_BHTK: Tensor,
+    q_BHTK: Tensor,
+    k_BHSK: Tensor,
+    v_BHSK: Tensor,
+    o_BHTK: Tensor,
+    sums_BHT: Tensor,
+    visible_B1TS: Tensor | None,
+    rows_BHT: Tensor,
+    words_S: Tensor,
+    causal: bool,
+    scale: float,
+    probability: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys and values."""
+    grad_o, q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_o_BHTK, q_BHTK, k_BHSK, v_BHSK))
+    grad_q, grad_k, grad_v = (_heads_inside(x) for x in (q, k, v))
+    batch, heads, num_queries, width = q.shape
+    for_keys, for_queries = (
+        _sizes(q, k, visible_B1TS, causal, scale, probability, blocks)
+        for blocks in (backward_blocks(width), queries_blocks(width))
+    )
+    by_queries = (triton.cdiv(num_queries, for_queries["BLOCK_T"]), batch * heads)
+    by_keys = (triton.cdiv(k.shape[2], for_keys["BLOCK_S"]), batch * heads)
+    products_BHT = torch.empty_like(sums_BHT)
+    _row_products[by_queries](
+        o_BHTK, grad_o, products_BHT, *o_BHTK.stride()[:3], *grad_o.stride()[:3], heads, num_queries,
+        WIDTH=width, PADDED=for_queries["PADDED"], BLOCK_T=for_queries["BLOCK_T"],
+    )  # fmt: skip
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_o.stride()[:3])
+    given = (q, k, v, grad_o, sums_BHT, products_BHT, rows_BHT, words_S, *_visible(visible_B1TS, q))
+    _backward_keys[by_keys](*given, grad_k, grad_v, *strides, *grad_k.stride()[:3], *grad_v.stride()[:3], **for_keys)
+    _backward_queries[by_queries](*given, grad_q, *strides, *grad_q.stride()[:3], **for_queries)
+    return grad_q, grad_k, grad_v
+
+
+@_attend_backward.register_fake
+def _(grad_o: Tensor, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _heads_inside(q_BHTK), _heads_inside(k_BHSK), _heads_inside(v_BHSK)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, visible, rows, words, *ctx.numbers = inputs
+    ctx.save_for_backward(q, k, v, *output, visible, rows, words)
+
+
+def _differentiate(ctx: Any, grad_o: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_attend_backward(grad_o, *ctx.saved_tensors, *ctx.numbers), *(6 * [None])
+
+
+_attend.register_autograd(_differentiate, setup_context=_keep_for_backward)
 
 
 def _heads_inside(x_BHTK: Tensor) -> Tensor:
@@ -130,16 +174,16 @@ def _heads_inside(x_BHTK: Tensor) -> Tensor:
     return x_BHTK.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
-def _visible(mask: Mask, anything: Tensor) -> tuple[Tensor, int, int]:
+def _visible(visible_B1TS: Tensor | None, anything: Tensor) -> tuple[Tensor, int, int]:
     """What may be seen, with its strides by sample and query; any tensor where the causal order says it all."""
-    assert mask.blocks is None
-    if mask.visible is None:
+    if visible_B1TS is None:
         return anything, 0, 0
-    visible = mask.visible.contiguous().view(torch.uint8)
-    return visible, visible.stride(0) if len(visible) > 1 else 0, visible.stride(2)
+    return visible_B1TS, visible_B1TS.stride(0) if len(visible_B1TS) > 1 else 0, visible_B1TS.stride(2)
 
 
-def _sizes(q: Tensor, k: Tensor, mask: Mask, scale: float, probability: float, blocks: Blocks) -> dict[str, Any]:
+def _sizes(
+    q: Tensor, k: Tensor, visible: Tensor | None, causal: bool, scale: float, probability: float, blocks: Blocks
+) -> dict[str, Any]:
     width = q.shape[-1]
     return {
         "heads": q.shape[1],
@@ -150,14 +194,15 @@ def _sizes(q: Tensor, k: Tensor, mask: Mask, scale: float, probability: float, b
         "kept_scale": 1 / (1 - probability),
         "WIDTH": width,
         "PADDED": max(16, 1 << math.ceil(math.log2(width))),
-        "CAUSAL": mask.causal,
-        "MASKED": mask.visible is not None,
+        "CAUSAL": causal,
+        "MASKED": visible is not None,
         # Products of fp32 heads are not rounded to the 19 bits of tf32.
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "BLOCK_T": blocks.queries,
         "BLOCK_S": blocks.keys,
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
+        "maxnreg": blocks.registers,
     }
 
 
@@ -176,7 +221,7 @@ def _kept(rows, words, threshold):
 
 @triton.jit
 def _seen(visible, stride_mb, stride_mt, b, t, s, num_queries, num_keys, CAUSAL, MASKED):
-    """Which keys these queries see."""
+    """Which keys these queries see; asked only where they may not see all."""
     inside = (t[:, None] < num_queries) & (s[None, :] < num_keys)
     if MASKED:
         at = visible + b * stride_mb + t[:, None] * stride_mt + s[None, :]
@@ -189,18 +234,45 @@ def _seen(visible, stride_mb, stride_mt, b, t, s, num_queries, num_keys, CAUSAL,
 
 
 @triton.jit
+def _stretches(first, count, num_keys, BLOCK_S, CAUSAL, MASKED):
+    """Of the keys that these queries see: where those end that all of them see, in whole blocks; where all end."""
+    end = tl.minimum(first + count, num_keys) if CAUSAL else num_keys
+    whole = 0 if MASKED else (tl.minimum(first + 1, num_keys) if CAUSAL else num_keys) // BLOCK_S * BLOCK_S
+    return whole, end
+
+
+@triton.jit
+def _within(n, count, features, WIDTH, PADDED):
+    return n[:, None] < count if WIDTH == PADDED else (n[:, None] < count) & (features[None, :] < WIDTH)
+
+
+@triton.jit
 def _rows_at(x, stride_b, stride_h, stride_n, b, h, n, count, WIDTH, PADDED):
     """The rows n of a head, with zeros beyond the end and the width."""
     features = tl.arange(0, PADDED)
     at = x + b * stride_b + h * stride_h + n[:, None] * stride_n + features[None, :]
-    return tl.load(at, mask=(n[:, None] < count) & (features[None, :] < WIDTH), other=0.0)
+    return tl.load(at, mask=_within(n, count, features, WIDTH, PADDED), other=0.0)
 
 
 @triton.jit
 def _put_rows(x, value, stride_b, stride_h, stride_n, b, h, n, count, WIDTH, PADDED):
     features = tl.arange(0, PADDED)
     at = x + b * stride_b + h * stride_h + n[:, None] * stride_n + features[None, :]
-    tl.store(at, value.to(x.dtype.element_ty), mask=(n[:, None] < count) & (features[None, :] < WIDTH))
+    tl.store(at, value.to(x.dtype.element_ty), mask=_within(n, count, features, WIDTH, PADDED))
+
+
+@triton.jit
+def _take_keys(scores, v_SK, kept, o_TK, total, largest, PRECISION):
+    """One step of the online softmax: the sums of some keys more; scores are of base 2."""
+    new = tl.maximum(largest, tl.max(scores, 1))
+    # A query that has seen nothing yet: minus infinity less itself would be NaN.
+    base = tl.where(new == float("-inf"), 0.0, new)
+    shrink = tl.exp2(largest - base)
+    p = tl.exp2(scores - base[:, None])
+    total = total * shrink + tl.sum(p, 1)
+    p = tl.where(kept, p, 0.0)
+    o_TK = o_TK * shrink[:, None] + tl.dot(p.to(v_SK.dtype), v_SK, input_precision=PRECISION)
+    return o_TK, total, new
 
 
 @triton.jit
@@ -213,7 +285,8 @@ def _forward(
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Some queries of one head over all keys that they may see; sums gets log2 of each query's sum of exponentials."""
-    first = tl.program_id(0) * BLOCK_T
+    # In causal order the last queries see most, so they begin.
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_T
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     t = first + tl.arange(0, BLOCK_T)
     q_TK = _rows_at(q, stride_qb, stride_qh, stride_qt, b, h, t, num_queries, WIDTH, PADDED)
@@ -221,24 +294,25 @@ def _forward(
     largest = tl.full([BLOCK_T], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     o_TK = tl.zeros([BLOCK_T, PADDED], tl.float32)
-    end = tl.minimum(first + BLOCK_T, num_keys) if CAUSAL else num_keys
-    for start in range(0, end, BLOCK_S):
+    whole, end = _stretches(first, BLOCK_T, num_keys, BLOCK_S, CAUSAL, MASKED)
+    for start in range(0, whole, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         k_SK = _rows_at(k, stride_kb, stride_kh, stride_ks, b, h, s, num_keys, WIDTH, PADDED)
         v_SK = _rows_at(v, stride_vb, stride_vh, stride_vs, b, h, s, num_keys, WIDTH, PADDED)
-        seen = _seen(visible, stride_mb, stride_mt, b, t, s, num_queries, num_keys, CAUSAL, MASKED)
+        column_words = tl.load(words + s)
         scores = tl.dot(q_TK, tl.trans(k_SK), input_precision=PRECISION) * (scale * LOG2_E)
-        scores = tl.where(seen, scores, float("-inf"))
-        new = tl.maximum(largest, tl.max(scores, 1))
-        # A query that has seen nothing yet: minus infinity less itself would be NaN.
-        base = tl.where(new == float("-inf"), 0.0, new)
-        shrink = tl.exp2(largest - base)
-        p = tl.exp2(scores - base[:, None])
-        total = total * shrink + tl.sum(p, 1)
+        kept = _kept(row_words, column_words, threshold)
+        o_TK, total, largest = _take_keys(scores, v_SK, kept, o_TK, total, largest, PRECISION)
+    for start in range(whole, end, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        k_SK = _rows_at(k, stride_kb, stride_kh, stride_ks, b, h, s, num_keys, WIDTH, PADDED)
+        v_SK = _rows_at(v, stride_vb, stride_vh, stride_vs, b, h, s, num_keys, WIDTH, PADDED)
         column_words = tl.load(words + s, mask=s < num_keys, other=0)
-        p = tl.where(_kept(row_words, column_words, threshold), p, 0.0)
-        o_TK = o_TK * shrink[:, None] + tl.dot(p.to(v_SK.dtype), v_SK, input_precision=PRECISION)
-        largest = new
+        scores = tl.dot(q_TK, tl.trans(k_SK), input_precision=PRECISION) * (scale * LOG2_E)
+        seen = _seen(visible, stride_mb, stride_mt, b, t, s, num_queries, num_keys, CAUSAL, MASKED)
+        scores = tl.where(seen, scores, float("-inf"))
+        kept = _kept(row_words, column_words, threshold)
+        o_TK, total, largest = _take_keys(scores, v_SK, kept, o_TK, total, largest, PRECISION)
     saw_some = total > 0
     o_TK = tl.where(saw_some[:, None], o_TK * (kept_scale / tl.where(saw_some, total, 1.0))[:, None], 0.0)
     _put_rows(o, o_TK, stride_ob, stride_oh, stride_ot, b, h, t, num_queries, WIDTH, PADDED)
@@ -261,15 +335,16 @@ def _row_products(
 
 
 @triton.jit
-def _slopes(
-    q_TK, k_SK, v_SK, g_TK, logs, products, seen, kept, scale, kept_scale, PRECISION
-):  # fmt: skip
-    """The probabilities that stayed, and the derivative by the scores; both TS, fp32."""
-    scores = tl.dot(q_TK, tl.trans(k_SK), input_precision=PRECISION) * (scale * LOG2_E)
-    p = tl.where(seen, tl.exp2(scores - logs[:, None]), 0.0)
-    grad_p = tl.dot(g_TK, tl.trans(v_SK), input_precision=PRECISION) * kept_scale
-    slopes = p * (tl.where(kept, grad_p, 0.0) - products[:, None]) * scale
-    return tl.where(kept, p, 0.0) * kept_scale, slopes
+def _probabilities(q_TK, k_SK, logs, scale, PRECISION):
+    """TS, fp32: the softmax, of keys that are seen."""
+    return tl.exp2(tl.dot(q_TK, tl.trans(k_SK), input_precision=PRECISION) * (scale * LOG2_E) - logs[:, None])
+
+
+@triton.jit
+def _slopes(p, kept, v_SK, g_TK, products, PRECISION):
+    """The derivative by the scores, TS in fp32, without the factors `scale` and `kept_scale`."""
+    grad_p = tl.dot(g_TK, tl.trans(v_SK), input_precision=PRECISION)
+    return p * (tl.where(kept, grad_p, 0.0) - products[:, None])
 
 
 @triton.jit
@@ -292,19 +367,36 @@ def _backward_keys(
     dk_SK = tl.zeros([BLOCK_S, PADDED], tl.float32)
     dv_SK = tl.zeros([BLOCK_S, PADDED], tl.float32)
     begin = first // BLOCK_T * BLOCK_T if CAUSAL else 0
-    for start in range(begin, num_queries, BLOCK_T):
+    # From here on queries see all of these keys; queries beyond the end are zeros and add nothing.
+    seen_by_all = ((first + BLOCK_S - 2) // BLOCK_T + 1) * BLOCK_T if CAUSAL else 0
+    seen_by_all = num_queries if MASKED else tl.minimum(seen_by_all, num_queries)
+    for start in range(begin, seen_by_all, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         row = (b * heads + h) * num_queries + t
         q_TK = _rows_at(q, stride_qb, stride_qh, stride_qt, b, h, t, num_queries, WIDTH, PADDED)
         g_TK = _rows_at(grad_o, stride_gb, stride_gh, stride_gt, b, h, t, num_queries, WIDTH, PADDED)
         logs = tl.load(sums + row, mask=t < num_queries, other=0.0)
         product = tl.load(products + row, mask=t < num_queries, other=0.0)
-        row_words = tl.load(rows + row, mask=t < num_queries, other=0)
+        kept = _kept(tl.load(rows + row, mask=t < num_queries, other=0), column_words, threshold)
         seen = _seen(visible, stride_mb, stride_mt, b, t, s, num_queries, num_keys, CAUSAL, MASKED)
-        kept = _kept(row_words, column_words, threshold)
-        p, slopes = _slopes(q_TK, k_SK, v_SK, g_TK, logs, product, seen, kept, scale, kept_scale, PRECISION)
-        dv_SK += tl.dot(tl.trans(p).to(g_TK.dtype), g_TK, input_precision=PRECISION)
+        p = tl.where(seen, _probabilities(q_TK, k_SK, logs, scale, PRECISION), 0.0)
+        slopes = _slopes(p, kept, v_SK, g_TK, product / kept_scale, PRECISION)
+        dv_SK += tl.dot(tl.trans(tl.where(kept, p, 0.0)).to(g_TK.dtype), g_TK, input_precision=PRECISION)
         dk_SK += tl.dot(tl.trans(slopes).to(q_TK.dtype), q_TK, input_precision=PRECISION)
+    for start in range(seen_by_all, num_queries, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        row = (b * heads + h) * num_queries + t
+        q_TK = _rows_at(q, stride_qb, stride_qh, stride_qt, b, h, t, num_queries, WIDTH, PADDED)
+        g_TK = _rows_at(grad_o, stride_gb, stride_gh, stride_gt, b, h, t, num_queries, WIDTH, PADDED)
+        logs = tl.load(sums + row, mask=t < num_queries, other=0.0)
+        product = tl.load(products + row, mask=t < num_queries, other=0.0)
+        kept = _kept(tl.load(rows + row, mask=t < num_queries, other=0), column_words, threshold)
+        p = _probabilities(q_TK, k_SK, logs, scale, PRECISION)
+        slopes = _slopes(p, kept, v_SK, g_TK, product / kept_scale, PRECISION)
+        dv_SK += tl.dot(tl.trans(tl.where(kept, p, 0.0)).to(g_TK.dtype), g_TK, input_precision=PRECISION)
+        dk_SK += tl.dot(tl.trans(slopes).to(q_TK.dtype), q_TK, input_precision=PRECISION)
+    dk_SK *= scale * kept_scale
+    dv_SK *= kept_scale
     _put_rows(grad_k, dk_SK, stride_dkb, stride_dkh, stride_dks, b, h, s, num_keys, WIDTH, PADDED)
     _put_rows(grad_v, dv_SK, stride_dvb, stride_dvh, stride_dvs, b, h, s, num_keys, WIDTH, PADDED)
 
@@ -319,23 +411,33 @@ def _backward_queries(
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """The gradients of some queries of one head, over all keys that they see."""
-    first = tl.program_id(0) * BLOCK_T
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_T
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     t = first + tl.arange(0, BLOCK_T)
     row = (b * heads + h) * num_queries + t
     q_TK = _rows_at(q, stride_qb, stride_qh, stride_qt, b, h, t, num_queries, WIDTH, PADDED)
     g_TK = _rows_at(grad_o, stride_gb, stride_gh, stride_gt, b, h, t, num_queries, WIDTH, PADDED)
     logs = tl.load(sums + row, mask=t < num_queries, other=0.0)
-    product = tl.load(products + row, mask=t < num_queries, other=0.0)
+    product = tl.load(products + row, mask=t < num_queries, other=0.0) / kept_scale
     row_words = tl.load(rows + row, mask=t < num_queries, other=0)
     dq_TK = tl.zeros([BLOCK_T, PADDED], tl.float32)
-    end = tl.minimum(first + BLOCK_T, num_keys) if CAUSAL else num_keys
-    for start in range(0, end, BLOCK_S):
+    whole, end = _stretches(first, BLOCK_T, num_keys, BLOCK_S, CAUSAL, MASKED)
+    for start in range(0, whole, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         k_SK = _rows_at(k, stride_kb, stride_kh, stride_ks, b, h, s, num_keys, WIDTH, PADDED)
         v_SK = _rows_at(v, stride_vb, stride_vh, stride_vs, b, h, s, num_keys, WIDTH, PADDED)
-        seen = _seen(visible, stride_mb, stride_mt, b, t, s, num_queries, num_keys, CAUSAL, MASKED)
-        kept = _kept(row_words, tl.load(words + s, mask=s < num_keys, other=0), threshold)
-        _, slopes = _slopes(q_TK, k_SK, v_SK, g_TK, logs, product, seen, kept, scale, kept_scale, PRECISION)
+        kept = _kept(row_words, tl.load(words + s), threshold)
+        p = _probabilities(q_TK, k_SK, logs, scale, PRECISION)
+        slopes = _slopes(p, kept, v_SK, g_TK, product, PRECISION)
         dq_TK += tl.dot(slopes.to(k_SK.dtype), k_SK, input_precision=PRECISION)
+    for start in range(whole, end, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        k_SK = _rows_at(k, stride_kb, stride_kh, stride_ks, b, h, s, num_keys, WIDTH, PADDED)
+        v_SK = _rows_at(v, stride_vb, stride_vh, stride_vs, b, h, s, num_keys, WIDTH, PADDED)
+        kept = _kept(row_words, tl.load(words + s, mask=s < num_keys, other=0), threshold)
+        seen = _seen(visible, stride_mb, stride_mt, b, t, s, num_queries, num_keys, CAUSAL, MASKED)
+        p = tl.where(seen, _probabilities(q_TK, k_SK, logs, scale, PRECISION), 0.0)
+        slopes = _slopes(p, kept, v_SK, g_TK, product, PRECISION)
+        dq_TK += tl.dot(slopes.to(k_SK.dtype), k_SK, input_precision=PRECISION)
+    dq_TK *= scale * kept_scale
     _put_rows(grad_q, dq_TK, stride_dqb, stride_dqh, stride_dqt, b, h, t, num_queries, WIDTH, PADDED)

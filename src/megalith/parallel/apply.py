@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from megalith.layers.float8 import use_float8
 from megalith.layers.initial import Shard, draw_weights
-from megalith.parallel.collectives import Group, all_reduce
+from megalith.parallel.collectives import Group, all_reduce, size_of
 from megalith.parallel.context import cut_context
 from megalith.parallel.contrast import share_candidates
 from megalith.parallel.mesh import Groups, Layout
-from megalith.parallel.recompute import compile_blocks, recompute_blocks
+from megalith.parallel.recompute import compile_blocks, recompute_blocks, recomputes_inside
 from megalith.parallel.reduce import (
     FixedOrder,
     OptimizerSharded,
@@ -145,6 +145,9 @@ def lay_out(
     """
     if config.deterministic:
         fix_arithmetic(device)
+    sharded = config.data_parallel_sharding in ("gradients", "parameters") and groups.replicas is not None
+    # Whether no other rank takes part in a block, and each block's input is kept.
+    alone = not sharded and size_of(groups.tensor) == size_of(groups.context) == config.checkpoint_num_layers == 1
     parts = _build_parts(build_part, sizes, config, layout)
     cuts: dict[str, Cut] = {}
     for part in parts.values():
@@ -153,11 +156,13 @@ def lay_out(
         if config.fp8_format is not None:
             use_float8(part, config.fp8_format)  # type: ignore[arg-type]
         share_candidates(part, groups.replicas)
-        recompute_blocks(part, recompute, every=config.checkpoint_num_layers, group=_saved_over(config, groups))
+        inside = compiled and alone and recomputes_inside(part, recompute, device=device)
+        if not inside:
+            recompute_blocks(part, recompute, every=config.checkpoint_num_layers, group=_saved_over(config, groups))
         if compiled:
-            compile_blocks(part, memory_budget=config.activation_memory_budget)
+            budget = config.activation_memory_budget
+            compile_blocks(part, memory_budget=budget, device=device, recompute_inside=inside)
     count = sum(parameter.numel() for part in parts.values() for parameter in part.parameters())
-    sharded = config.data_parallel_sharding in ("gradients", "parameters") and groups.replicas is not None
     if sharded:
         # FSDP2 takes seconds to import.
         from megalith.parallel.shard import shard_parameters

@@ -3,9 +3,10 @@
 Dropout masks are functions of counters, so computing twice needs no generator's state.
 """
 
+import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megalith.layers.attend import attend, is_fused
 from megalith.layers.attention import CrossAttention, SelfAttention
 from megalith.layers.block import Block
+from megalith.layers.relative import RelativePositions
 from megalith.models.transformer import run_whole
 from megalith.parallel.collectives import Group, gather_copies, scatter_copies, size_of
 from megalith.parallel.tensor import TOKENS
@@ -23,6 +26,7 @@ from megalith.parallel.tensor import TOKENS
 def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The function, keeping only what it is given for the backward pass."""
 
+    @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         return result
@@ -67,11 +71,23 @@ def recompute_blocks(model: nn.Module, granularity: str | None, *, every: int = 
                 module.attend = recomputed(module.attend)
 
 
-def compile_blocks(model: nn.Module, *, memory_budget: float | None) -> None:
+def recomputes_inside(model: nn.Module, granularity: str | None, *, device: torch.device) -> bool:
+    """Whether compiled blocks can be computed again as a part of their compiled backward passes.
+
+    There only what is needed is computed again, so not the last product of a block. Not where something in a block is
+    left alone by the compiler.
+    """
+    return granularity == "full" and not any(_left_alone(model, device=device))
+
+
+def compile_blocks(
+    model: nn.Module, *, memory_budget: float | None, device: torch.device, recompute_inside: bool = False
+) -> None:
     """Compile every block of the model by itself, in place; the first pass through each kind of block pays for it.
 
     memory_budget: the share of activations, 0 to 1, that the compiler may keep for the backward pass; what is cheapest
-    to compute again it computes again (torch's activation_memory_budget). None keeps what it likes.
+    to compute again it computes again (torch's activation_memory_budget). None keeps what it likes. device: where the
+    model is to run. recompute_inside: only a block's input is kept, see `recomputes_inside`.
     """
     # Beside the user's other caches, so that a restart finds what was compiled; PyTorch's own place is the machine's
     # temporary folder. Read when the first block is compiled.
@@ -80,15 +96,30 @@ def compile_blocks(model: nn.Module, *, memory_budget: float | None) -> None:
         import torch._functorch.config as partitioning
 
         partitioning.activation_memory_budget = memory_budget
+    if device.type == "cuda":
+        import torch._inductor.config as inductor
+
+        # Dropout's hash is more operations than Inductor lets stand together: its words would go through memory.
+        inductor.realize_opcount_threshold = 400
+    for attention in _left_alone(model, device=device):
+        # Said here and not where they are defined, for that alone would import the compiler, a second of start-up.
+        # It takes minutes over the loop, and Inductor (torch 2.13, CPU) gets the words of a fused arange wrong.
+        attention.attend = torch.compiler.disable(attention.attend)
+        attention.rows_of_heads = torch.compiler.disable(attention.rows_of_heads)
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        if recompute_inside:
+            block.forward = recomputed(block.forward)  # type: ignore[method-assign]
+        block.compile()
+
+
+def _left_alone(model: nn.Module, *, device: torch.device) -> Iterator[SelfAttention | CrossAttention]:
+    """The attentions that the compiler cannot take in: those with dropout, but for what is one operator on a GPU."""
+    is_biased = any(isinstance(module, RelativePositions) for module in model.modules())
     for module in model.modules():
         if isinstance(module, SelfAttention | CrossAttention) and module.dropout > 0:
-            # Said here and not where they are defined, for that alone would import the compiler, a second of start-up.
-            # It takes minutes over the loop, and Inductor (torch 2.13, CPU) gets the words of a fused arange wrong.
-            module.attend = torch.compiler.disable(module.attend)
-            module.rows_of_heads = torch.compiler.disable(module.rows_of_heads)
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.compile()
+            is_plain = inspect.unwrap(module.attend) is attend
+            if not (is_plain and is_fused(module.head_width, device, biased=is_biased)):
+                yield module
 
 
 def cache_folder(environment: Mapping[str, str]) -> Path:
