@@ -26,7 +26,7 @@ from megalith.loaders import open_data
 from megalith.monitor.events import PlaceReached, RunEnded, StepDone, TrainingStarted, Warned
 from megalith.monitor.memory import memory_use
 from megalith.monitor.signals import StopSignals
-from megalith.optim.clip import clip_gradients, count_zeros, global_norm, unscale_gradients
+from megalith.optim.clip import clip_gradients, count_zeros, global_norm, is_clipped, unscale_gradients
 from megalith.optim.finite import GRAD_NORM, measure
 from megalith.optim.groups import set_learning_rate
 from megalith.optim.schedule import learning_rate
@@ -233,14 +233,17 @@ def step_done(job: Job, update: Update, batch_size: int, *, began: float, num_co
 
 
 def update_weights(job: Job, keeper: Keeper, losses: Mapping[str, Tensor], *, scale: float, batch_size: int) -> Update:
-    """Unscale, see with all ranks whether the numbers are sound, clip and update, or skip the step; in place."""
+    """See with all ranks whether the numbers are sound, unscale, clip and update, or skip the step; in place."""
     progress, config, timers = job.progress, job.run.optimizer, job.timers
-    gradients, counted = job.laid.gradients(), job.laid.gradients(counted=True)
+    counted, copies = job.laid.gradients(counted=True), job.laid.gradients(counted=False)
     norm = None
     with timers("optimizer-unscale-and-check-inf"):
-        overflow = unscale_gradients(gradients, scale)
         if config.clip_grad > 0:
-            norm = global_norm(counted, device=job.device, reduce=job.laid.total)
+            # One pass for both: where a gradient is not finite, the norm is not either.
+            norm = global_norm(counted, device=job.device, reduce=job.laid.total) / scale
+            overflow = (~(norm + global_norm(copies, device=job.device)).isfinite()).float()
+        else:
+            overflow = unscale_gradients([*counted, *copies], scale)
         # The only place at which a step waits for the device.
         measured = measure(losses, overflow, norm, reduce=job.laid.largest)
     skipped = leaves_out(job, measured, batch_size=batch_size)
@@ -249,9 +252,10 @@ def update_weights(job: Job, keeper: Keeper, losses: Mapping[str, Tensor], *, sc
     known = {name: measured.values.get(name, loss) for name, loss in losses.items()}
     if skipped:
         return Update(known, skipped=True)
-    if norm is not None:
+    grad_norm = measured.values.get(GRAD_NORM)
+    if norm is not None and grad_norm is not None and (scale != 1 or is_clipped(grad_norm, config.clip_grad)):
         with timers("optimizer-clip-main-grad"):
-            clip_gradients(gradients, norm, config.clip_grad)
+            clip_gradients([*counted, *copies], norm, config.clip_grad, scale=scale)
     zeros = None
     if job.run.monitor.log_num_zeros_in_grad:
         zeros = count_zeros(counted, device=job.device, reduce=job.laid.total)
@@ -259,7 +263,7 @@ def update_weights(job: Job, keeper: Keeper, losses: Mapping[str, Tensor], *, sc
     set_learning_rate(job.optimizer, learning_rate(progress.schedule_samples, job.schedule))
     job.optimizer.step()
     job.laid.reduction.after_update()
-    return Update(known, skipped=False, grad_norm=measured.values.get(GRAD_NORM), num_zeros=zeros)
+    return Update(known, skipped=False, grad_norm=grad_norm, num_zeros=zeros)
 
 
 def weights_norm(job: Job) -> Tensor:

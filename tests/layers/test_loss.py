@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megalith.layers import loss as loss_module
 from megalith.layers.loss import per_token_losses, vocabulary_cross_entropy
 
 
@@ -139,3 +140,26 @@ def test_fp16_gradients_survive_small_losses_by_the_scale_in_the_weights() -> No
     relative = (with_scale.float() * 16 - expected.float()).norm() / expected.float().norm()
     assert relative < 1e-3
     assert (without_scale.float() * 2**20 - expected.float()).norm() / expected.float().norm() > 10 * relative
+
+
+@pytest.mark.parametrize("softmax_in_16_bit", [False, True])
+def test_the_formula_for_gpus_is_what_the_steps_in_place_give(softmax_in_16_bit: bool) -> None:
+    generator = torch.Generator().manual_seed(9)
+    logits = torch.randn(6, 50, generator=generator).mul(4).bfloat16()
+    labels = torch.randint(0, 50, (6, 1), generator=generator)
+    hidden, table = torch.zeros(6, 8), torch.zeros(50, 8)
+    expected = loss_module._slopes_and_losses(logits.clone(), labels, hidden, table, None, softmax_in_16_bit)
+    losses = loss_module.become_slopes(logits, labels, softmax_in_16_bit)
+    for found, wanted in zip((logits, losses), expected, strict=True):
+        torch.testing.assert_close(found.float(), wanted.float(), rtol=0, atol=0)
+
+
+def test_the_gradient_of_an_fp32_table_is_not_rounded_to_16_bits() -> None:
+    generator = torch.Generator().manual_seed(10)
+    hidden = torch.randn(1, 6, 8, generator=generator).bfloat16().requires_grad_()
+    table = torch.randn(50, 8, generator=generator).requires_grad_()
+    labels = torch.randint(0, 50, (1, 6), generator=generator)
+    # Two chunks: the sum of two products in 16 bits has more bits.
+    vocabulary_cross_entropy(hidden, table, labels, torch.rand(1, 6, generator=generator), chunk=3).backward()
+    assert table.grad is not None and table.grad.dtype == torch.float32
+    assert not torch.equal(table.grad, table.grad.bfloat16().float())

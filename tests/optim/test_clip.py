@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalith.optim.clip import clip_gradients, count_zeros, global_norm, unscale_gradients
+from megalith.optim.clip import clip_gradients, count_zeros, global_norm, is_clipped, unscale_gradients
 
 CPU = torch.device("cpu")
 
@@ -67,6 +67,18 @@ def test_a_copy_that_is_not_counted_is_scaled_all_the_same() -> None:
     assert float(norm) == 4.0
     clip_gradients([*counted, *copy], norm, 1.0)
     torch.testing.assert_close(copy[0], torch.full((4,), 0.5))
+
+
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+@pytest.mark.parametrize("max_norm", [1.0, 1e9])
+def test_the_loss_scale_is_taken_out_on_the_way(max_norm: float, scale: float) -> None:
+    gradients, expected = tensors(scale), tensors()
+    norm = global_norm(gradients, device=CPU) / scale
+    assert is_clipped(float(norm), max_norm) == (max_norm == 1.0)
+    clip_gradients(expected, norm, max_norm)
+    clip_gradients(gradients, norm, max_norm, scale=scale)
+    for found, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan"), None])

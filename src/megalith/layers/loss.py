@@ -7,6 +7,7 @@ is projected twice.
 Shape letters: B batch, T token, N rows (B T), C rows of a chunk, D width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -38,14 +39,15 @@ def vocabulary_cross_entropy(
     flow through 16-bit logits are those of the weighted loss, so loss weights hold the loss scale already. Labels below
     0 are allowed where the weight is 0. Gradients flow to hidden, table and bias.
     """
-    table = table_VD.to(hidden_BTD.dtype)
-    bias = None if bias_V is None else bias_V.to(hidden_BTD.dtype)
     chunk = rows_per_chunk(hidden_BTD) if chunk is None else chunk
     hidden_ND = hidden_BTD.flatten(0, -2)
     labels_N, weights_N = labels_BT.flatten(), loss_weights_BT.flatten().float()
     if not (torch.is_grad_enabled() and (hidden_BTD.requires_grad or table_VD.requires_grad)):
+        table, bias = in_type_of(hidden_BTD, table_VD, bias_V)
         return _losses(hidden_ND, table, bias, labels_N, softmax_in_16_bit, chunk) @ weights_N
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden_ND, table, bias, labels_N, weights_N, softmax_in_16_bit, chunk)
+    loss: Tensor = _ChunkedCrossEntropy.apply(
+        hidden_ND, table_VD, bias_V, labels_N, weights_N, softmax_in_16_bit, chunk
+    )
     return loss
 
 
@@ -59,11 +61,15 @@ def per_token_losses(
     softmax_in_16_bit: bool = False,
 ) -> Tensor:
     """fp32 BT: the cross entropy of every token, without gradients. Labels below 0 give the loss of label 0."""
-    table = table_VD.to(hidden_BTD.dtype)
-    bias = None if bias_V is None else bias_V.to(hidden_BTD.dtype)
+    table, bias = in_type_of(hidden_BTD, table_VD, bias_V)
     chunk = rows_per_chunk(hidden_BTD)
     losses_N = _losses(hidden_BTD.flatten(0, -2), table, bias, labels_BT.flatten(), softmax_in_16_bit, chunk)
     return losses_N.view(labels_BT.shape)
+
+
+def in_type_of(hidden: Tensor, table_VD: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Table and bias as the product with hidden states takes them."""
+    return table_VD.to(hidden.dtype), None if bias_V is None else bias_V.to(hidden.dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -71,13 +77,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_ND: Tensor,
-        table_VD: Tensor,
-        bias_V: Tensor | None,
+        whole_table_VD: Tensor,
+        whole_bias_V: Tensor | None,
         labels_N: Tensor,
         weights_N: Tensor,
         softmax_in_16_bit: bool,
         chunk: int,
     ) -> Tensor:
+        # Rounded in here, so that the gradients of the fp32 ones are not rounded on their way back.
+        table_VD, bias_V = in_type_of(hidden_ND, whole_table_VD, whole_bias_V)
         grad_hidden = torch.empty_like(hidden_ND)
         grad_table = torch.empty_like(table_VD, dtype=torch.float32)
         grad_bias = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
@@ -114,10 +122,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grads: tuple[Tensor | None, ...] = ctx.saved_tensors
-        if grad_loss.is_cuda or grad_loss != 1:  # On a GPU to look would be to wait.
-            grads = tuple(None if grad is None else grad * grad_loss for grad in grads)
-        return *grads, None, None, None, None
+        return *scaled_in_place(ctx.saved_tensors, grad_loss), None, None, None, None
+
+
+def scaled_in_place(gradients: Sequence[Tensor | None], factor: Tensor) -> Sequence[Tensor | None]:
+    """Multiply what was computed in the forward pass by the loss's own gradient; a second time torch refuses."""
+    if factor.is_cuda or factor != 1:  # On a GPU to look would be to wait.
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(factor)
+    return gradients
 
 
 def _suits_blocks(hidden_CD: Tensor, table_VD: Tensor) -> bool:
@@ -143,8 +157,7 @@ def _slopes_and_losses(
     Where that underflows the row is projected once more.
     """
     if logits_CV.is_cuda:
-        compiled: tuple[Tensor, Tensor] = _compiled_slopes()(logits_CV, labels_C1, softmax_in_16_bit)
-        return compiled
+        return logits_CV, _compiled_slopes()(logits_CV, labels_C1, softmax_in_16_bit)
     minus_one = logits_CV.new_full((1, 1), -1.0).expand_as(labels_C1)
     if logits_CV.dtype != torch.float32:
         logs_CV = torch.log_softmax(logits_CV, -1, dtype=logits_CV.dtype if softmax_in_16_bit else torch.float32)
@@ -160,18 +173,19 @@ def _slopes_and_losses(
     return p_CV.scatter_add_(1, labels_C1, minus_one), losses_C
 
 
-def plain_slopes(logits_CV: Tensor, labels_C1: Tensor, softmax_in_16_bit: bool) -> tuple[Tensor, Tensor]:
-    """What `_slopes_and_losses` gives, as a formula without changes in place, which the compiler fuses."""
+def become_slopes(logits_CV: Tensor, labels_C1: Tensor, softmax_in_16_bit: bool) -> Tensor:
+    """What `_slopes_and_losses` gives, the slopes in place of the logits, as a formula that the compiler fuses."""
     logs_CV = torch.log_softmax(logits_CV, -1, dtype=logits_CV.dtype if softmax_in_16_bit else torch.float32)
     losses_C = -logs_CV.gather(1, labels_C1)[:, 0]
     is_label_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == labels_C1
-    return (logs_CV.exp() - is_label_CV.to(logs_CV.dtype)).to(logits_CV.dtype), losses_C
+    logits_CV.copy_(logs_CV.exp() - is_label_CV.to(logs_CV.dtype))
+    return losses_C
 
 
 @cache
 def _compiled_slopes() -> Any:
     """The formula in two passes over the logits, of which the second writes; uncompiled it is seven."""
-    return torch.compile(plain_slopes, dynamic=False)
+    return torch.compile(become_slopes, dynamic=False)
 
 
 def _losses(

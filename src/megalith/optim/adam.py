@@ -67,5 +67,5 @@ def local_part(tensor: Tensor | None) -> Tensor:
     """What lies on this rank of a tensor that may be sharded."""
     assert tensor is not None
     to_local = getattr(tensor, "to_local", None)
-    local: Tensor = tensor.detach() if to_local is None else to_local().detach()
-    return local
+    local: Tensor = tensor if to_local is None else to_local()
+    return local.detach() if local.requires_grad else local

@@ -65,16 +65,20 @@ def _norms(tensors: list[Tensor]) -> list[Tensor]:
     return parts
 
 
-@torch.no_grad()
-def clip_gradients(gradients: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scale all gradients, in place, so that their global L2 norm, which is norm, becomes at most max_norm.
+def is_clipped(norm: float, max_norm: float) -> bool:
+    """Whether gradients of this norm are to be made smaller; 1 is what `clip_gradients` multiplies by otherwise."""
+    return norm + CLIP_EPSILON > max_norm
 
-    The factor is max_norm / (norm + 1e-6), applied if it is below 1. A norm that is not finite makes gradients NaN or
-    0: look at it first. Nothing waits for the device.
+
+@torch.no_grad()
+def clip_gradients(gradients: Iterable[Tensor], norm: Tensor, max_norm: float, *, scale: float = 1.0) -> None:
+    """Divide all gradients by the loss scale, and let their global L2 norm become at most max_norm, in place.
+
+    norm: that of the gradients divided by the scale. Beside the scale the factor is max_norm / (norm + 1e-6), if it is
+    below 1. A norm that is not finite makes gradients NaN or 0: look at it first. Nothing waits for the device.
     """
     scaled = [_local(gradient) for gradient in gradients]
-    # Multiplying by exactly 1 changes nothing, and asking the device whether it is needed would wait for it.
-    torch._foreach_mul_(scaled, (max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0).float())
+    torch._foreach_mul_(scaled, ((max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0) / scale).float())
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ GRAD_NORM = "grad norm"
 class Measured:
     """What all ranks know of a step before its update."""
 
-    overflow: bool  # a gradient is infinite or NaN
+    overflow: bool  # a gradient, or the norm of all, is infinite or NaN
     not_finite: tuple[str, ...]  # the losses, and "grad norm", that are infinite or NaN
     values: Mapping[str, float]  # of the other losses, and of the gradient norm, by name
 
@@ -48,7 +48,8 @@ def measure(
 ) -> Measured:
     """What the ranks found together; waits for the device.
 
-    overflow: 1.0 if a gradient that lies here is not finite. reduce: the maximum over all ranks, of a vector.
+    overflow: 1.0 if a gradient that lies here, or the norm of all, is not finite. reduce: the maximum over all ranks,
+    of a vector.
     """
     named = dict(losses) if grad_norm is None else {**losses, GRAD_NORM: grad_norm}
     values = torch.stack([value.detach().to(overflow.device, torch.float64) for value in named.values()])

@@ -105,9 +105,12 @@ class Laid:
         for held in self.trained.held.values():
             held.parameter.grad = None
 
-    def gradients(self, *, counted: bool = False) -> list[Tensor]:
-        """What lies here of the gradients that the optimizer looks at; counted: only what this rank adds to a norm."""
-        held = [h for h in self.trained.held.values() if h.counted or not counted]
+    def gradients(self, *, counted: bool | None = None) -> list[Tensor]:
+        """What lies here of the gradients that the optimizer looks at.
+
+        counted: only what this rank adds to a norm, or only the copies that another rank adds.
+        """
+        held = [h for h in self.trained.held.values() if counted is None or h.counted == counted]
         return [local_part(gradient_of(h.parameter)) for h in held]
 
     def weights(self, *, counted: bool = False) -> list[Tensor]:

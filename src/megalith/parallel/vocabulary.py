@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalith.layers.loss import rows_per_chunk
+from megalith.layers.loss import in_type_of, rows_per_chunk, scaled_in_place
 from megalith.parallel.collectives import (
     Group,
     all_gather,
@@ -69,11 +69,9 @@ def cut_cross_entropy(
     hidden_BTD = gather_for_product(hidden_BTD, 1, group) if sequence else copy_to_group(hidden_BTD, group)
     share = -(-_vocabulary(table_SD, group) // size_of(group))
     labels_N = labels_BT.flatten() - rank_in(group) * share
-    table = table_SD.to(hidden_BTD.dtype)
-    bias_S = None if bias_V is None else bias_V.to(hidden_BTD.dtype)
     dtype = hidden_BTD.dtype if softmax_in_16_bit else torch.float32
     loss: Tensor = _CutCrossEntropy.apply(
-        hidden_BTD.flatten(0, -2), table, bias_S, labels_N, loss_weights_BT.flatten().float(), dtype, group
+        hidden_BTD.flatten(0, -2), table_SD, bias_V, labels_N, loss_weights_BT.flatten().float(), dtype, group
     )
     return loss
 
@@ -89,13 +87,14 @@ class _CutCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_ND: Tensor,
-        table_SD: Tensor,
-        bias_S: Tensor | None,
+        whole_table_SD: Tensor,
+        whole_bias_S: Tensor | None,
         labels_N: Tensor,
         weights_N: Tensor,
         dtype: torch.dtype,
         group: Group,
     ) -> Tensor:
+        table_SD, bias_S = in_type_of(hidden_ND, whole_table_SD, whole_bias_S)
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden_ND) if wanted else None
         grad_table = torch.zeros_like(table_SD, dtype=torch.float32) if wanted else None
@@ -128,5 +127,4 @@ class _CutCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [None if grad is None else grad * gradients[0] for grad in ctx.saved_tensors]
-        return *grads, None, None, None, None
+        return *scaled_in_place(ctx.saved_tensors, gradients[0]), None, None, None, None
