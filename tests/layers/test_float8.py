@@ -52,6 +52,20 @@ def test_products_and_gradients_are_near_the_exact_ones(form: Float8Format) -> N
         assert float((got - want).norm() / want.norm()) < 0.06
 
 
+def test_a_16_bit_bias_is_added_by_the_product() -> None:
+    x, weight, bias = (
+        tensor.bfloat16() for tensor in (numbers(32, 48, seed=1), numbers(16, 48, seed=2), numbers(16, seed=3))
+    )
+    bias.requires_grad_()
+    found = float8_linear(x, weight.float(), bias, form="e4m3")
+    apart = float8_linear(x, weight.float(), None, form="e4m3").float() + bias.float()
+    # Rounded once and not twice.
+    torch.testing.assert_close(found.float(), apart, rtol=2**-7, atol=2**-7)
+    slopes = numbers(32, 16, seed=4).bfloat16()
+    (grad,) = torch.autograd.grad(found, bias, slopes)
+    torch.testing.assert_close(grad.float(), slopes.float().sum(0), rtol=2**-7, atol=2**-7)
+
+
 def test_rows_that_do_not_fit_are_multiplied_as_they_are() -> None:
     x, weight = numbers(5, 32, seed=1), numbers(16, 32, seed=2)
     assert torch.equal(float8_linear(x, weight, None, form="e4m3"), F.linear(x, weight))

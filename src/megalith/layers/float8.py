@@ -44,9 +44,11 @@ def float8_linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, *, form: 
     x_MK = x.flatten(0, -2)
     if len(x_MK) % MULTIPLE:
         return F.linear(x, weight_NK.to(x.dtype), bias_N)
-    product: Tensor = _Float8Product.apply(x_MK, weight_NK, form)
+    # The hardware's products add a bias of 16 bits on their way out.
+    inside = bias_N is not None and x.dtype != torch.float32
+    product: Tensor = _Float8Product.apply(x_MK, weight_NK, bias_N if inside else None, form)
     product = product.unflatten(0, x.shape[:-1])
-    return product if bias_N is None else product + bias_N
+    return product if bias_N is None or inside else product + bias_N
 
 
 def in_8_bits(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -58,15 +60,15 @@ def in_8_bits(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
 
 class _Float8Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, form: Float8Format) -> Tensor:
+    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, form: Float8Format) -> Tensor:
         x8_MK, x_scale = in_8_bits(x_MK, torch.float8_e4m3fn)
         weight8_NK, weight_scale = in_8_bits(weight_NK, torch.float8_e4m3fn)
         ctx.save_for_backward(x8_MK, x_scale, weight8_NK, weight_scale)
         ctx.form, ctx.dtype = form, x_MK.dtype
-        return _product(x8_MK, weight8_NK.t(), x_scale, weight_scale, x_MK.dtype, fast=True)
+        return _product(x8_MK, weight8_NK.t(), x_scale, weight_scale, x_MK.dtype, bias_N=bias_N, fast=True)
 
     @staticmethod
-    def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         x8_MK, x_scale, weight8_NK, weight_scale = ctx.saved_tensors
         grad8_MN, grad_scale = in_8_bits(grad_MN, _GRADIENTS[ctx.form])
         # The hardware wants the left factor by rows and the right one by columns.
@@ -75,14 +77,21 @@ class _Float8Product(torch.autograd.Function):
         x8_by_columns = x8_MK.t().contiguous().t()
         grad8_NM = grad8_MN.t().contiguous()
         grad_weight = _product(grad8_NM, x8_by_columns, grad_scale, x_scale, torch.float32, fast=False)
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, grad_MN.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
 def _product(
-    left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor, dtype: torch.dtype, *, fast: bool
+    left: Tensor,
+    right: Tensor,
+    left_scale: Tensor,
+    right_scale: Tensor,
+    dtype: torch.dtype,
+    *,
+    bias_N: Tensor | None = None,
+    fast: bool,
 ) -> Tensor:
     """fast: sum in less than fp32, as only outputs bear; on GPUs."""
     product: Tensor = torch._scaled_mm(
-        left, right, left_scale, right_scale, out_dtype=dtype, use_fast_accum=fast and left.is_cuda
+        left, right, left_scale, right_scale, bias=bias_N, out_dtype=dtype, use_fast_accum=fast and left.is_cuda
     )
     return product
