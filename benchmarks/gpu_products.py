@@ -66,37 +66,118 @@ def product_rates(device: torch.device, dtype: torch.dtype, rows: int, width: in
     return rates
 
 
-def attention_rates(device: torch.device, dtype: torch.dtype, batch: int, heads: int, tokens: int) -> dict[str, float]:
-    """TFLOP/s of causal attention, forward and backward together, by each way to compute it."""
-    qkv = torch.randn(batch, tokens, heads, 3, 64, device=device, dtype=dtype, requires_grad=True)
-    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(3))
-    slopes = torch.randn(batch, heads, tokens, 64, device=device, dtype=dtype)
-    mask = make_mask(tokens, causal=True)
+def graphed_seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Of one call on the device alone: it is recorded as a CUDA graph, so that no launch is waited for."""
+    if device.type != "cuda":
+        return median_seconds(work, device, repeat=5)
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return median_seconds(graph.replay, device)
+
+
+def attention_inputs(
+    device: torch.device, dtype: torch.dtype, batch: int, heads: int, tokens: int
+) -> tuple[list[Tensor], Tensor, AttentionDropout]:
+    """Queries, keys and values as the projection leaves them, the gradient of the output, and dropout."""
+    qkv = torch.randn(batch, tokens, heads, 3, 64, device=device, dtype=dtype)
+    inputs = [part.transpose(1, 2).requires_grad_() for part in qkv.unbind(3)]
+    slopes = torch.randn(batch, tokens, heads, 64, device=device, dtype=dtype).transpose(1, 2)
     rows = dropout_rows(1, torch.arange(batch), tokens)[:, None] ^ number_words(heads)[:, None]
-    dropout = AttentionDropout(0.1, mix(rows).to(device))
-    ways: dict[str, tuple[AbstractContextManager[Any], Callable[[], Tensor]]] = {
-        "as PyTorch chooses": (nullcontext(), lambda: attend(q, k, v, mask, scale=0.125)),
-        "with dropout": (nullcontext(), lambda: attend(q, k, v, mask, scale=0.125, dropout=dropout)),
+    return inputs, slopes, AttentionDropout(0.1, mix(rows).to(device))
+
+
+def attention_rates(device: torch.device, dtype: torch.dtype, batch: int, heads: int, tokens: int) -> dict[str, float]:
+    """TFLOP/s of causal attention, forward alone and both passes together, by each way to compute it."""
+    (q, k, v), slopes, dropout = attention_inputs(device, dtype, batch, heads, tokens)
+    mask = make_mask(tokens, causal=True)
+    ways: dict[str, tuple[AbstractContextManager[Any], AttentionDropout | None]] = {
+        "as PyTorch chooses": (nullcontext(), None),
+        "with dropout": (nullcontext(), dropout),
     }
     if device.type == "cuda":
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-            ways[backend.name.lower()] = (sdpa_kernel(backend), lambda: attend(q, k, v, mask, scale=0.125))
-    # Half of the scores; forward two products, backward five.
-    flops = (2 + 5) * 2 * batch * heads * tokens * tokens * 64 / 2
+            ways[backend.name.lower()] = (sdpa_kernel(backend), None)
     rates = {}
-    for name, (chosen, forward) in ways.items():
+    for name, (chosen, dropped) in ways.items():
+
+        def forward(dropped: AttentionDropout | None = dropped) -> Tensor:
+            return attend(q, k, v, mask, scale=0.125, dropout=dropped)
+
+        def both(forward: Callable[[], Tensor] = forward) -> Any:
+            return torch.autograd.grad(forward(), (q, k, v), slopes)
+
         with chosen:
-            taken = median_seconds(lambda forward=forward: torch.autograd.grad(forward(), qkv, slopes), device)  # type: ignore[misc]
-        rates[f"attention {name}, {batch} x {heads} heads x {tokens}"] = flops / taken / TERA
+            # Half of the scores; forward two products, backward five.
+            for passes, work, products in (("forward", forward, 2), ("both passes", both, 7)):
+                flops = products * 2 * batch * heads * tokens * tokens * 64 / 2
+                rate = flops / graphed_seconds(work, device) / TERA
+                rates[f"attention {name}, {passes}, {batch} x {heads} x {tokens}"] = rate
     return rates
+
+
+# Sizes of the kernels with dropout that were thought of, the first what is taken: which is fastest only a GPU tells.
+VARIANTS = {
+    "forward_blocks": [
+        (128, 64, 8, 3, 128), (128, 64, 8, 3, None), (128, 64, 4, 3, None), (64, 64, 4, 3, None), (64, 64, 4, 2, 128),
+        (128, 32, 4, 3, None), (128, 128, 8, 2, None),
+    ],
+    "backward_blocks": [
+        (64, 64, 4, 2, None), (64, 64, 4, 3, None), (64, 64, 4, 2, 168), (128, 64, 8, 2, None), (64, 32, 4, 2, None),
+        (128, 32, 4, 2, None),
+    ],
+    "queries_blocks": [
+        (64, 64, 4, 2, 168), (64, 64, 4, 2, None), (64, 64, 4, 3, 168), (128, 64, 8, 2, None), (128, 32, 4, 2, None),
+    ],
+}  # fmt: skip
+
+
+def kernel_times(device: torch.device, dtype: torch.dtype, batch: int, heads: int, tokens: int) -> dict[str, float]:
+    """Milliseconds of attention with dropout, the forward pass for its sizes, the backward pass for the others."""
+    from megalith.layers import attend_fused
+
+    (q, k, v), slopes, dropout = attention_inputs(device, dtype, batch, heads, tokens)
+    mask = make_mask(tokens, causal=True)
+    times = {}
+    for function, variants in VARIANTS.items():
+        taken = getattr(attend_fused, function)
+        for sizes in variants:
+            setattr(attend_fused, function, lambda width, sizes=sizes: attend_fused.Blocks(*sizes))
+            output = attend(q, k, v, mask, scale=0.125, dropout=dropout)
+
+            def work(output: Tensor = output, function: str = function) -> Any:
+                if function == "forward_blocks":
+                    return attend(q, k, v, mask, scale=0.125, dropout=dropout)
+                return torch.autograd.grad(output, (q, k, v), slopes, retain_graph=True)
+
+            try:
+                times[f"{function} {sizes}"] = 1000 * graphed_seconds(work, device)
+            except Exception as error:  # a size that does not fit is told, and the next one tried
+                print(f"  {function} {sizes}: {type(error).__name__}: {str(error)[:200]}")
+        setattr(attend_fused, function, taken)
+    return times
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--toy", action="store_true")
-    toy = parser.parse_args().toy
+    parser.add_argument("--kernels", action="store_true", help="sizes of attention's kernels alone")
+    options = parser.parse_args()
+    toy = options.toy
     device = torch.device("cpu" if toy else "cuda")
     dtype = torch.float32 if toy else torch.bfloat16
+    if options.kernels:
+        times = kernel_times(device, dtype, 16, 25, 1024)
+        for name, taken in times.items():
+            print(f"  {name:<52}{taken:10.3f} ms")
+        print(json.dumps(times))
+        return
     rates: dict[str, float] = {}
     for micro in (1,) if toy else (8, 16):
         rates |= product_rates(device, dtype, micro * (64 if toy else 1024), 64 if toy else 1600, 320 if toy else 50304)

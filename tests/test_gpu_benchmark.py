@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu_profile import busy_seconds, kind_of
+
 ROOT = Path(__file__).parent.parent
+
+
+def test_what_overlaps_is_busy_once() -> None:
+    assert busy_seconds([(3.0, 4.0), (0.0, 1.0), (0.5, 2.0), (0.6, 0.7)]) == pytest.approx(3.0)
+    assert kind_of("nvjet_tst_192x192_64x4") == "products" and kind_of("triton_poi_fused_gelu_8") == "compiled"
 
 
 @pytest.mark.slow
@@ -19,7 +26,7 @@ def test_the_rehearsal_measures_everything_and_finds_no_fault(tmp_path: Path) ->
     (report,) = tmp_path.glob("*.json")
     figures = json.loads(report.read_text())
     assert figures["faults"] == []
-    assert len(figures["models"]) == 9
+    assert len(figures["models"]) == 10
     assert all(
         found["tokens_per_second"] > 0 and found["peak_memory_bytes"] > 0 for found in figures["models"].values()
     )

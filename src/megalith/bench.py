@@ -11,8 +11,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO
 
 import torch
@@ -43,7 +43,7 @@ SPLIT = {
     "backward-params-all-reduce": "reduction",
     "optimizer": "optimizer",
 }
-SPLIT_STEPS = 5
+SPLIT_STEPS = 3
 # What a measurement need not be told.
 LEARNING_RATE = 1e-4
 
@@ -109,8 +109,9 @@ def made_for_measuring(run: Run, *, steps: int) -> Run:
     )
 
 
-def measure(run: Run, *, warmup: int, steps: int, started: float) -> dict[str, Any]:
-    """The figures of a checked run, on every rank; times are those of this rank."""
+@contextmanager
+def prepared(run: Run, *, started: float) -> Iterator[tuple[Job, Keeper]]:
+    """The job of a checked run that is only measured, ready for `take_step`."""
     layout = make_layout(
         os.environ,
         tensor=run.parallel.tensor_model_parallel_size,
@@ -127,6 +128,13 @@ def measure(run: Run, *, warmup: int, steps: int, started: float) -> dict[str, A
         job = build_job(run, layout, device, log, started=started)
         keeper = stack.enter_context(Keeper(job))
         open_data(job)
+        yield job, keeper
+
+
+def measure(run: Run, *, warmup: int, steps: int, started: float) -> dict[str, Any]:
+    """The figures of a checked run, on every rank; times are those of this rank."""
+    with prepared(run, started=started) as (job, keeper):
+        device = job.device
         synchronize = torch.cuda.synchronize if device.type == "cuda" else _nothing
         first_losses = _step(job, keeper, synchronize)[1]
         first_step_seconds = time.monotonic() - started
@@ -148,7 +156,7 @@ def measure(run: Run, *, warmup: int, steps: int, started: float) -> dict[str, A
             "parameters_on_this_rank": job.laid.num_parameters,
             "first_loss": first_losses,
             "last_loss": timed[-1][1],
-            **_conditions(run, layout, device),
+            **_conditions(run, job.layout, device),
         }
 
 

@@ -183,6 +183,7 @@ def test_flex_attention_by_blocks_sees_what_the_dense_mask_shows() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("default")  # the compiler has warnings of its own
 @pytest.mark.parametrize("name", ["causal documents", "documents"])
 def test_flex_attention_and_its_gradients_are_the_formula(name: str) -> None:
     documents = DOCUMENTS.cuda().repeat_interleave(16, dim=1)
