@@ -142,6 +142,16 @@ def test_fp16_gradients_survive_small_losses_by_the_scale_in_the_weights() -> No
     assert (without_scale.float() * 2**20 - expected.float()).norm() / expected.float().norm() > 10 * relative
 
 
+@pytest.mark.parametrize("factors", [(1.0, 1.0), (2.0, 2.0), (2.0, 1.0), (1.0, 2.0)])
+def test_a_backward_pass_in_two_halves_finds_its_gradients_again(factors: tuple[float, float]) -> None:
+    hidden, table, _, labels, weights = draw()
+    (plain,) = torch.autograd.grad(vocabulary_cross_entropy(hidden, table, labels, weights), table)
+    loss = vocabulary_cross_entropy(hidden, table, labels, weights)
+    for wanted, factor in zip((hidden, table), factors, strict=True):
+        (found,) = torch.autograd.grad(loss, wanted, torch.tensor(factor), retain_graph=True)
+    torch.testing.assert_close(found, plain * factors[1])
+
+
 @pytest.mark.parametrize("softmax_in_16_bit", [False, True])
 def test_the_formula_for_gpus_is_what_the_steps_in_place_give(softmax_in_16_bit: bool) -> None:
     generator = torch.Generator().manual_seed(9)

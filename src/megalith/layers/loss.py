@@ -122,15 +122,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return *scaled_in_place(ctx.saved_tensors, grad_loss), None, None, None, None
+        return *take_gradients(ctx, grad_loss), None, None, None, None
 
 
-def scaled_in_place(gradients: Sequence[Tensor | None], factor: Tensor) -> Sequence[Tensor | None]:
-    """Multiply what was computed in the forward pass by the loss's own gradient; a second time torch refuses."""
-    if factor.is_cuda or factor != 1:  # On a GPU to look would be to wait.
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(factor)
+def take_gradients(ctx: Any, grad_loss: Tensor) -> Sequence[Tensor | None]:
+    """What the forward pass has saved as gradients of the loss, times the loss's own gradient, in place.
+
+    A backward pass in two halves comes twice; what was multiplied the first time is divided by.
+    """
+    gradients: tuple[Tensor | None, ...] = ctx.saved_tensors
+    before: Tensor | None = getattr(ctx, "grad_loss", None)
+    # On a GPU to look would be to wait.
+    if before is None and not grad_loss.is_cuda and grad_loss == 1:
+        return gradients
+    ctx.grad_loss = grad_loss
+    for gradient in gradients:
+        if gradient is not None:
+            # Through data, or torch would take them for spoilt when they are asked for again.
+            gradient.data.mul_(grad_loss if before is None else grad_loss / before)
     return gradients
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalith.layers.loss import in_type_of, rows_per_chunk, scaled_in_place
+from megalith.layers.loss import in_type_of, rows_per_chunk, take_gradients
 from megalith.parallel.collectives import (
     Group,
     all_gather,
@@ -127,4 +127,4 @@ class _CutCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return *scaled_in_place(ctx.saved_tensors, gradients[0]), None, None, None, None
+        return *take_gradients(ctx, gradients[0]), None, None, None, None
