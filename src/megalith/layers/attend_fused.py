@@ -72,10 +72,10 @@ def attend_fused(
 
     rows_BHT, words_S: int32, what `keep_mask` takes. mask: causal, or visible, not blocks. Scores are fp32 throughout.
     """
-    causal, visible = mask.causal, None if mask.visible is None else mask.visible.contiguous().view(torch.uint8)
     assert mask.blocks is None
+    visible = None if mask.visible is None else mask.visible.contiguous()
     rows = rows_BHT.contiguous()
-    output: Tensor = _attend(q_BHTK, k_BHSK, v_BHSK, visible, rows, words_S, causal, scale, probability)[0]
+    output: Tensor = _attend(q_BHTK, k_BHSK, v_BHSK, visible, rows, words_S, mask.causal, scale, probability)[0]
     return output
 
 
@@ -92,7 +92,7 @@ def _attend(
     scale: float,
     probability: float,
 ) -> tuple[Tensor, Tensor]:
-    """What `attend_fused` gives, and log2 of each query's sum of exponentials, BHT; visible: 1 where seen, bytes."""
+    """What `attend_fused` gives, and log2 of each query's sum of exponentials, BHT."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHTK, k_BHSK, v_BHSK))
     o, sums_BHT = _made_by_forward(q, rows_BHT)
     blocks = forward_blocks(q.shape[-1])
@@ -178,7 +178,8 @@ def _visible(visible_B1TS: Tensor | None, anything: Tensor) -> tuple[Tensor, int
     """What may be seen, with its strides by sample and query; any tensor where the causal order says it all."""
     if visible_B1TS is None:
         return anything, 0, 0
-    return visible_B1TS, visible_B1TS.stride(0) if len(visible_B1TS) > 1 else 0, visible_B1TS.stride(2)
+    bytes_B1TS = visible_B1TS.view(torch.uint8)  # here and not before: Inductor (torch 2.11) knows no such view
+    return bytes_B1TS, visible_B1TS.stride(0) if len(visible_B1TS) > 1 else 0, visible_B1TS.stride(2)
 
 
 def _sizes(
