@@ -57,3 +57,13 @@ def test_compiled_code_is_kept_with_the_users_other_caches(monkeypatch: pytest.M
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
     compile_blocks(nn.Linear(1, 1), memory_budget=None, device=torch.device("cpu"))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
+
+
+@pytest.mark.parametrize(("asked", "inside", "budget"), [(None, False, 1.0), (0.3, False, 0.3), (0.3, True, 0.0)])
+def test_what_is_computed_again_inside_keeps_nothing(asked: float | None, inside: bool, budget: float) -> None:
+    import torch._functorch.config as partitioning
+
+    compile_blocks(nn.Linear(1, 1), memory_budget=asked, device=torch.device("cpu"), recompute_inside=inside)
+    assert partitioning.activation_memory_budget == budget
+    compile_blocks(nn.Linear(1, 1), memory_budget=None, device=torch.device("cpu"))
+    assert partitioning.activation_memory_budget == 1.0

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from megalith.config import Fault, Run, flag_of
 from megalith.derived import global_batch_size, num_layers
+from megalith.parallel.settings import SPLIT_BACKWARD
 
-# Schedules that hold several parts of the model on a rank, and the one among them that splits the backward pass.
-OF_SEVERAL_PARTS = ("interleaved", "zero-bubble")
-SPLIT_BACKWARD = "zero-bubble"
+# Schedules that hold several parts of the model on a rank.
+OF_SEVERAL_PARTS = ("interleaved", SPLIT_BACKWARD)
 
 
 def layout_faults(run: Run, world_size: int) -> list[Fault]:

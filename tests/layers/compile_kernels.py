@@ -1,4 +1,4 @@
-"""Compile the kernels of attention with dropout for a GPU of the given capability; prints what each needs. No tests."""
+"""Compile the kernels of attention and of sums of columns for a GPU of the given capability. No tests."""
 
 import sys
 from typing import Any
@@ -7,11 +7,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megalith.layers import attend_fused
+from megalith.layers import attend_fused, columns
 from megalith.layers.attend_fused import backward_blocks, forward_blocks, queries_blocks
 
 POINTERS = {
     "q": "", "k": "", "v": "", "o": "", "grad_o": "", "grad_q": "", "grad_k": "", "grad_v": "",
+    "grad_y": "", "x": "", "grad_x": "", "joined": "",
     "sums": "fp32", "products": "fp32", "rows": "i32", "words": "i32", "visible": "u8",
 }  # fmt: skip
 KERNELS = {
@@ -19,6 +20,16 @@ KERNELS = {
     attend_fused._row_products: queries_blocks,
     attend_fused._backward_keys: backward_blocks,
     attend_fused._backward_queries: queries_blocks,
+}
+
+COLUMN_KERNELS: dict[Any, dict[str, Any]] = {
+    columns._gelu_backward: {
+        "TANH": True,
+        "STRETCH": columns.STRETCH,
+        "ROWS": columns.ROWS,
+        "COLUMNS": columns.COLUMNS,
+    },
+    columns._join_heads: {"WIDTH": 64, "PADDED": 64, "STRETCH": columns.STRETCH, "ROWS": 2 * columns.ROWS},
 }
 
 
@@ -51,6 +62,11 @@ def main(capability: int, dtypes: list[str]) -> None:
                 made = triton.compile(source, target=target, options=options)
                 assert made.asm["cubin"]
                 print(f"{kernel.__name__} {dtype} {width} shared {made.metadata.shared} bytes")
+    for kernel, constants in COLUMN_KERNELS.items():
+        for dtype in dtypes:
+            made = triton.compile(ASTSource(kernel, signature_of(kernel, dtype, constants), constants), target=target)
+            assert made.asm["cubin"]
+            print(f"{kernel.__name__} {dtype} shared {made.metadata.shared} bytes")
 
 
 if __name__ == "__main__":

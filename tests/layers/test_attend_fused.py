@@ -18,7 +18,6 @@ from megalith.layers.block import Block, BlockShape
 from megalith.layers.initial import Initial, draw_weights
 from megalith.layers.mask import Mask, make_mask
 from megalith.layers.random import dropout_rows, mix, number_words
-from megalith.parallel.recompute import recomputed
 
 pytest.importorskip("triton", reason="needs triton")
 
@@ -138,8 +137,7 @@ def test_a_query_that_sees_nothing_gets_zero_and_no_gradient(monkeypatch: pytest
 
 @runs_kernels
 @pytest.mark.filterwarnings("default")  # the compiler has warnings of its own
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
-def test_a_block_with_dropout_is_one_graph(again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_with_dropout_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megalith.layers.attend.is_fused", lambda *args, **kwargs: True)
     block = a_block()
     x = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(8)).to(DEVICE).requires_grad_()
@@ -151,8 +149,7 @@ def test_a_block_with_dropout_is_one_graph(again: bool, monkeypatch: pytest.Monk
         return [y.detach(), *torch.autograd.grad(y.square().sum(), trained)]
 
     plain = run(block)
-    compiled = torch.compile(recomputed(block.forward) if again else block, backend=BACKEND, fullgraph=True)
-    for found, expected in zip(run(compiled), plain, strict=True):
+    for found, expected in zip(run(torch.compile(block, backend=BACKEND, fullgraph=True)), plain, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -177,6 +174,6 @@ def test_the_kernels_compile_for_gpus(capability: int, dtypes: list[str]) -> Non
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert ended.returncode == 0, ended.stderr[-2000:]
     lines = ended.stdout.splitlines()
-    assert len(lines) == 4 * 2 * len(dtypes)
+    assert len(lines) == (4 * 2 + 2) * len(dtypes)
     # What a block may have of a multiprocessor's shared memory: 163 KiB on the A100, 227 on the H100.
     assert all(int(line.split()[-2]) <= 163 * 1024 for line in lines), ended.stdout

@@ -108,6 +108,9 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func in (aten._softmax.default, aten._log_softmax.default) and args[2]:
         # From 16 bits to fp32 at once: a GPU's operation that the CPU lacks.
         return OnDevice(func(args[0].beneath.float(), args[1], False))
+    if func is aten.mm.dtype:
+        # 16-bit factors whose product leaves in fp32: another one.
+        return OnDevice(args[0].beneath.to(args[2]) @ args[1].beneath.to(args[2]))
     given = {name: _beneath(value) for name, value in kwargs.items()}
     if _is_cuda(wanted):
         given["device"] = torch.device("cpu")

@@ -19,6 +19,7 @@ from megalith.layers.linear import Linear
 from megalith.layers.mask import Mask
 from megalith.layers.products import Again
 from megalith.layers.random import mix, number_words, rows_for
+from megalith.layers.sixteen import has_kernels, sixteen_heads
 
 
 class Attend(Protocol):
@@ -126,13 +127,21 @@ class SelfAttention(_Attention):
         again: Again | None = None,
     ) -> Tensor:
         """again: how the backward pass can make x again instead of keeping it."""
-        qkv: Tensor = self.qkv(x_BTD, again)
-        q_BTHK, k_BSHK, v_BSHK = qkv.unflatten(-1, (-1, 3, self.head_width)).unbind(3)
+        q_BTHK, k_BSHK, v_BSHK = self._project(x_BTD, again)
         if cache is not None:
             k_BHSK, v_BHSK = cache.extend(self.number, k_BSHK.transpose(1, 2), v_BSHK.transpose(1, 2))
             k_BSHK, v_BSHK = k_BHSK.transpose(1, 2), v_BHSK.transpose(1, 2)
         out: Tensor = self.out(self.heads_attend(q_BTHK, k_BSHK, v_BSHK, mask, rows_BT))
         return out
+
+    def _project(self, x_BTD: Tensor, again: Again | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values."""
+        given = self.qkv.plain(x_BTD) if has_kernels() else None
+        if given is not None:
+            return sixteen_heads(*given, self.head_width)
+        qkv: Tensor = self.qkv(x_BTD, again)
+        q_BTHK, k_BTHK, v_BTHK = qkv.unflatten(-1, (-1, 3, self.head_width)).unbind(3)
+        return q_BTHK, k_BTHK, v_BTHK
 
 
 class CrossAttention(_Attention):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megalith.layers.float8 import use_float8
 from megalith.layers.initial import Shard, draw_weights
+from megalith.layers.linear import split_backward_passes
 from megalith.parallel.collectives import Group, all_reduce, size_of
 from megalith.parallel.context import cut_context
 from megalith.parallel.contrast import share_candidates
@@ -25,7 +26,7 @@ from megalith.parallel.reduce import (
     gradient_of,
     sum_gradients,
 )
-from megalith.parallel.settings import ParallelConfig
+from megalith.parallel.settings import SPLIT_BACKWARD, ParallelConfig
 from megalith.parallel.stages import assign_layers
 from megalith.parallel.step import Engine, OrderedWholeModel, RunPart, WholeModel
 from megalith.parallel.tensor import Cut, split_tensors
@@ -156,6 +157,8 @@ def lay_out(
     for part in parts.values():
         cuts |= split_tensors(part, groups.tensor, sequence=config.sequence_parallel)
         cut_context(part, groups.context, exchange=config.context_exchange)
+        if layout.pipeline > 1 and config.pipeline_schedule == SPLIT_BACKWARD:
+            split_backward_passes(part)
         if config.fp8_format is not None:
             use_float8(part, config.fp8_format)  # type: ignore[arg-type]
         share_candidates(part, groups.replicas)

@@ -92,10 +92,12 @@ def compile_blocks(
     # Beside the user's other caches, so that a restart finds what was compiled; PyTorch's own place is the machine's
     # temporary folder. Read when the first block is compiled.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(os.environ) / "compiled"))
-    if memory_budget is not None:
-        import torch._functorch.config as partitioning
+    import torch._functorch.config as partitioning
 
-        partitioning.activation_memory_budget = memory_budget
+    # A budget of nothing is what recomputation is. checkpoint() inside of a block would not reach what our own autograd
+    # functions save.
+    budget = 0.0 if recompute_inside else memory_budget
+    partitioning.activation_memory_budget = 1.0 if budget is None else budget  # 1 is torch's own
     if device.type == "cuda":
         import torch._inductor.config as inductor
 
@@ -106,10 +108,9 @@ def compile_blocks(
         # It takes minutes over the loop, and Inductor (torch 2.13, CPU) gets the words of a fused arange wrong.
         attention.attend = torch.compiler.disable(attention.attend)
         attention.rows_of_heads = torch.compiler.disable(attention.rows_of_heads)
-    for block in [module for module in model.modules() if isinstance(module, Block)]:
-        if recompute_inside:
-            block.forward = recomputed(block.forward)  # type: ignore[method-assign]
-        block.compile()
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile()
 
 
 def _left_alone(model: nn.Module, *, device: torch.device) -> Iterator[SelfAttention | CrossAttention]:

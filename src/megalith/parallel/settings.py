@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from megalith.fields import setting
 
+# The pipeline schedule whose backward passes come in two halves.
+SPLIT_BACKWARD = "zero-bubble"
+
 
 @dataclass(frozen=True)
 class ParallelConfig:

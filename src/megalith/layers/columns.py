@@ -1,0 +1,127 @@
+"""Kernels for GPUs that write a matrix and add up its columns on the way, which are the gradient of a bias.
+
+Each program takes a stretch of rows of some columns; the sums of stretches, in fp32, are added in one order, so that a
+run gives the same bits each time. Loaded only where it is used, as attend_fused.py is.
+
+Shape letters: B batch, T token, H heads, K head width, N rows (B T), C columns, S stretches of rows.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+STRETCH = 128  # rows that one program adds up
+ROWS, COLUMNS = 16, 128  # at a time
+
+
+@torch.library.custom_op("megalith::gelu_backward", mutates_args=())
+def gelu_backward(grad_y: Tensor, x: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
+    """The gradient by x of gelu(x), in the type and shape of x, and its sum over all but the last dimension, fp32.
+
+    tanh: the form 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) (Hendrycks and Gimpel 2016), else that with erf.
+    """
+    x, grad_y = x.contiguous(), grad_y.contiguous()
+    grad_x, sums_SC = torch.empty_like(x), _sums(x, x.shape[-1])
+    rows, columns = x.numel() // x.shape[-1], x.shape[-1]
+    grid = (triton.cdiv(columns, COLUMNS), sums_SC.shape[0])
+    _gelu_backward[grid](
+        grad_y, x, grad_x, sums_SC, rows, columns, TANH=tanh, STRETCH=STRETCH, ROWS=ROWS, COLUMNS=COLUMNS
+    )  # fmt: skip
+    return grad_x, sums_SC.sum(0)
+
+
+@gelu_backward.register_fake
+def _(grad_y: Tensor, x: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
+    contiguous = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return contiguous, torch.empty(x.shape[-1], dtype=torch.float32, device=x.device)
+
+
+@torch.library.custom_op("megalith::join_heads", mutates_args=())
+def join_heads(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> tuple[Tensor, Tensor]:
+    """BT(H 3 K): for each head in turn its three parts; and the sum over all B and T, fp32."""
+    batch, tokens, heads, width = q_BTHK.shape
+    q, k, v = q_BTHK.contiguous(), k_BTHK.contiguous(), v_BTHK.contiguous()
+    joined = torch.empty(batch, tokens, 3 * heads * width, dtype=q.dtype, device=q.device)
+    sums_SC = _sums(joined, joined.shape[-1])
+    grid = (3 * heads, sums_SC.shape[0])
+    padded = max(16, 1 << math.ceil(math.log2(width)))
+    _join_heads[grid](
+        q, k, v, joined, sums_SC, batch * tokens, heads, WIDTH=width, PADDED=padded, STRETCH=STRETCH, ROWS=2 * ROWS
+    )  # fmt: skip
+    return joined, sums_SC.sum(0)
+
+
+@join_heads.register_fake
+def _(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, width = q_BTHK.shape
+    joined = torch.empty(batch, tokens, 3 * heads * width, dtype=q_BTHK.dtype, device=q_BTHK.device)
+    return joined, torch.empty(3 * heads * width, dtype=torch.float32, device=q_BTHK.device)
+
+
+def _sums(like: Tensor, columns: int) -> Tensor:
+    """Room for the sums of each stretch of rows, SC."""
+    stretches = triton.cdiv(like.numel() // columns, STRETCH)
+    return torch.empty(stretches, columns, dtype=torch.float32, device=like.device)
+
+
+# sqrt(2 / pi), 1 / sqrt(2) and 1 / sqrt(2 pi).
+ROOT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+ROOT_HALF = tl.constexpr(0.7071067811865476)
+DENSITY = tl.constexpr(0.3989422804014327)
+
+
+@triton.jit
+def _slope(x, TANH):
+    """The derivative of GELU."""
+    if TANH:
+        # (1 + tanh(z)) / 2 is the logistic function of 2 z.
+        half = 1 / (1 + tl.exp(tl.minimum((x + 0.044715 * x * x * x) * (-2 * ROOT_2_OVER_PI), 80.0)))
+        slope = half + 2 * x * half * (1 - half) * (1 + 3 * 0.044715 * x * x) * ROOT_2_OVER_PI
+    else:
+        slope = 0.5 * (1 + tl.erf(x * ROOT_HALF)) + x * DENSITY * tl.exp(-0.5 * x * x)
+    return slope
+
+
+@triton.jit
+def _gelu_backward(
+    grad_y, x, grad_x, sums, num_rows, num_columns,
+    TANH: tl.constexpr, STRETCH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, STRETCH, ROWS):
+        n = tl.program_id(1) * STRETCH + start + tl.arange(0, ROWS)
+        at = n[:, None].to(tl.int64) * num_columns + c[None, :]
+        inside = (n[:, None] < num_rows) & (c[None, :] < num_columns)
+        slope = _slope(tl.load(x + at, mask=inside, other=0.0).to(tl.float32), TANH)
+        made = (tl.load(grad_y + at, mask=inside, other=0.0).to(tl.float32) * slope).to(grad_x.dtype.element_ty)
+        tl.store(grad_x + at, made, mask=inside)
+        total += made.to(tl.float32)
+    tl.store(sums + tl.program_id(1).to(tl.int64) * num_columns + c, tl.sum(total, 0), mask=c < num_columns)
+
+
+@triton.jit
+def _join_heads(
+    q, k, v, joined, sums, num_rows, heads,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, STRETCH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    head, part = tl.program_id(0) // 3, tl.program_id(0) % 3
+    source = q
+    if part == 1:
+        source = k
+    if part == 2:
+        source = v
+    features = tl.arange(0, PADDED)
+    total = tl.zeros([ROWS, PADDED], tl.float32)
+    for start in range(0, STRETCH, ROWS):
+        n = (tl.program_id(1) * STRETCH + start + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (n[:, None] < num_rows) & (features[None, :] < WIDTH)
+        taken = tl.load(source + (n[:, None] * heads + head) * WIDTH + features[None, :], mask=inside, other=0.0)
+        at = (n[:, None] * heads * 3 + tl.program_id(0)) * WIDTH + features[None, :]
+        tl.store(joined + at, taken, mask=inside)
+        total += taken.to(tl.float32)
+    place = (tl.program_id(1).to(tl.int64) * heads * 3 + tl.program_id(0)) * WIDTH + features
+    tl.store(sums + place, tl.sum(total, 0), mask=features < WIDTH)

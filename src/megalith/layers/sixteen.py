@@ -1,0 +1,107 @@
+"""Layers in 16 bits on GPUs, as one would write their backward passes by hand.
+
+Gradients of weights leave their products in fp32, where autograd would round them to 16 bits and widen them again. The
+gradient of a bias is a sum over rows of what a kernel is writing anyway, so that kernel adds it up: behind GELU, and
+where the gradients of queries, keys and values come together. See columns.py for the kernels.
+
+Shape letters: B batch, T token, N rows, I inputs, O outputs, H heads, K head width, F inner features.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalith.layers.attend import HAS_TRITON
+
+
+def suits_sixteen(x: Tensor, weight_OI: Tensor) -> bool:
+    """Whether a product is one of 16 bits on a GPU with a weight that is trained in fp32."""
+    return x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16) and weight_OI.dtype == torch.float32
+
+
+def sixteen_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """x weight^T + bias; gradients flow to all three, those of weight and bias in their own fp32."""
+    y: Tensor = _Linear.apply(x, weight_OI, bias_O)
+    return y
+
+
+def sixteen_linear_gelu(x: Tensor, weight_FI: Tensor, bias_F: Tensor, *, tanh: bool) -> Tensor:
+    """gelu(x weight^T + bias); needs Triton."""
+    y: Tensor = _LinearGelu.apply(x, weight_FI, bias_F, tanh)
+    return y
+
+
+def sixteen_heads(x_BTI: Tensor, weight_OI: Tensor, bias_O: Tensor, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, BTHK each, of weights that hold those of each head in turn; needs Triton."""
+    q_BTHK, k_BTHK, v_BTHK = _Heads.apply(x_BTI, weight_OI, bias_O, head_width)
+    return q_BTHK, k_BTHK, v_BTHK
+
+
+def has_kernels(*, form: str = "tanh") -> bool:
+    """Whether the kernels of columns.py can be had, for this form of GELU."""
+    return HAS_TRITON and form in ("tanh", "erf")
+
+
+def product_in_fp32(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right of 16-bit matrices, never rounded to 16 bits where the device can leave it so."""
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        weight = weight_OI.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, None if bias_O is None else bias_O.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        grad_bias = grad_y.flatten(0, -2).sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        return *_by_input_and_weight(ctx, grad_y), grad_bias
+
+
+class _LinearGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_FI: Tensor, bias_F: Tensor, tanh: bool) -> Tensor:
+        weight = weight_FI.to(x.dtype)
+        before = F.linear(x, weight, bias_F.to(x.dtype))
+        ctx.save_for_backward(x, weight, before)
+        ctx.tanh = tanh
+        return F.gelu(before, approximate="tanh" if tanh else "none")
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        from megalith.layers.columns import gelu_backward
+
+        before = ctx.saved_tensors[2]
+        grad_before, grad_bias = gelu_backward(grad_y, before, ctx.tanh)
+        return *_by_input_and_weight(ctx, grad_before), grad_bias, None
+
+
+class _Heads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor, head_width: int) -> tuple[Tensor, ...]:
+        weight = weight_OI.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        q_BTHK, k_BTHK, v_BTHK = F.linear(x, weight, bias_O.to(x.dtype)).unflatten(-1, (-1, 3, head_width)).unbind(-2)
+        return q_BTHK, k_BTHK, v_BTHK
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
+        from megalith.layers.columns import join_heads
+
+        joined, grad_bias = join_heads(grad_q, grad_k, grad_v)
+        return *_by_input_and_weight(ctx, joined), grad_bias, None
+
+
+def _by_input_and_weight(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and of the weight, of which the context has saved x and the weight in 16 bits."""
+    x, weight, *_ = ctx.saved_tensors
+    grad_x = grad_y @ weight if ctx.needs_input_grad[0] else None
+    if not ctx.needs_input_grad[1]:
+        return grad_x, None
+    return grad_x, product_in_fp32(grad_y.flatten(0, -2).t(), x.flatten(0, -2))

@@ -1,0 +1,120 @@
+"""Products in 16 bits as GPUs take them: the gradients of weights and biases are fp32, and are those of autograd."""
+
+from importlib.metadata import version
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalith.layers import sixteen
+from megalith.layers.attention import AttentionShape
+from megalith.layers.block import Block, BlockShape
+from megalith.layers.initial import Initial, draw_weights
+from megalith.layers.mask import make_mask
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"  # which compiles nothing, but traces the same
+# fp16: Triton's interpreter computes bf16 wrongly.
+DTYPE = torch.float16
+
+
+def numbers_of(release: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in release.split(".")[:2])
+
+
+runs_kernels = pytest.mark.skipif(
+    find_spec("triton") is None
+    or (DEVICE == "cpu" and numbers_of(version("triton")) < (3, 7) and numbers_of(np.__version__) >= (2, 4)),
+    reason="needs triton; the interpreter of Triton before 3.7 cannot do loops beside numpy 2.4",
+)
+
+
+def numbers(*shape: int, seed: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return drawn.to(DEVICE, dtype).requires_grad_()
+
+
+def assert_near(found: Tensor, expected: Tensor, *, error: float = 4e-3) -> None:
+    """Within what 16 bits hold, of the largest."""
+    assert found.shape == expected.shape
+    found, expected = found.detach().double(), expected.detach().double()
+    assert float((found - expected).abs().max()) <= error * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_products_gradients_are_those_of_autograd_and_not_rounded(with_bias: bool) -> None:
+    x, weight = numbers(2, 9, 24, seed=1), numbers(40, 24, seed=2, dtype=torch.float32)
+    bias = numbers(40, seed=3, dtype=torch.float32) if with_bias else None
+    slopes = numbers(2, 9, 40, seed=4).detach()
+    trained = [x, weight] if bias is None else [x, weight, bias]
+    y = sixteen.sixteen_linear(x, weight, bias)
+    grads = torch.autograd.grad(y, trained, slopes)
+    exact = F.linear(x.double(), weight.to(DTYPE).double(), None if bias is None else bias.to(DTYPE).double())
+    expected = torch.autograd.grad(exact, trained, slopes.double())
+    assert y.dtype == grads[0].dtype == DTYPE
+    assert_near(y, exact)
+    for found, wanted in zip(grads, expected, strict=True):
+        assert_near(found, wanted)
+    for found in grads[1:]:
+        assert found.dtype == torch.float32 and not torch.equal(found, found.to(DTYPE).float())
+
+
+@runs_kernels
+@pytest.mark.parametrize("tanh", [True, False])
+@pytest.mark.parametrize("shape", [(3, 70, 200), (1, 5, 16)])
+def test_gelus_slopes_are_added_up_on_the_way(tanh: bool, shape: tuple[int, int, int]) -> None:
+    from megalith.layers.columns import gelu_backward
+
+    x, slopes = numbers(*shape, seed=1), numbers(*shape, seed=2).detach()
+    made, sums = gelu_backward(slopes, x.detach() * 3, tanh)
+    wide = (x.detach().double() * 3).requires_grad_()
+    (expected,) = torch.autograd.grad(F.gelu(wide, approximate="tanh" if tanh else "none"), wide, slopes.double())
+    assert made.dtype == DTYPE and sums.dtype == torch.float32
+    assert_near(made, expected, error=1e-3)
+    torch.testing.assert_close(sums, made.float().sum((0, 1)), rtol=1e-5, atol=1e-4)
+
+
+@runs_kernels
+@pytest.mark.parametrize(("tokens", "heads", "width"), [(70, 3, 24), (9, 2, 16)])
+def test_heads_come_together_and_are_added_up(tokens: int, heads: int, width: int) -> None:
+    from megalith.layers.columns import join_heads
+
+    # As attention's backward pass leaves them, and one of them otherwise.
+    parts = [numbers(2, tokens, heads, width, seed=seed).detach() for seed in (1, 2, 3)]
+    parts[1] = parts[1].transpose(1, 2).contiguous().transpose(1, 2)
+    joined, sums = join_heads(*parts)
+    assert torch.equal(joined, torch.stack(parts, 3).flatten(2))
+    torch.testing.assert_close(sums, joined.float().sum((0, 1)), rtol=1e-5, atol=1e-4)
+
+
+@runs_kernels
+@pytest.mark.filterwarnings("default")  # the compiler has warnings of its own
+@pytest.mark.parametrize("compiled", [False, True], ids=["as it is", "in one graph"])
+def test_a_blocks_gradients_are_those_of_autograd(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    std = Initial("normal", 0.2)
+    shape = BlockShape(AttentionShape(32, 2, 16, std, std), 64, "tanh", 1e-5, 0.0, 0.0, False, False, DTYPE)
+    block = Block(shape, number=0, stack="decoder", device=DEVICE)
+    draw_weights(block, 7)
+    x = numbers(2, 20, 32, seed=5)
+    trained = [x, *block.parameters()]
+
+    def run(*, by_hand: bool) -> list[Tensor]:
+        asked = []
+
+        def suits(x: Tensor, weight: Tensor) -> bool:
+            asked.append(weight)
+            return by_hand and x.dtype == DTYPE
+
+        monkeypatch.setattr("megalith.layers.linear.suits_sixteen", suits)
+        forward = torch.compile(block, backend=BACKEND, fullgraph=True) if by_hand and compiled else block
+        y = forward(x, make_mask(20, causal=True))
+        grads = torch.autograd.grad(y.float().square().sum(), trained)
+        assert asked or (by_hand and compiled)
+        return [y.detach(), *grads]
+
+    for found, expected in zip(run(by_hand=True), run(by_hand=False), strict=True):
+        assert found.dtype == expected.dtype
+        assert_near(found, expected, error=1e-2)
