@@ -2,12 +2,17 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from megalith.compiling import COMPILING, SAVED_ON_GPU, USUAL_UTILIZATION, decide
+from megalith.layers.initial import draw_weights
+from megalith.layers.random import dropout_rows
+from megalith.models.decoder import Decoder
+from megalith.models.settings import ModelConfig
 from megalith.parallel.recompute import cache_folder, compile_blocks
 from megalith.sources import read_command_line
 
@@ -67,3 +72,33 @@ def test_what_is_computed_again_inside_keeps_nothing(asked: float | None, inside
     assert partitioning.activation_memory_budget == budget
     compile_blocks(nn.Linear(1, 1), memory_budget=None, device=torch.device("cpu"))
     assert partitioning.activation_memory_budget == 1.0
+
+
+@pytest.mark.filterwarnings("default")  # the compiler has warnings of its own
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_all_layers_share_what_is_compiled(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that differs between layers would have each compiled anew, and none from the ninth on: torch's limit."""
+    config = ModelConfig(
+        num_layers=10,
+        hidden_size=32,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        hidden_dropout=dropout,
+        attention_dropout=0.0,
+    )
+    model = Decoder(config, 64)
+    draw_weights(model, 7)
+    tokens, places = torch.arange(16).view(2, 8), torch.arange(8).expand(2, 8)
+    rows = dropout_rows(1, torch.arange(2), 8)
+    plain = model(tokens, places, rows=rows)
+    graphs = []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_module(module, backend=count))
+    compile_blocks(model, memory_budget=None, device=torch.device("cpu"))
+    torch.testing.assert_close(model(tokens, places, rows=rows), plain)
+    assert len(graphs) == 1

@@ -68,7 +68,7 @@ class _Attention(nn.Module):
         self.scale = shape.head_width**-0.5 if shape.scale is None else shape.scale
         self.divisor = divisor
         self.dropout = dropout
-        self.where = where
+        self.where: int | Tensor = where
         self.attend: Attend = attend
         self.rows_of_heads = rows_of_heads
         self.head_offset = 0

@@ -16,7 +16,7 @@ from megalith.layers.feedforward import Activation, FeedForward, Gelu
 from megalith.layers.mask import Mask
 from megalith.layers.norm import LayerNorm, Normalization, make_norm
 from megalith.layers.products import Again
-from megalith.layers.random import key
+from megalith.layers.random import key, number_words, on_device
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Block(nn.Module):
     number: the layer's global number from 0, whatever part of the model lies here. stack: the name of the stack, which
     sets the dropout of two stacks of a model apart.
 
-    Seam for sequence parallelism: cut(rows) gives the rows of those tokens of the stream x that are held here.
+    Seam for sequence parallelism: cut(rows) gives the rows of those tokens of the stream x that are held here. Seam for
+    the compiler: `put_words_on`.
     """
 
     def __init__(
@@ -94,10 +95,11 @@ class Block(nn.Module):
             bias=shape.attention.bias,
             device=device,
         )
-        self._drop_attention = self._where("attention")
-        self._drop_cross = self._where("cross-attention")
-        self._drop_feedforward = self._where("feed-forward")
+        self.drop_attention: int | Tensor = self._where("attention")
+        self.drop_cross: int | Tensor = self._where("cross-attention")
+        self.drop_feedforward: int | Tensor = self._where("feed-forward")
         self.cut: Callable[[Tensor], Tensor] | None = None
+        self.feature_words: Tensor | None = None
 
     def forward(
         self,
@@ -116,17 +118,17 @@ class Block(nn.Module):
         entering = self._entering(x_BTD, self.attention_norm)
         again = self._again(x_BTD, self.attention_norm)
         branch = self.attention(entering.to(dtype), mask, rows_BT, cache, again)
-        x_BTD = self._add(x_BTD, entering, branch, stream_rows, self._drop_attention, self.attention_norm)
+        x_BTD = self._add(x_BTD, entering, branch, stream_rows, self.drop_attention, self.attention_norm)
 
         if self.cross is not None and self.cross_norm is not None:
             assert memory_BSD is not None and memory_mask is not None
             entering = self._entering(x_BTD, self.cross_norm)
             branch = self.cross(entering.to(dtype), memory_BSD, memory_mask, rows_BT)
-            x_BTD = self._add(x_BTD, entering, branch, stream_rows, self._drop_cross, self.cross_norm)
+            x_BTD = self._add(x_BTD, entering, branch, stream_rows, self.drop_cross, self.cross_norm)
 
         entering = self._entering(x_BTD, self.feedforward_norm)
         branch = self.feedforward(entering.to(dtype), self._again(x_BTD, self.feedforward_norm))
-        return self._add(x_BTD, entering, branch, stream_rows, self._drop_feedforward, self.feedforward_norm)
+        return self._add(x_BTD, entering, branch, stream_rows, self.drop_feedforward, self.feedforward_norm)
 
     def _entering(self, x_BTD: Tensor, norm: nn.Module) -> Tensor:
         """What enters a branch."""
@@ -142,13 +144,29 @@ class Block(nn.Module):
         return norm.again(x_BTD)
 
     def _add(
-        self, x_BTD: Tensor, entered: Tensor, branch: Tensor, rows_BT: Tensor | None, where: int, norm: nn.Module
+        self,
+        x_BTD: Tensor,
+        entered: Tensor,
+        branch: Tensor,
+        rows_BT: Tensor | None,
+        where: int | Tensor,
+        norm: nn.Module,
     ) -> Tensor:
         residual = entered if self.shape.residual_after_norm else x_BTD
-        x_BTD = residual + drop(branch, rows_BT, self.shape.hidden_dropout, where)
+        x_BTD = residual + drop(branch, rows_BT, self.shape.hidden_dropout, where, words_W=self.feature_words)
         if self.shape.norm_after_residual:
             x_BTD = norm(x_BTD)
         return x_BTD
+
+    def put_words_on(self, device: torch.device) -> None:
+        """Hold what dropout depends on as tensors, in place: for numbers the compiler would compile each layer anew."""
+        self.feature_words = number_words(self.shape.attention.width, device=device)
+        self.drop_attention = on_device(self.drop_attention, device)
+        self.drop_cross = on_device(self.drop_cross, device)
+        self.drop_feedforward = on_device(self.drop_feedforward, device)
+        for attention in (self.attention, self.cross):
+            if attention is not None:
+                attention.where = on_device(attention.where, device)
 
     def _where(self, role: str) -> int:
         return key("dropout", self.stack, self.number, role)

@@ -6,12 +6,16 @@ from torch import Tensor
 from megalith.layers.random import keep_mask, number_words, rows_for
 
 
-def drop(x_BTW: Tensor, rows_BT: Tensor | None, probability: float, where: int) -> Tensor:
+def drop(
+    x_BTW: Tensor, rows_BT: Tensor | None, probability: float, where: int | Tensor, *, words_W: Tensor | None = None
+) -> Tensor:
     """x with features set to 0 with the given probability and the rest divided by the probability to stay.
 
-    rows_BT: int32 from `dropout_rows`, None for no dropout. where: `key(...)` of the layer and the role.
+    rows_BT: int32 from `dropout_rows`, None for no dropout. where: `key(...)` of the layer and the role, or that on the
+    device. words_W: the words of the features, if they are at hand.
     """
     if rows_BT is None or probability == 0:
         return x_BTW
-    keep_BTW = keep_mask(rows_for(rows_BT, where), number_words(x_BTW.shape[-1], device=x_BTW.device), probability)
+    words_W = number_words(x_BTW.shape[-1], device=x_BTW.device) if words_W is None else words_W
+    keep_BTW = keep_mask(rows_for(rows_BT, where), words_W, probability)
     return torch.where(keep_BTW, x_BTW * (1 / (1 - probability)), 0)

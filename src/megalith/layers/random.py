@@ -58,9 +58,14 @@ def dropout_rows(seed: int, samples_B: Tensor, num_places: int, *, first_place: 
     return mix(sample_words_B[:, None] ^ number_words(num_places, first=first_place, device=samples_B.device))
 
 
-def rows_for(rows_BT: Tensor, where: int) -> Tensor:
-    """The token words of one use: where is `key(...)` of a layer number and a role."""
-    return mix(rows_BT ^ _word(where))
+def rows_for(rows_BT: Tensor, where: int | Tensor) -> Tensor:
+    """The token words of one use: where is `key(...)` of a layer number and a role, or that as `on_device` gives it."""
+    return mix(rows_BT ^ (where if isinstance(where, Tensor) else _word(where)))
+
+
+def on_device(where: int | Tensor, device: torch.device) -> Tensor:
+    """What `rows_for` takes of a key, as an int32 scalar: to the compiler a number that may be another next time."""
+    return where if isinstance(where, Tensor) else torch.tensor(_word(where), dtype=torch.int32, device=device)
 
 
 def keep_mask(rows: Tensor, words_W: Tensor, probability: float) -> Tensor:

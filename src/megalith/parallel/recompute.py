@@ -110,6 +110,7 @@ def compile_blocks(
         attention.rows_of_heads = torch.compiler.disable(attention.rows_of_heads)
     for module in model.modules():
         if isinstance(module, Block):
+            module.put_words_on(device)
             module.compile()
 
 
