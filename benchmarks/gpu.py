@@ -172,13 +172,7 @@ def models(report: Report) -> None:
     """The reference job and smaller ones: predicted and measured."""
     report.figures["models"] = {}
     for row in ROWS:
-        micro, whole = ("2", "4") if report.rehearse else row.batch.split()
-        model = TOY if report.rehearse else row.model
-        words = f"{model} {row.words} --micro-batch-size {micro} --global-batch-size {whole} --vocab-size 50257".split()
-        if report.rehearse:
-            words += ["--device", "cpu", "--vocab-size", "300"]
-        if not report.rehearse or "budget" in row.words:  # which the compiler keeps
-            words += ["--compile", "on"]
+        words = _flags_of(row, report)
         steps = ["--steps", "3" if report.rehearse else "6", "--warmup", "1" if report.rehearse else "2", "--json"]
         command = [sys.executable, "-m", "megalith", "bench", *steps, *words]
         with ThreadPoolExecutor() as beside:  # the plan needs no GPU
@@ -190,6 +184,18 @@ def models(report: Report) -> None:
         measured = json.loads(said.splitlines()[-1])
         report.figures["models"][row.name] = {**measured, "predicted_peak_bytes": planned}
         report.say(_model_line(row, measured, planned))
+
+
+def _flags_of(row: Row, report: Report) -> list[str]:
+    """What the row is to megalith bench."""
+    micro, whole = ("2", "4") if report.rehearse else row.batch.split()
+    model = TOY if report.rehearse else row.model
+    words = f"{model} {row.words} --micro-batch-size {micro} --global-batch-size {whole} --vocab-size 50257".split()
+    if report.rehearse:
+        words += ["--device", "cpu", "--vocab-size", "300"]
+    if not report.rehearse or "budget" in row.words:  # which the compiler keeps
+        words += ["--compile", "on"]
+    return words
 
 
 def _planned(report: Report, words: Sequence[str]) -> float | None:
@@ -232,11 +238,7 @@ def profiles(report: Report) -> None:
     """Where the time of a step goes, kernel by kernel: the first rows."""
     report.figures["profiles"] = {}
     for row in ROWS[:3]:
-        micro, whole = ("2", "4") if report.rehearse else row.batch.split()
-        model = TOY if report.rehearse else row.model
-        words = f"{model} {row.words} --micro-batch-size {micro} --global-batch-size {whole} --vocab-size 50257".split()
-        words += ["--device", "cpu", "--vocab-size", "300"] if report.rehearse else ["--compile", "on"]
-        command = [sys.executable, "-m", "benchmarks.gpu_profile", *_toy(report), *words]
+        command = [sys.executable, "-m", "benchmarks.gpu_profile", *_toy(report), *_flags_of(row, report)]
         said = report.run(f"profile of {row.name}", command, seconds=120, needs=35)
         if said is not None:
             report.figures["profiles"][row.name] = json.loads(said.splitlines()[-1])

@@ -3,11 +3,9 @@
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,19 +20,8 @@ from megalith.layers.random import dropout_rows, mix, number_words
 pytest.importorskip("triton", reason="needs triton")
 
 from megalith.layers import attend_fused
+from tests.layers.kernels import BACKEND, DEVICE, runs_kernels
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"  # which compiles nothing, but traces the same
-
-
-def numbers_of(release: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in release.split(".")[:2])
-
-
-runs_kernels = pytest.mark.skipif(
-    DEVICE == "cpu" and numbers_of(version("triton")) < (3, 7) and numbers_of(np.__version__) >= (2, 4),
-    reason="the interpreter of Triton before 3.7 cannot do loops beside numpy 2.4",
-)
 PROBABILITY = 0.3
 KERNELS = Path(__file__).parent / "compile_kernels.py"
 

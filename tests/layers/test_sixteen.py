@@ -1,9 +1,5 @@
 """Products in 16 bits as GPUs take them: the gradients of weights and biases are fp32, and are those of autograd."""
 
-from importlib.metadata import version
-from importlib.util import find_spec
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,22 +10,10 @@ from megalith.layers.attention import AttentionShape
 from megalith.layers.block import Block, BlockShape
 from megalith.layers.initial import Initial, draw_weights
 from megalith.layers.mask import make_mask
+from tests.layers.kernels import BACKEND, DEVICE, runs_kernels
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"  # which compiles nothing, but traces the same
 # fp16: Triton's interpreter computes bf16 wrongly.
 DTYPE = torch.float16
-
-
-def numbers_of(release: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in release.split(".")[:2])
-
-
-runs_kernels = pytest.mark.skipif(
-    find_spec("triton") is None
-    or (DEVICE == "cpu" and numbers_of(version("triton")) < (3, 7) and numbers_of(np.__version__) >= (2, 4)),
-    reason="needs triton; the interpreter of Triton before 3.7 cannot do loops beside numpy 2.4",
-)
 
 
 def numbers(*shape: int, seed: int, dtype: torch.dtype = DTYPE) -> Tensor:

@@ -221,6 +221,12 @@ def _kept(rows, words, threshold):
 
 
 @triton.jit
+def _words_of(words, s, num_keys, beyond):
+    """The words of keys, which may lie beyond the end or not."""
+    return tl.load(words + s, mask=s < num_keys, other=0) if beyond else tl.load(words + s)
+
+
+@triton.jit
 def _seen(visible, stride_mb, stride_mt, b, t, s, num_queries, num_keys, CAUSAL, MASKED):
     """Which keys these queries see; asked only where they may not see all."""
     inside = (t[:, None] < num_queries) & (s[None, :] < num_keys)
@@ -263,20 +269,6 @@ def _put_rows(x, value, stride_b, stride_h, stride_n, b, h, n, count, WIDTH, PAD
 
 
 @triton.jit
-def _take_keys(scores, v_SK, kept, o_TK, total, largest, PRECISION):
-    """One step of the online softmax: the sums of some keys more; scores are of base 2."""
-    new = tl.maximum(largest, tl.max(scores, 1))
-    # A query that has seen nothing yet: minus infinity less itself would be NaN.
-    base = tl.where(new == float("-inf"), 0.0, new)
-    shrink = tl.exp2(largest - base)
-    p = tl.exp2(scores - base[:, None])
-    total = total * shrink + tl.sum(p, 1)
-    p = tl.where(kept, p, 0.0)
-    o_TK = o_TK * shrink[:, None] + tl.dot(p.to(v_SK.dtype), v_SK, input_precision=PRECISION)
-    return o_TK, total, new
-
-
-@triton.jit
 def _forward(
     q, k, v, o, sums, rows, words, visible, stride_mb, stride_mt,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks,
@@ -296,24 +288,26 @@ def _forward(
     total = tl.zeros([BLOCK_T], tl.float32)
     o_TK = tl.zeros([BLOCK_T, PADDED], tl.float32)
     whole, end = _stretches(first, BLOCK_T, num_keys, BLOCK_S, CAUSAL, MASKED)
-    for start in range(0, whole, BLOCK_S):
-        s = start + tl.arange(0, BLOCK_S)
-        k_SK = _rows_at(k, stride_kb, stride_kh, stride_ks, b, h, s, num_keys, WIDTH, PADDED)
-        v_SK = _rows_at(v, stride_vb, stride_vh, stride_vs, b, h, s, num_keys, WIDTH, PADDED)
-        column_words = tl.load(words + s)
-        scores = tl.dot(q_TK, tl.trans(k_SK), input_precision=PRECISION) * (scale * LOG2_E)
-        kept = _kept(row_words, column_words, threshold)
-        o_TK, total, largest = _take_keys(scores, v_SK, kept, o_TK, total, largest, PRECISION)
-    for start in range(whole, end, BLOCK_S):
-        s = start + tl.arange(0, BLOCK_S)
-        k_SK = _rows_at(k, stride_kb, stride_kh, stride_ks, b, h, s, num_keys, WIDTH, PADDED)
-        v_SK = _rows_at(v, stride_vb, stride_vh, stride_vs, b, h, s, num_keys, WIDTH, PADDED)
-        column_words = tl.load(words + s, mask=s < num_keys, other=0)
-        scores = tl.dot(q_TK, tl.trans(k_SK), input_precision=PRECISION) * (scale * LOG2_E)
-        seen = _seen(visible, stride_mb, stride_mt, b, t, s, num_queries, num_keys, CAUSAL, MASKED)
-        scores = tl.where(seen, scores, float("-inf"))
-        kept = _kept(row_words, column_words, threshold)
-        o_TK, total, largest = _take_keys(scores, v_SK, kept, o_TK, total, largest, PRECISION)
+    # The keys that all see, then those of which some are hidden: two loops, of which only one asks.
+    for hides in tl.static_range(2):
+        for start in range(whole if hides else 0, end if hides else whole, BLOCK_S):
+            s = start + tl.arange(0, BLOCK_S)
+            k_SK = _rows_at(k, stride_kb, stride_kh, stride_ks, b, h, s, num_keys, WIDTH, PADDED)
+            v_SK = _rows_at(v, stride_vb, stride_vh, stride_vs, b, h, s, num_keys, WIDTH, PADDED)
+            kept = _kept(row_words, _words_of(words, s, num_keys, hides), threshold)
+            scores = tl.dot(q_TK, tl.trans(k_SK), input_precision=PRECISION) * (scale * LOG2_E)
+            if hides:
+                seen = _seen(visible, stride_mb, stride_mt, b, t, s, num_queries, num_keys, CAUSAL, MASKED)
+                scores = tl.where(seen, scores, float("-inf"))
+            new = tl.maximum(largest, tl.max(scores, 1))
+            # A query that has seen nothing yet: minus infinity less itself would be NaN.
+            base = tl.where(new == float("-inf"), 0.0, new)
+            shrink = tl.exp2(largest - base)
+            p = tl.exp2(scores - base[:, None])
+            total = total * shrink + tl.sum(p, 1)
+            p = tl.where(kept, p, 0.0)
+            o_TK = o_TK * shrink[:, None] + tl.dot(p.to(v_SK.dtype), v_SK, input_precision=PRECISION)
+            largest = new
     saw_some = total > 0
     o_TK = tl.where(saw_some[:, None], o_TK * (kept_scale / tl.where(saw_some, total, 1.0))[:, None], 0.0)
     _put_rows(o, o_TK, stride_ob, stride_oh, stride_ot, b, h, t, num_queries, WIDTH, PADDED)
@@ -371,31 +365,22 @@ def _backward_keys(
     # From here on queries see all of these keys; queries beyond the end are zeros and add nothing.
     seen_by_all = ((first + BLOCK_S - 2) // BLOCK_T + 1) * BLOCK_T if CAUSAL else 0
     seen_by_all = num_queries if MASKED else tl.minimum(seen_by_all, num_queries)
-    for start in range(begin, seen_by_all, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        row = (b * heads + h) * num_queries + t
-        q_TK = _rows_at(q, stride_qb, stride_qh, stride_qt, b, h, t, num_queries, WIDTH, PADDED)
-        g_TK = _rows_at(grad_o, stride_gb, stride_gh, stride_gt, b, h, t, num_queries, WIDTH, PADDED)
-        logs = tl.load(sums + row, mask=t < num_queries, other=0.0)
-        product = tl.load(products + row, mask=t < num_queries, other=0.0)
-        kept = _kept(tl.load(rows + row, mask=t < num_queries, other=0), column_words, threshold)
-        seen = _seen(visible, stride_mb, stride_mt, b, t, s, num_queries, num_keys, CAUSAL, MASKED)
-        p = tl.where(seen, _probabilities(q_TK, k_SK, logs, scale, PRECISION), 0.0)
-        slopes = _slopes(p, kept, v_SK, g_TK, product / kept_scale, PRECISION)
-        dv_SK += tl.dot(tl.trans(tl.where(kept, p, 0.0)).to(g_TK.dtype), g_TK, input_precision=PRECISION)
-        dk_SK += tl.dot(tl.trans(slopes).to(q_TK.dtype), q_TK, input_precision=PRECISION)
-    for start in range(seen_by_all, num_queries, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        row = (b * heads + h) * num_queries + t
-        q_TK = _rows_at(q, stride_qb, stride_qh, stride_qt, b, h, t, num_queries, WIDTH, PADDED)
-        g_TK = _rows_at(grad_o, stride_gb, stride_gh, stride_gt, b, h, t, num_queries, WIDTH, PADDED)
-        logs = tl.load(sums + row, mask=t < num_queries, other=0.0)
-        product = tl.load(products + row, mask=t < num_queries, other=0.0)
-        kept = _kept(tl.load(rows + row, mask=t < num_queries, other=0), column_words, threshold)
-        p = _probabilities(q_TK, k_SK, logs, scale, PRECISION)
-        slopes = _slopes(p, kept, v_SK, g_TK, product / kept_scale, PRECISION)
-        dv_SK += tl.dot(tl.trans(tl.where(kept, p, 0.0)).to(g_TK.dtype), g_TK, input_precision=PRECISION)
-        dk_SK += tl.dot(tl.trans(slopes).to(q_TK.dtype), q_TK, input_precision=PRECISION)
+    for hides in tl.static_range(2):
+        for start in range(begin if hides else seen_by_all, seen_by_all if hides else num_queries, BLOCK_T):
+            t = start + tl.arange(0, BLOCK_T)
+            row = (b * heads + h) * num_queries + t
+            q_TK = _rows_at(q, stride_qb, stride_qh, stride_qt, b, h, t, num_queries, WIDTH, PADDED)
+            g_TK = _rows_at(grad_o, stride_gb, stride_gh, stride_gt, b, h, t, num_queries, WIDTH, PADDED)
+            logs = tl.load(sums + row, mask=t < num_queries, other=0.0)
+            product = tl.load(products + row, mask=t < num_queries, other=0.0)
+            kept = _kept(tl.load(rows + row, mask=t < num_queries, other=0), column_words, threshold)
+            p = _probabilities(q_TK, k_SK, logs, scale, PRECISION)
+            if hides:
+                seen = _seen(visible, stride_mb, stride_mt, b, t, s, num_queries, num_keys, CAUSAL, MASKED)
+                p = tl.where(seen, p, 0.0)
+            slopes = _slopes(p, kept, v_SK, g_TK, product / kept_scale, PRECISION)
+            dv_SK += tl.dot(tl.trans(tl.where(kept, p, 0.0)).to(g_TK.dtype), g_TK, input_precision=PRECISION)
+            dk_SK += tl.dot(tl.trans(slopes).to(q_TK.dtype), q_TK, input_precision=PRECISION)
     dk_SK *= scale * kept_scale
     dv_SK *= kept_scale
     _put_rows(grad_k, dk_SK, stride_dkb, stride_dkh, stride_dks, b, h, s, num_keys, WIDTH, PADDED)
@@ -423,22 +408,17 @@ def _backward_queries(
     row_words = tl.load(rows + row, mask=t < num_queries, other=0)
     dq_TK = tl.zeros([BLOCK_T, PADDED], tl.float32)
     whole, end = _stretches(first, BLOCK_T, num_keys, BLOCK_S, CAUSAL, MASKED)
-    for start in range(0, whole, BLOCK_S):
-        s = start + tl.arange(0, BLOCK_S)
-        k_SK = _rows_at(k, stride_kb, stride_kh, stride_ks, b, h, s, num_keys, WIDTH, PADDED)
-        v_SK = _rows_at(v, stride_vb, stride_vh, stride_vs, b, h, s, num_keys, WIDTH, PADDED)
-        kept = _kept(row_words, tl.load(words + s), threshold)
-        p = _probabilities(q_TK, k_SK, logs, scale, PRECISION)
-        slopes = _slopes(p, kept, v_SK, g_TK, product, PRECISION)
-        dq_TK += tl.dot(slopes.to(k_SK.dtype), k_SK, input_precision=PRECISION)
-    for start in range(whole, end, BLOCK_S):
-        s = start + tl.arange(0, BLOCK_S)
-        k_SK = _rows_at(k, stride_kb, stride_kh, stride_ks, b, h, s, num_keys, WIDTH, PADDED)
-        v_SK = _rows_at(v, stride_vb, stride_vh, stride_vs, b, h, s, num_keys, WIDTH, PADDED)
-        kept = _kept(row_words, tl.load(words + s, mask=s < num_keys, other=0), threshold)
-        seen = _seen(visible, stride_mb, stride_mt, b, t, s, num_queries, num_keys, CAUSAL, MASKED)
-        p = tl.where(seen, _probabilities(q_TK, k_SK, logs, scale, PRECISION), 0.0)
-        slopes = _slopes(p, kept, v_SK, g_TK, product, PRECISION)
-        dq_TK += tl.dot(slopes.to(k_SK.dtype), k_SK, input_precision=PRECISION)
+    for hides in tl.static_range(2):
+        for start in range(whole if hides else 0, end if hides else whole, BLOCK_S):
+            s = start + tl.arange(0, BLOCK_S)
+            k_SK = _rows_at(k, stride_kb, stride_kh, stride_ks, b, h, s, num_keys, WIDTH, PADDED)
+            v_SK = _rows_at(v, stride_vb, stride_vh, stride_vs, b, h, s, num_keys, WIDTH, PADDED)
+            kept = _kept(row_words, _words_of(words, s, num_keys, hides), threshold)
+            p = _probabilities(q_TK, k_SK, logs, scale, PRECISION)
+            if hides:
+                seen = _seen(visible, stride_mb, stride_mt, b, t, s, num_queries, num_keys, CAUSAL, MASKED)
+                p = tl.where(seen, p, 0.0)
+            slopes = _slopes(p, kept, v_SK, g_TK, product, PRECISION)
+            dq_TK += tl.dot(slopes.to(k_SK.dtype), k_SK, input_precision=PRECISION)
     dq_TK *= scale * kept_scale
     _put_rows(grad_q, dq_TK, stride_dqb, stride_dqh, stride_dqt, b, h, t, num_queries, WIDTH, PADDED)
