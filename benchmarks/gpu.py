@@ -182,7 +182,7 @@ def models(report: Report) -> None:
         if said is None:
             continue
         measured = json.loads(said.splitlines()[-1])
-        report.figures["models"][row.name] = {**measured, "predicted_peak_bytes": planned}
+        report.figures["models"][row.name] = {**measured, **planned}
         report.say(_model_line(row, measured, planned))
 
 
@@ -198,21 +198,26 @@ def _flags_of(row: Row, report: Report) -> list[str]:
     return words
 
 
-def _planned(report: Report, words: Sequence[str]) -> float | None:
-    """What `megalith plan` says of the peak."""
-    on = "cpu" if report.rehearse else "cuda"
+def _planned(report: Report, words: Sequence[str]) -> dict[str, Any]:
+    """What `megalith plan` says of it; nothing if it fails."""
+    on = "cpu" if report.rehearse else "h200" if "H200" in report.figures["conditions"]["device"] else "h100"
     said = report.run("plan", [sys.executable, "-m", "megalith", "plan", "--json", "--on", on, *words], seconds=40)
-    return None if said is None else float(json.loads(said)["peak_bytes"])
+    plan = {} if said is None else json.loads(said)
+    return {f"predicted_{name}": plan.get(name) for name in ("peak_bytes", "step_seconds")}
 
 
-def _model_line(row: Row, measured: dict[str, Any], planned: float | None) -> str:
+def _model_line(row: Row, measured: dict[str, Any], planned: dict[str, Any]) -> str:
     seconds, peak = measured["step_seconds"], measured["peak_memory_bytes"] / GIB
     goals = [
         f"{name} {'met' if reached <= goal else 'missed'} ({goal:g})"
         for name, reached, goal in (("time", seconds, row.seconds), ("memory", peak, row.gib))
         if goal is not None
     ]
-    predicted = "" if planned is None else f", planned {planned / GIB:.1f}"
+    predicted = ""
+    if planned["predicted_peak_bytes"] is not None:
+        predicted = (
+            f", planned {planned['predicted_peak_bytes'] / GIB:.1f} and {planned['predicted_step_seconds']:.3f} s"
+        )
     datasheet = measured["mfu_datasheet"]
     mfu = f"MFU {100 * measured['mfu']:.1f} % of the measured product" + (
         "" if datasheet is None else f", {100 * datasheet:.1f} % of the data sheet"
@@ -314,13 +319,14 @@ WHOLE = ("conditions", "products", "models", "equality", "text", "tests")
 
 def table(report: Report) -> list[str]:
     """The end of the output: what matters, once more."""
-    lines = [f"{'model':<40}{'s/step':>8}{'tokens/s':>11}{'TFLOP/s':>9}{'causal':>8}{'MFU %':>7}{'GiB':>7}{'plan':>7}"]
+    heads = f"{'model':<40}{'s/step':>8}{'tokens/s':>11}{'TFLOP/s':>9}{'causal':>8}{'MFU %':>7}{'GiB':>7}"
+    lines = [f"{heads}{'plan':>7}{'s':>8}"]
     for name, found in report.figures.get("models", {}).items():
-        planned = found["predicted_peak_bytes"]
+        peak, seconds = found["predicted_peak_bytes"] or 0, found["predicted_step_seconds"] or 0
         lines.append(
             f"{name:<40}{found['step_seconds']:8.3f}{found['tokens_per_second']:11,.0f}{found['model_tflops']:9.1f}"
             f"{found['model_tflops_causal']:8.1f}{100 * found['mfu']:7.1f}{found['peak_memory_bytes'] / GIB:7.1f}"
-            f"{0 if planned is None else planned / GIB:7.1f}"
+            f"{peak / GIB:7.1f}{seconds:8.3f}"
         )
     return [*lines, f"{len(report.faults)} faults"]
 

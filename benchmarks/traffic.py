@@ -7,8 +7,7 @@ Real trainings of a tiny model on forked ranks; every collective that reaches Py
 step is counted, with the size of its whole tensor (what an all-gather gives, what a reduce-scatter takes). Shown is the
 rank that moves most. Ends with status 1 if any collective moves more than its formula says.
 
-Letters of the formulas: b samples of a microbatch, T tokens, D width, L layers, m microbatches, t c p ranks along the
-tensor, context and pipeline axes, S = b T D / c x 4 bytes the stream, W the bytes of the weights on a rank.
+The formulas are those of `megalith plan` (megalith/plan/traffic.py).
 """
 
 import argparse
@@ -18,7 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,8 @@ from megalith.job import Job, build_job, open_log
 from megalith.keeper import Keeper
 from megalith.loaders import open_data
 from megalith.parallel.mesh import Layout, make_layout
+from megalith.plan.traffic import Transfer, transfers
+from megalith.planned import planned
 from megalith.train import take_step
 from tests.layouts.runs import MODEL, configured, write_data
 from tests.ranks import run_ranks
@@ -72,7 +73,18 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "hybrid": (4, [SHARD, "parameters", "--data-parallel-shard-size", "2"]),
     "pp2-zero2": (4, [PP, "2", SHARD, "gradients"]),
     "pp2-zero3": (4, [PP, "2", SHARD, "parameters"]),
-    "tp2-cp2": (4, [TP, "2", "--sequence-parallel", CP, "2"]),
+    # Two sequences, so that what is sent of the losses is more than a few numbers.
+    "tp2-cp2": (4, [TP, "2", "--sequence-parallel", CP, "2", "--micro-batch-size", "2"]),
+    "tp2-full": (2, [TP, "2", "--checkpoint-activations"]),
+    "tp2-sp-full": (2, [TP, "2", "--sequence-parallel", "--checkpoint-activations", "--hidden-dropout", "0"]),
+    "tp2-bf16": (2, [TP, "2", "--bf16"]),
+    "zero3-bf16": (2, [SHARD, "parameters", "--bf16"]),
+    "cp2-full": (2, [CP, "2", "--checkpoint-activations"]),
+    "cp2-all-to-all-full": (2, [CP, "2", "--context-exchange", "all-to-all", "--checkpoint-activations"]),
+    "cp2-all-to-all-selective": (
+        2,
+        [CP, "2", "--context-exchange", "all-to-all", "--recompute-granularity", "selective"],
+    ),
     "pp2-tp2-dp2": (8, [PP, "2", TP, "2"]),
 }
 
@@ -112,97 +124,29 @@ def tensors_in(arg: Any) -> list[Tensor]:
     return [tensor for part in arg for tensor in tensors_in(part)] if isinstance(arg, list | tuple) else []
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Shapes of the weights that stand on a rank, by name."""
-
-    shapes: dict[str, tuple[int, ...]]
-
-    def size(self, *, names: Sequence[str] | None = None, padded_to: int = 1) -> int:
-        """Bytes in fp32, rows filled up to a multiple."""
-        total = 0
-        for name, shape in self.shapes.items():
-            if names is None or name in names:
-                rows = -(-shape[0] // padded_to) * padded_to
-                total += 4 * rows * (torch.Size(shape).numel() // shape[0])
-        return total
-
-
-def weights_before_sharding(job: Job) -> Weights:
-    """What a rank would hold of the weights if replicas shared nothing out."""
-    return Weights({name: tuple(p.shape) for part in job.laid.parts.values() for name, p in part.named_parameters()})
-
-
 def expected(job: Job) -> Moved:
-    """What each collective should move in a step, by the formulas."""
-    run, layout, weights = job.run, job.layout, weights_before_sharding(job)
+    """What each collective should move in a step, by the formulas of `megalith plan`."""
+    run, layout = job.run, job.layout
+    numbers = planned(run, layout.world_size, vocab_size=job.vocab_size, device="cpu")
     moved: Moved = Counter()
-    layers = sum(1 for name in weights.shapes if name.endswith("attention.qkv.weight"))
-    width, tokens = run.model.hidden_size or 0, run.data.seq_length or 0
-    micro = run.optimizer.micro_batch_size or 0
-    microbatches = job.batch_sizes.num_microbatches(0)
-    stream = micro * tokens * width // layout.context * 4
-    has_first, has_last = 0 in job.laid.parts, layout.is_last_stage
-    if layout.tensor > 1:
-        # Two products in a block, each with a collective forward and one back; one at each end of the model.
-        streams = microbatches * (4 * layers + has_first + has_last) * stream
-        if run.parallel.sequence_parallel:
-            moved["all-gather", "tensor"] = moved["reduce-scatter", "tensor"] = streams
-            copied = [name for name, cut in job.laid.cuts.items() if cut.summed_over_tokens]
-            moved["all-reduce", "tensor"] = weights.size(names=copied)
-        else:
-            moved["all-reduce", "tensor"] = streams
-        # Largest logit, sum of powers and the label's logit of every token.
-        moved["all-reduce", "tensor"] += has_last * microbatches * micro * tokens // layout.context * 3 * 4
-    if layout.context > 1:
-        heads = stream // layout.tensor  # all queries of a rank, or keys, or values
-        if run.parallel.context_exchange == "gather":
-            both = microbatches * layers * 2 * heads * layout.context
-            moved["all-gather", "context"] = moved["reduce-scatter", "context"] = both
-        else:
-            numbers = micro * (run.model.num_attention_heads or 0) // layout.tensor * tokens // layout.context
-            moved["all-to-all", "context"] = microbatches * layers * (8 * heads + 4 * numbers)
-    if layout.pipeline > 1:
-        sent = len(job.laid.parts) * 2 - has_first - has_last
-        cut = layout.tensor if run.parallel.sequence_parallel else 1
-        moved["send", "pipeline"] = microbatches * sent * stream // cut
-        if has_first or has_last:
-            table = weights.size(names=["word_embedding.weight"])
-            if run.parallel.data_parallel_sharding in ("gradients", "parameters"):
-                table //= run.parallel.data_parallel_shard_size or layout.data * layout.context
-            moved["all-reduce", "pipeline" if layout.pipeline == 2 else "copies"] = table
-    moved.update(expected_over_replicas(job, weights, microbatches))
+    for move in transfers(numbers):
+        collective = move.collective
+        if run.parallel.deterministic and move.purpose == "replicas":
+            # Each replica gathers the gradients of all, and adds them up in order.
+            collective, move = "all-gather", replace(move, size=move.size * move.ranks)
+        moved[collective, _axis(move, layout)] += round(move.total)
     return moved
 
 
-def expected_over_replicas(job: Job, weights: Weights, microbatches: int) -> Moved:
-    """What replicas move: sums of gradients, and gathers of weights where those are shared out."""
-    parallel, layout = job.run.parallel, job.layout
-    replicas = layout.data * layout.context
-    sharding = parallel.data_parallel_sharding
-    if replicas == 1:
-        return {}
-    axis = "context" if layout.data == 1 else "data" if layout.context == 1 else "data x context"
-    if sharding == "none":
-        if parallel.deterministic:
-            return {("all-gather", axis): replicas * weights.size()}
-        return {("all-reduce", axis): weights.size()}
-    if sharding == "optimizer":
-        whole = weights.size(padded_to=replicas)
-        return {("reduce-scatter", axis): whole, ("all-gather", axis): whole}
-    group = parallel.data_parallel_shard_size or replicas
-    axis = axis if group == replicas else "shards"
-    whole = weights.size(padded_to=group)
-    # Stages keep what they gathered, and the sums, until the step's last backward pass.
-    passes = microbatches if layout.pipeline == 1 else 1
-    gathers = 1
-    if sharding == "parameters":
-        # What 1F1B gathers for a backward pass serves for the forward pass after it.
-        gathers = 2 * microbatches if layout.pipeline == 1 else microbatches + 1
-    moved = {("all-gather", axis): gathers * whole, ("reduce-scatter", axis): passes * whole}
-    if group < replicas:
-        moved["all-reduce", "copies"] = passes * whole // group
-    return moved
+def _axis(move: Transfer, layout: Layout) -> str:
+    """The axis of the mesh along which it moves, as `Counted` names it."""
+    if move.purpose == "tables":
+        return "pipeline" if layout.pipeline == 2 else "copies"
+    if move.purpose == "replicas":
+        if move.ranks < layout.data * layout.context:
+            return "shards"
+        return "context" if layout.data == 1 else "data" if layout.context == 1 else "data x context"
+    return move.purpose
 
 
 def count_on(rank: int, *, world_size: int, words: list[str]) -> tuple[Moved, Moved]:

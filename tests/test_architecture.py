@@ -40,6 +40,7 @@ LEVELS = [
     {
         "adopt",
         "bench",
+        "candidates",
         "evaluations",
         "forecast",
         "guard",
@@ -49,6 +50,7 @@ LEVELS = [
         "loaders",
         "owner",
         "passes",
+        "planned",
         "recheck",
         "resume",
         "run_state",

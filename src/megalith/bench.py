@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,6 +26,7 @@ from megalith.config import ConfigError, Run
 from megalith.derived import compute_dtype, global_batch_size
 from megalith.job import Job, build_job
 from megalith.keeper import Keeper
+from megalith.launch import launch
 from megalith.loaders import open_data
 from megalith.monitor.flops import TERA, measure_matmul_flops
 from megalith.monitor.log import RunLog
@@ -52,6 +54,9 @@ def main(words: Sequence[str], *, started: float) -> int:
     """Measure, and print a table or one JSON object. started: when the program began, by time.monotonic."""
     options, rest = _parse(words)
     run = made_for_measuring(read_command_line(rest), steps=options.warmup + options.steps + SPLIT_STEPS)
+    if run.parallel.nproc is not None and "RANK" not in os.environ:
+        command = [sys.executable, "-m", "megalith", "bench", *words]
+        return launch(command, run.parallel.nproc, stop_grace=run.parallel.stop_grace)
     rank, world_size, _ = ranks_in(os.environ)
     if faults := check(run, world_size):
         if rank == 0:

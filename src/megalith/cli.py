@@ -111,8 +111,6 @@ def start_ranks(words: Sequence[str], run: "Run") -> int:
 
     parallel = run.parallel
     assert parallel.nproc is not None
-    if parallel.nproc < 1:
-        raise ValueError(f"--nproc = {parallel.nproc}: must be greater than 0. Give a positive number")
     command = [sys.executable, "-m", "megalith", "pretrain", *words]
     return launch(command, parallel.nproc, stop_grace=parallel.stop_grace, max_restarts=parallel.max_restarts)
 

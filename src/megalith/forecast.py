@@ -1,121 +1,123 @@
-"""`megalith plan`: what a GPT job of any size will need on each rank, from its command line alone, on any machine."""
+"""`megalith plan`: what a GPT job of any size will need and how long it will take, from its command line alone."""
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
 
 from megalith.bench import made_for_measuring
+from megalith.candidates import Candidate, candidates, fits, flags_of
 from megalith.check import check
 from megalith.command_line import CommandParser
-from megalith.config import ConfigError, Run
-from megalith.data.tokenizer import padded_vocab_size
-from megalith.derived import compute_dtype, global_batch_size, recompute_granularity, sequence_length
-from megalith.job import MOCK_VOCABULARY
-from megalith.models.shape import shape_of
+from megalith.config import ConfigError, Fault, Run
+from megalith.derived import compute_dtype, global_batch_size
 from megalith.monitor.flops import TERA
-from megalith.parallel.mesh import Layout
-from megalith.plan.memory import Job, parameters_on_rank, predict
+from megalith.plan.job import Job, parameters_on_rank
+from megalith.plan.machine import GIB, GIGA, MACHINES, Machine, this_cpu
+from megalith.plan.memory import predict
+from megalith.plan.time import predict_time, program_of
+from megalith.plan.traffic import transfers
+from megalith.planned import padded_vocabulary, planned, without_layout
 from megalith.sources import read_command_line
 from megalith.task_rows import TASK_ROWS
 
-GIB = 2**30
+DESCRIPTION = """What a GPT job of any size will need on each rank, how long a step will take there, and what ranks send
+each other. Needs no data, no GPU and no other rank. With --search: the fastest layouts that fit into memory; settings
+of the layout that differ from their defaults stay as they are."""
+SHOWN = 10  # layouts of a search
 
 
 def main(words: Sequence[str]) -> int:
     """Print the forecast as a table or one JSON object."""
-    parser = CommandParser(
-        prog="megalith plan",
-        usage="megalith plan [RUN.toml] [--preset NAME] [--ranks N] [--on cuda|cpu] [--json] [--flags of pretrain ...]",
-        description="What a GPT job of any size will need on each rank. Needs no data, no GPU and no other rank.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks of the job [default 1]")
-    parser.add_argument("--on", choices=("cuda", "cpu"), default="cuda", help="what the ranks compute on [cuda]")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options, rest = parser.parse_known_args(words)
-    if options.ranks < 1:
-        raise ValueError(f"--ranks = {options.ranks}: must be at least 1")
+    options, rest = _parse(words)
     run = made_for_measuring(read_command_line(rest), steps=1)
-    if faults := check(run, options.ranks):
-        raise ConfigError(faults)
     if run.task != "gpt":
         raise ValueError(f"{run.task}: only a gpt job can be planned; measure with megalith bench {run.task}")
-    figures = forecast(run, options.ranks, device=options.on)
+    ranks = options.ranks or run.parallel.nproc or 1
+    faults = check(without_layout(run), 1) if options.search else check(run, ranks)
+    if options.search and run.optimizer.global_batch_size is None:
+        rule = "is missing: layouts are compared by what they take for the same step"
+        faults.append(Fault("--global-batch-size", None, rule, "Say how many sequences a step has"))
+    if faults:
+        raise ConfigError(faults)
+    machine = machine_of(options.on, run, ranks)
+    if options.search:
+        return search(run, ranks, machine, as_json=options.json)
+    figures = forecast(run, ranks, machine)
     print(json.dumps(figures) if options.json else table(figures))
     return 0
 
 
-def forecast(run: Run, ranks: int, *, device: str) -> dict[str, Any]:
-    """The figures of a checked run on that many ranks; bytes and operations are those of one rank."""
-    job = planned(run, ranks, vocab_size=padded_vocabulary(run), device=device)
+def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = CommandParser(
+        prog="megalith plan",
+        usage="megalith plan [RUN.toml] [--preset NAME] [--ranks N] [--on MACHINE] [--search] [--json] "
+        "[--flags of pretrain ...]",
+        description=DESCRIPTION,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--ranks", type=int, metavar="N", help="ranks of the job [those of --nproc, or 1]")
+    parser.add_argument(
+        "--on",
+        choices=(*MACHINES, "cpu"),
+        default="h100",
+        help="what the ranks compute on, in nodes of eight; cpu: this machine's, measured for a second [h100]",
+    )
+    parser.add_argument("--search", action="store_true", help=f"the {SHOWN} fastest layouts that fit")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options, rest = parser.parse_known_args(words)
+    if options.ranks is not None and options.ranks < 1:
+        raise ValueError(f"--ranks = {options.ranks}: must be at least 1")
+    return options, rest
+
+
+def machine_of(name: str, run: Run, ranks: int) -> Machine:
+    """What is known of a machine; of this one's CPU by measuring."""
+    if name != "cpu":
+        return MACHINES[name]
+    import torch
+
+    return this_cpu(ranks, getattr(torch, compute_dtype(run)))
+
+
+def forecast(run: Run, ranks: int, machine: Machine) -> dict[str, Any]:
+    """The figures of a checked run on that many ranks; bytes, operations and seconds are those of one rank."""
+    job = planned(run, ranks, vocab_size=padded_vocabulary(run), device=machine.device)
     memory, batch = predict(job), global_batch_size(run, job.data)
+    seconds = predict_time(job, machine, program_of(job))
     flops = TASK_ROWS["gpt"].step_flops(run, job.vocab_size, batch)
+    tokens = batch * job.sequence_length
     whole = dataclasses.replace(job, tensor=1, pipeline=1)
     return {
         "parameters": parameters_on_rank(whole),
         "parameters_on_a_rank": parameters_on_rank(job),
         "layout": {"data": job.data, "tensor": job.tensor, "pipeline": job.pipeline, "context": job.context},
         "global_batch_size": batch,
-        "tokens_per_step": batch * job.sequence_length,
+        "tokens_per_step": tokens,
         "microbatches": job.num_microbatches,
         "dtype": compute_dtype(run),
         **{f"{name}_bytes": value for name, value in dataclasses.asdict(memory).items()},
         "peak_bytes": memory.total,
         "step_tflop": flops / TERA,
         "step_tflop_per_rank": flops / ranks / TERA,
+        "machine": machine.name,
+        "machine_memory_bytes": machine.memory_bytes,
+        "fits": fits(memory.total, machine),
+        "step_seconds": seconds.total,
+        "seconds": dataclasses.asdict(seconds),
+        "tokens_per_second": tokens / seconds.total,
+        "mfu": flops / ranks / seconds.total / machine.flops,
+        "sent_bytes": sent_bytes(job),
     }
 
 
-def padded_vocabulary(run: Run) -> int:
-    """Rows of the table; of GPT-2's vocabulary where the command line names none."""
-    size = MOCK_VOCABULARY if run.data.vocab_size is None else run.data.vocab_size
-    return padded_vocab_size(size, run.model.make_vocab_size_divisible_by, 1)
-
-
-def planned(run: Run, ranks: int, *, vocab_size: int, device: str) -> Job:
-    """The sizes of a checked run of a GPT."""
-    shape, parallel = shape_of(run.model), run.parallel
-    layout = Layout(
-        ranks,
-        0,
-        0,
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.context_parallel_size,
-    )
-    assert run.optimizer.micro_batch_size is not None, "check.py saw to it"
-    element = 4 if compute_dtype(run) == "float32" else 2
-    return Job(
-        num_layers=shape.num_layers,
-        width=shape.width,
-        num_heads=shape.num_heads,
-        head_width=shape.head_width,
-        inner=shape.inner,
-        vocab_size=vocab_size,
-        num_positions=shape.num_positions,
-        sequence_length=sequence_length(run),
-        micro_batch_size=run.optimizer.micro_batch_size,
-        num_microbatches=global_batch_size(run, layout.data) // (run.optimizer.micro_batch_size * layout.data),
-        compute_bytes=element,
-        bf16=compute_dtype(run) == "bfloat16",
-        stream_bytes=4 if run.model.fp32_residual_connection else element,
-        dropout=run.model.hidden_dropout > 0,
-        attention_dropout=run.model.attention_dropout > 0,
-        recompute=recompute_granularity(run),
-        recompute_every=parallel.checkpoint_num_layers,
-        optimizer=run.optimizer.optimizer,
-        moments=run.optimizer.optimizer_state_dtype,
-        tied=not run.model.untie_embeddings_and_output_weights,
-        tensor=layout.tensor,
-        sequence_parallel=parallel.sequence_parallel,
-        pipeline=layout.pipeline,
-        context=layout.context,
-        data=layout.data,
-        sharding=parallel.data_parallel_sharding,
-        shard_size=parallel.data_parallel_shard_size,
-        device=device,
-    )
+def sent_bytes(job: Job) -> dict[str, float]:
+    """Bytes that a rank of the first stage sends in a step, by what for."""
+    sent: dict[str, float] = {}
+    for move in transfers(job):
+        sent[move.purpose] = sent.get(move.purpose, 0.0) + move.sent * move.calls
+    return sent
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -125,13 +127,60 @@ def table(figures: dict[str, Any]) -> str:
         (f"  {name}", f"{figures[f'{name}_bytes'] / GIB:8.2f} GiB")
         for name in ("weights", "gradients", "optimizer", "activations", "working")
     ]
+    fitting = "fits" if figures["fits"] else "does NOT fit"
+    room = f"{fitting} into {figures['machine_memory_bytes'] / GIB:.0f} GiB of {figures['machine']}"
+    seconds = [(f"  {name}", f"{value:8.3f} s") for name, value in figures["seconds"].items() if value >= 5e-4]
+    speed = f"{figures['tokens_per_second']:,.0f} tokens/s, MFU {100 * figures['mfu']:.1f} %"
+    sent = [(f"  {name}", f"{value / GIGA:8.3f} GB") for name, value in figures["sent_bytes"].items()]
     rows = [
         ("parameters", f"{figures['parameters']:,.0f}"),
         ("layout", layout),
         ("  parameters of a rank", f"{figures['parameters_on_a_rank']:,.0f}"),
         ("step", f"{figures['tokens_per_step']:,} tokens in {figures['microbatches']} microbatches of a rank"),
         ("  operations", f"{figures['step_tflop']:,.1f} TFLOP, {figures['step_tflop_per_rank']:,.2f} a rank"),
-        ("peak memory of a rank", f"{figures['peak_bytes'] / GIB:8.2f} GiB"),
+        ("peak memory of a rank", f"{figures['peak_bytes'] / GIB:8.2f} GiB, {room}"),
         *memory,
+        ("time of a step", f"{figures['step_seconds']:8.3f} s, {speed}"),
+        *seconds,
+        ("sent by a rank in a step", f"{sum(figures['sent_bytes'].values()) / GIGA:8.3f} GB"),
+        *sent,
     ]
     return "\n".join(f"{name:<26}{value}" for name, value in rows)
+
+
+def search(run: Run, ranks: int, machine: Machine, *, as_json: bool) -> int:
+    """Print the fastest layouts that fit; status 1 if none does."""
+    found = sorted(candidates(run, ranks, machine), key=lambda candidate: candidate.seconds)
+    fitting = [candidate for candidate in found if fits(candidate.peak_bytes, machine)]
+    if not found:
+        raise ValueError(f"--ranks = {ranks}: no layout suits the model and its --global-batch-size")
+    if not fitting:
+        least = min(found, key=lambda candidate: candidate.peak_bytes)
+        raise ValueError(
+            f"--ranks = {ranks}: none of {len(found):,} layouts fits into {machine.memory_bytes / GIB:.0f} GiB; the "
+            f"smallest takes {least.peak_bytes / GIB:.1f} GiB a rank: {' '.join(flags_of(least.run))}. Use more ranks"
+        )
+    tokens = global_batch_size(run, 1) * found[0].job.sequence_length
+    if as_json:
+        print(
+            json.dumps(
+                {"tried": len(found), "fit": len(fitting), "layouts": [_row(c, tokens) for c in fitting[:SHOWN]]}
+            )
+        )
+        return 0
+    print(f"{len(found):,} layouts of {ranks:,} ranks ({machine.name}), of which {len(fitting):,} fit; the fastest:")
+    print(f"{'s/step':>8} {'tokens/s':>12} {'GiB':>6}  flags")
+    for candidate in fitting[:SHOWN]:
+        row = _row(candidate, tokens)
+        speed = f"{row['step_seconds']:8.3f} {row['tokens_per_second']:12,.0f}"
+        print(f"{speed} {row['peak_bytes'] / GIB:6.1f}  {row['flags']}")
+    return 0
+
+
+def _row(candidate: Candidate, tokens: int) -> dict[str, Any]:
+    return {
+        "step_seconds": candidate.seconds,
+        "tokens_per_second": tokens / candidate.seconds,
+        "peak_bytes": candidate.peak_bytes,
+        "flags": " ".join(flags_of(candidate.run)),
+    }

@@ -63,8 +63,6 @@ def main(words: Sequence[str]) -> int:
     """Embed the evidence as the words say; return the exit status."""
     options = _parser().parse_args(words)
     if options.nproc is not None and "RANK" not in os.environ:
-        if options.nproc < 1:
-            raise ValueError(f"--nproc = {options.nproc}: must be greater than 0. Give a positive number")
         command = [sys.executable, "-m", "megalith", "index", *words]
         return launch(command, options.nproc, stop_grace=ParallelConfig().stop_grace)
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -53,8 +53,11 @@ def launch(command: Sequence[str], num_ranks: int, *, stop_grace: float, max_res
     """Run the command as that many ranks; return the exit status when all have ended.
 
     A signal to stop is handed on; stop_grace: seconds that the ranks then have to end. A rank that is lost takes the
-    others with it; that is done again at most max_restarts times, unless the ranks were told to stop.
+    others with it; that is done again at most max_restarts times, unless the ranks were told to stop. Raises ValueError
+    where there is nothing to start.
     """
+    if num_ranks < 1:
+        raise ValueError(f"--nproc = {num_ranks}: must be greater than 0. Give a positive number")
     launcher = _Launcher(stop_grace)
     for restarts in range(max_restarts + 1):
         status = launcher.run(command, num_ranks)

@@ -9,13 +9,15 @@ import torch
 
 from megalith.bench import made_for_measuring
 from megalith.check import check
-from megalith.forecast import forecast, planned
+from megalith.forecast import forecast
 from megalith.job import build_job
 from megalith.keeper import Keeper
 from megalith.loaders import open_data
 from megalith.monitor.log import RunLog
 from megalith.parallel.mesh import Layout
+from megalith.plan.machine import H100
 from megalith.plan.memory import gathered_bytes, predict
+from megalith.planned import planned
 from megalith.sources import read_command_line
 from megalith.train import take_step
 from tests.plan.live import LiveBytes, tensors_in
@@ -49,11 +51,22 @@ CASES = {
 }
 
 
-def measured_and_predicted(words: Sequence[str], rank: int = 0, world_size: int = 1) -> tuple[int, float]:
+STAGES = {
+    "gpipe": "--pipeline-schedule gpipe",
+    "1f1b": "",
+    "interleaved": "--num-layers-per-virtual-pipeline-stage 1",
+    "zero-bubble": "--num-layers-per-virtual-pipeline-stage 1 --pipeline-schedule zero-bubble",
+    "1f1b, full": "--checkpoint-activations",
+}
+
+
+def measured_and_predicted(
+    words: Sequence[str], rank: int = 0, world_size: int = 1, stages: int = 1
+) -> tuple[int, float]:
     """Peak bytes of the tensors of a step that is not the first, and what `predict` says."""
     run = made_for_measuring(read_command_line([*MODEL, *words]), steps=4)
     assert not check(run, world_size)
-    device, layout = torch.device("cpu"), Layout(world_size, rank, rank, 1, 1)
+    device, layout = torch.device("cpu"), Layout(world_size, rank, rank, 1, stages)
     with open(os.devnull, "w") as nowhere, RunLog("json", nowhere, is_printing_rank=False) as log:
         job = build_job(run, layout, device, log, started=0.0)
         with Keeper(job) as keeper:
@@ -74,6 +87,20 @@ def test_a_step_holds_what_is_predicted(case: str) -> None:
     measured, predicted = measured_and_predicted(CASES[case].split())
     # What is left out: labels, masks, scalars, and pieces of memory that overlap for one operation.
     assert predicted == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("schedule", STAGES)
+def test_the_stage_that_holds_most_holds_what_is_predicted(schedule: str) -> None:
+    words = "--num-layers 8 --pipeline-model-parallel-size 2 --global-batch-size 16 --micro-batch-size 2".split()
+    words += ["--seq-length", "256", "--max-position-embeddings", "256", *STAGES[schedule].split()]
+
+    def on_rank(rank: int) -> tuple[int, float]:
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+        return measured_and_predicted(words, rank, 2, stages=2)
+
+    found = run_ranks(on_rank, 2, timeout=120)
+    measured, predicted = max(measured for measured, _ in found), found[0][1]
+    assert predicted == pytest.approx(measured, rel=0.05)
 
 
 def states_on_rank(rank: int, sharding: str) -> tuple[int, int]:
@@ -115,7 +142,7 @@ def test_a_forecast_of_the_reference_job_has_its_figures() -> None:
         "--num-layers 48 --hidden-size 1600 --num-attention-heads 25 --seq-length 1024 --max-position-embeddings 1024"
     )
     run = read_command_line([*words.split(), *"--bf16 --micro-batch-size 8 --global-batch-size 64".split()])
-    figures = forecast(made_for_measuring(run, steps=1), 1, device="cuda")
+    figures = forecast(made_for_measuring(run, steps=1), 1, H100)
     assert figures["parameters"] == 1_557_686_400
     assert figures["step_tflop"] == pytest.approx(673.3, abs=0.05)
     # fp32 weights, gradients and two moments: 16 bytes a parameter.
@@ -136,5 +163,5 @@ def test_cutting_a_model_shares_its_memory_out() -> None:
         "tp5": "--tensor-model-parallel-size 5",
     }.items():
         run = made_for_measuring(read_command_line([*words.split(), *more.split()]), steps=1)
-        peaks[name] = forecast(run, 40 if name == "tp5" else 8, device="cuda")["peak_bytes"]
+        peaks[name] = forecast(run, 40 if name == "tp5" else 8, H100)["peak_bytes"]
     assert peaks["tp5"] < peaks["zero3"] < peaks["pp2"] < peaks["dp8"]

@@ -10,44 +10,10 @@ from dataclasses import dataclass
 from megalith.layers.loss import CHUNK_ROWS
 from megalith.layers.loss_blocks import BLOCK
 from megalith.layers.products import LEAST
+from megalith.plan.job import FP32, Job, kept_passes, layer_parameters, parameters_in_products, parameters_on_rank
 
-FP32 = 4  # bytes
 # Of an Adam moment, by --optimizer-state-dtype; int8 has 4 bytes of scale for 256 elements.
 MOMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / 256}
-
-
-@dataclass(frozen=True)
-class Job:
-    """A GPT, how it is trained, and how it is laid over ranks."""
-
-    num_layers: int
-    width: int
-    num_heads: int
-    head_width: int
-    inner: int
-    vocab_size: int  # padded
-    num_positions: int
-    sequence_length: int
-    micro_batch_size: int
-    num_microbatches: int  # of a step, on a rank
-    compute_bytes: int = FP32  # of an activation
-    stream_bytes: int = FP32  # of an element between blocks
-    bf16: bool = False  # of the 16-bit types
-    dropout: bool = False  # of what is added to the stream
-    attention_dropout: bool = False
-    recompute: str | None = None  # full, selective or None
-    recompute_every: int = 1
-    optimizer: str = "adam"
-    moments: str = "fp32"
-    tied: bool = True
-    tensor: int = 1
-    sequence_parallel: bool = False
-    pipeline: int = 1
-    context: int = 1
-    data: int = 1
-    sharding: str = "none"  # optimizer, gradients or parameters
-    shard_size: int | None = None  # ranks that share gradients or parameters out; None: all replicas
-    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -70,29 +36,54 @@ class Memory:
 
 
 def predict(job: Job) -> Memory:
-    """The peak of a step that is not the first: when the loss is computed, when the last layer is differentiated, or
-    when the gradients of the table come together."""
+    """The peak of a step that is not the first, on the stage that holds most."""
+    stages = {0, job.pipeline - 1}
+    return max((predict_stage(job, stage) for stage in stages), key=lambda memory: memory.total)
+
+
+def predict_stage(job: Job, stage: int) -> Memory:
+    """The peak of a step on a stage: when the loss is computed, when the last layer is differentiated, or when the
+    gradients of the table come together."""
+    is_first, is_last = stage == 0, stage == job.pipeline - 1
     parameters = parameters_on_rank(job)
-    replicas = job.data * job.context
-    shared = replicas if job.shard_size is None else job.shard_size
-    weights = FP32 * parameters / (shared if job.sharding in ("gradients", "parameters") else 1) + gathered_bytes(job)
-    gradients = FP32 * parameters / (shared if job.sharding in ("gradients", "parameters") else 1)
-    moments_by = {"none": 1, "optimizer": replicas}.get(job.sharding, shared)
+    shared = job.sharers if job.sharding in ("gradients", "parameters") else 1
+    weights = FP32 * parameters / shared + gathered_bytes(job)
+    gradients = FP32 * parameters / shared
+    if shared > 1 and job.pipeline > 1:
+        gradients += FP32 * parameters  # summed over the step's microbatches before they are shared out
+    moments_by = job.replicas if job.sharding == "optimizer" else shared
     moments = (2 * MOMENT_BYTES[job.moments] if job.optimizer == "adam" else FP32) * parameters / moments_by
-    layers = -(-job.num_layers // job.pipeline)
-    in_flight = min(job.pipeline, job.num_microbatches)
-    kept = in_flight * stage_activations(job, layers)
+    kept = kept_passes(job, stage) * stage_activations(job) + received_bytes(job, is_first, is_last)
+    kept += delayed_bytes(job)
     # In the first microbatch of a step the gradients come into being while the activations go.
     before = gradients if job.num_microbatches > 1 else 0.0
+    # By the time of the last layer the last norm is done with.
+    at_layer = kept - (end_bytes(job) if is_last else 0.0) + recomputed_activations(job)
     moments_of_a_step = [
-        Memory(weights, before, moments, kept, loss_bytes(job) if job.pipeline == 1 else 0.0),
-        # By then the last norm is done with.
-        Memory(
-            weights, before, moments, kept - end_bytes(job) + recomputed_activations(job, layers), layer_working(job)
-        ),
-        Memory(weights, gradients, moments, 0.0, look_up_bytes(job)),
+        Memory(weights, before, moments, kept, loss_bytes(job) if is_last else 0.0),
+        Memory(weights, before, moments, at_layer, layer_working(job, with_table=is_first and is_last)),
+        Memory(weights, gradients, moments, 0.0, look_up_bytes(job) if is_first else 0.0),
     ]
     return max(moments_of_a_step, key=lambda memory: memory.total)
+
+
+def received_bytes(job: Job, is_first: bool, is_last: bool) -> float:
+    """What a stage receives: torch's pipelines have a place for each microbatch of a step, for what enters a part and
+    for the gradient of what leaves it."""
+    return job.num_microbatches * job.stream * (2 * job.parts - is_first - is_last)
+
+
+def delayed_bytes(job: Job) -> float:
+    """What a zero-bubble schedule keeps besides, of parts whose gradients of weights are still to be made: what
+    entered their products, and the gradients of what left them."""
+    if job.schedule != "zero-bubble":
+        return 0.0
+    heads, inner = job.num_heads * job.head_width / job.tensor, job.inner / job.tensor
+    entered = job.width * 2 + heads + inner
+    left = 3 * heads + job.width * 2 + inner
+    layers = job.layers_of_a_stage / job.parts
+    parts = job.pipeline + (1 if job.parts > 1 else 0)  # as many as were counted on ranks that hold most
+    return parts * layers * job.tokens * (entered + left) * job.compute_bytes
 
 
 def gathered_bytes(job: Job) -> float:
@@ -100,30 +91,12 @@ def gathered_bytes(job: Job) -> float:
     those in blocks are gathered in the type of the computation, the tables in fp32."""
     if job.sharding not in ("gradients", "parameters"):
         return 0.0
-    layers = -(-job.num_layers // job.pipeline)
+    layers = job.layers_of_a_stage
     blocks = layers * layer_parameters(job)
     tables = parameters_on_rank(job) - blocks
-    at_once = layers if job.sharding == "gradients" else min(2, layers)
+    # Stages keep what they gathered until the step's last pass.
+    at_once = layers if job.sharding == "gradients" or job.pipeline > 1 else min(2, layers)
     return FP32 * tables + at_once * layer_parameters(job) * job.compute_bytes
-
-
-def layer_parameters(job: Job) -> float:
-    """Elements of the weights of one layer on a rank."""
-    biases_of_cut_products = (3 * job.num_heads * job.head_width + job.inner) / job.tensor
-    return parameters_in_products(job) + biases_of_cut_products + 2 * job.width + 4 * job.width
-
-
-def parameters_on_rank(job: Job) -> float:
-    """Elements of the weights that a rank uses, before replicas share anything out."""
-    width = job.width
-    tables = job.vocab_size * width / job.tensor * (1 if job.tied or job.pipeline > 1 else 2)
-    layers = -(-job.num_layers // job.pipeline)
-    return layers * layer_parameters(job) + tables + job.num_positions * width + 2 * width
-
-
-def tokens_on_rank(job: Job) -> float:
-    """Tokens of a microbatch whose attention and feed-forward are computed here."""
-    return job.micro_batch_size * job.sequence_length / job.context
 
 
 def layer_activations(job: Job) -> float:
@@ -131,7 +104,7 @@ def layer_activations(job: Job) -> float:
 
     Where products go to oneDNN the outputs of norms are made again.
     """
-    tokens, e = tokens_on_rank(job), job.compute_bytes
+    tokens, e = job.tokens, job.compute_bytes
     cut = job.tensor if job.sequence_parallel else 1
     heads, inner = job.num_heads * job.head_width / job.tensor, job.inner / job.tensor
     between = 2 * job.stream_bytes * job.width / cut  # before each norm
@@ -147,46 +120,38 @@ def layer_activations(job: Job) -> float:
 def _is_kept(job: Job, features: float) -> bool:
     """Whether a norm's output is kept for the backward pass of the product that makes so many features of it."""
     by_onednn = job.device == "cpu" and job.compute_bytes == FP32
-    large = tokens_on_rank(job) * job.width * features >= LEAST
+    large = job.tokens * job.width * features >= LEAST
     return not (by_onednn and large) or job.tensor > 1
-
-
-def parameters_in_products(job: Job) -> float:
-    """Elements of a layer's matrices here, of which 16-bit products keep a copy for the backward pass."""
-    return (4 * job.width * job.num_heads * job.head_width + 2 * job.width * job.inner) / job.tensor
-
-
-def stream_bytes(job: Job) -> float:
-    """The stream of a microbatch between two layers."""
-    return tokens_on_rank(job) * job.width * job.stream_bytes / (job.tensor if job.sequence_parallel else 1)
 
 
 def end_bytes(job: Job) -> float:
     """The stream that leaves the last layer, and its norm."""
-    normed = tokens_on_rank(job) * job.width * job.compute_bytes / (job.tensor if job.sequence_parallel else 1)
-    return stream_bytes(job) + normed
+    normed = job.tokens * job.width * job.compute_bytes / (job.tensor if job.sequence_parallel else 1)
+    return job.stream + normed
 
 
-def stage_activations(job: Job, layers: int) -> float:
-    """What a stage of that many layers keeps of one microbatch, what leaves it included."""
+def stage_activations(job: Job) -> float:
+    """What a stage keeps of one microbatch, what leaves each of its parts included."""
+    layers = job.layers_of_a_stage
     if job.recompute != "full":
-        return layers * layer_activations(job) + end_bytes(job)
-    return -(-layers // min(job.recompute_every, layers)) * stream_bytes(job) + end_bytes(job)
+        return layers * layer_activations(job) + job.parts * end_bytes(job)
+    chunks = job.parts * -(-layers // (job.parts * job.recompute_every))
+    return chunks * job.stream + job.parts * end_bytes(job)
 
 
-def recomputed_activations(job: Job, layers: int) -> float:
+def recomputed_activations(job: Job) -> float:
     """What is there again of the layers that are being differentiated, beside their input."""
     if job.recompute != "full":
         return 0.0
-    return min(job.recompute_every, layers) * layer_activations(job) - stream_bytes(job)
+    return min(job.recompute_every, job.layers_of_a_stage) * layer_activations(job) - job.stream
 
 
-def layer_working(job: Job) -> float:
+def layer_working(job: Job, *, with_table: bool) -> float:
     """What the backward pass of the last layer makes: gradients of the stream, of the feed-forward's inside and of its
-    matrix; and the table's gradient of the loss, which waits for that of looking up where the table is tied."""
-    tokens, e = tokens_on_rank(job), job.compute_bytes
+    matrix; with_table: and the table's gradient of the loss, which waits for that of looking up where it is tied."""
+    tokens, e = job.tokens, job.compute_bytes
     inner = job.inner / job.tensor
-    waiting = FP32 * job.vocab_size / job.tensor * job.width if job.pipeline == 1 and job.tied else 0.0
+    waiting = FP32 * job.vocab_size / job.tensor * job.width if with_table and job.tied else 0.0
     return tokens * e * (inner + job.width) + FP32 * job.width * inner + waiting
 
 
@@ -196,16 +161,14 @@ def look_up_bytes(job: Job) -> float:
     Where the table is tied, that of the loss has waited for it, and both are added up, on a CPU in place where no other
     rank holds a part; in the first microbatch of a step the last tensor of these is the gradient itself.
     """
-    if job.pipeline > 1:
-        return 0.0
     in_place = job.device == "cpu" and job.tensor == 1
-    tables = (3 if job.tied and not in_place else 1) - (1 if job.num_microbatches == 1 else 0)
+    tables = (3 if job.tied and job.pipeline == 1 and not in_place else 1) - (1 if job.num_microbatches == 1 else 0)
     return tables * FP32 * job.vocab_size / job.tensor * job.width
 
 
 def loss_bytes(job: Job) -> float:
     """A chunk of logits, the gradient by the hidden states, and that of the table."""
-    tokens, vocabulary = tokens_on_rank(job), job.vocab_size / job.tensor
+    tokens, vocabulary = job.tokens, job.vocab_size / job.tensor
     rows = min(CHUNK_ROWS[job.device], tokens)
     if job.bf16 and job.device == "cpu" and vocabulary > BLOCK and rows * job.width * BLOCK >= LEAST:
         # The probabilities of a chunk, the logits of the last block in fp32 or of the one before, the table in bf16.

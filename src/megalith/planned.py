@@ -1,0 +1,85 @@
+"""A checked run of a GPT in numbers, from which its forecasts are made."""
+
+import dataclasses
+
+from megalith.config import Run
+from megalith.data.tokenizer import padded_vocab_size
+from megalith.derived import compute_dtype, global_batch_size, recompute_granularity, sequence_length
+from megalith.job import MOCK_VOCABULARY
+from megalith.models.shape import shape_of
+from megalith.parallel.apply import num_chunks, schedule_of
+from megalith.parallel.mesh import Layout
+from megalith.plan.job import Job
+
+
+def padded_vocabulary(run: Run) -> int:
+    """Rows of the table; of GPT-2's vocabulary where the command line names none."""
+    size = MOCK_VOCABULARY if run.data.vocab_size is None else run.data.vocab_size
+    return padded_vocab_size(size, run.model.make_vocab_size_divisible_by, 1)
+
+
+def planned(run: Run, ranks: int, *, vocab_size: int, device: str) -> Job:
+    """The sizes of a checked run of a GPT, on so many ranks; device: cuda or cpu."""
+    shape, parallel = shape_of(run.model), run.parallel
+    layout = Layout(
+        ranks,
+        0,
+        0,
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    assert run.optimizer.micro_batch_size is not None, "check.py saw to it"
+    element = 4 if compute_dtype(run) == "float32" else 2
+    return Job(
+        num_layers=shape.num_layers,
+        width=shape.width,
+        num_heads=shape.num_heads,
+        head_width=shape.head_width,
+        inner=shape.inner,
+        vocab_size=vocab_size,
+        num_positions=shape.num_positions,
+        sequence_length=sequence_length(run),
+        micro_batch_size=run.optimizer.micro_batch_size,
+        num_microbatches=global_batch_size(run, layout.data) // (run.optimizer.micro_batch_size * layout.data),
+        compute_bytes=element,
+        bf16=compute_dtype(run) == "bfloat16",
+        fp8=parallel.fp8_format is not None,
+        stream_bytes=4 if run.model.fp32_residual_connection else element,
+        dropout=run.model.hidden_dropout > 0,
+        attention_dropout=run.model.attention_dropout > 0,
+        recompute=recompute_granularity(run),
+        recompute_every=parallel.checkpoint_num_layers,
+        optimizer=run.optimizer.optimizer,
+        moments=run.optimizer.optimizer_state_dtype,
+        tied=not run.model.untie_embeddings_and_output_weights,
+        # auto compiles on a GPU where the run is long, and what is planned is.
+        compiled=device == "cuda" and parallel.compile != "off",
+        tensor=layout.tensor,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline=layout.pipeline,
+        parts=num_chunks(parallel, shape.num_layers),
+        schedule=schedule_of(parallel),
+        context=layout.context,
+        context_exchange=parallel.context_exchange,
+        data=layout.data,
+        sharding=parallel.data_parallel_sharding,
+        shard_size=parallel.data_parallel_shard_size,
+        device=device,
+    )
+
+
+def without_layout(run: Run) -> Run:
+    """The run as one rank would have it, a sequence at a time: what is wrong with it is not its layout."""
+    parallel = dataclasses.replace(
+        run.parallel,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        context_parallel_size=1,
+        num_layers_per_virtual_pipeline_stage=None,
+        pipeline_schedule=None,
+        sequence_parallel=False,
+        data_parallel_shard_size=None,
+        data_parallel_sharding="none",
+    )
+    return dataclasses.replace(run, parallel=parallel, optimizer=dataclasses.replace(run.optimizer, micro_batch_size=1))
