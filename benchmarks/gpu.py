@@ -44,10 +44,10 @@ class Row:
 ROWS = (
     Row("XL bf16, no dropout, microbatch 16", XL, f"--bf16 {STILL}", "16 64", seconds=1.30),
     Row("XL bf16, dropout, microbatch 16", XL, "--bf16", "16 64", seconds=1.50),
-    Row("XL bf16, dropout, full recomputation", XL, f"--bf16 {FULL}", "8 64", seconds=1.75, gib=26),
-    Row("XL fp16, dropout, microbatch 16", XL, "--fp16 --initial-loss-scale 65536", "16 64", seconds=1.50),
     Row("XL bf16, no dropout, microbatch 8", XL, f"--bf16 {STILL}", "8 64", gib=46),
-    Row("XL bf16, no dropout, budget 0.9", XL, f"--bf16 {STILL} --activation-memory-budget 0.9", "8 64", gib=46),
+    Row("XL bf16, dropout, full recomput. at 16", XL, f"--bf16 {FULL}", "16 64", seconds=1.75),
+    Row("XL bf16, dropout, full recomput. at 8", XL, f"--bf16 {FULL}", "8 64", gib=26),
+    Row("XL fp16, dropout, microbatch 16", XL, "--fp16 --initial-loss-scale 65536", "16 64", seconds=1.50),
     Row("XL fp8, no dropout, microbatch 16", XL, f"--bf16 --fp8-format e4m3 {STILL}", "16 64", seconds=1.12),
     Row("XL bf16, int8 moments, full recomput.", XL, f"--bf16 {FULL} --optimizer-state-dtype int8", "8 64", gib=17),
     Row("124M bf16, no dropout", SMALL, f"--bf16 {STILL}", "32 64"),
@@ -61,6 +61,7 @@ class Report:
 
     rehearse: bool
     deadline: float
+    num_rows: int  # of the models
     figures: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
@@ -95,9 +96,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="gpu.sh", description=__doc__)
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, at toy sizes")
     parser.add_argument("--only", nargs="*", choices=[section.__name__ for section in SECTIONS])
+    parser.add_argument("--rows", type=int, default=len(ROWS), metavar="N", help="models: the first N rows alone [all]")
     parser.add_argument("--minutes", type=float, default=8.7, help="for everything [8.7]")
     options = parser.parse_args()
-    report = Report(options.rehearse, time.monotonic() + 60 * options.minutes)
+    report = Report(options.rehearse, time.monotonic() + 60 * options.minutes, options.rows)
     for section in SECTIONS:
         if section.__name__ in (options.only or WHOLE):
             began = time.monotonic()
@@ -147,7 +149,8 @@ def products(report: Report) -> None:
 
 def tests(report: Report) -> None:
     """The tests that need a GPU, and those of the kernels."""
-    files = ["tests/layers/test_attend_fused.py", "tests/layers/test_random.py", "tests/layers/test_float8.py"]
+    names = ("attend_fused", "random", "float8", "sixteen")
+    files = [f"tests/layers/test_{name}.py" for name in names]
     chosen = (
         files if report.rehearse else ["-m", "gpu or not gpu", *files, "tests/layers/test_attend.py", "tests/optim"]
     )
@@ -171,7 +174,7 @@ def tests(report: Report) -> None:
 def models(report: Report) -> None:
     """The reference job and smaller ones: predicted and measured."""
     report.figures["models"] = {}
-    for row in ROWS:
+    for row in ROWS[: report.num_rows]:
         words = _flags_of(row, report)
         steps = ["--steps", "3" if report.rehearse else "6", "--warmup", "1" if report.rehearse else "2", "--json"]
         command = [sys.executable, "-m", "megalith", "bench", *steps, *words]
@@ -193,7 +196,7 @@ def _flags_of(row: Row, report: Report) -> list[str]:
     words = f"{model} {row.words} --micro-batch-size {micro} --global-batch-size {whole} --vocab-size 50257".split()
     if report.rehearse:
         words += ["--device", "cpu", "--vocab-size", "300"]
-    if not report.rehearse or "budget" in row.words:  # which the compiler keeps
+    if not report.rehearse:
         words += ["--compile", "on"]
     return words
 

@@ -68,6 +68,7 @@ def compiled_code(options: argparse.Namespace) -> tuple[str, int]:
     from megalith.layers.mask import Mask
     from megalith.models.settings import ModelConfig
     from megalith.models.shape import block_shape
+    from megalith.parallel.narrow import linears_of
     from megalith.parallel.recompute import compile_blocks
 
     graphs: list[str] = []
@@ -88,6 +89,9 @@ def compiled_code(options: argparse.Namespace) -> tuple[str, int]:
         if options.fp8:
             use_float8(blocks, options.fp8)
         compile_blocks(blocks, memory_budget=options.budget, device=device, recompute_inside=options.recompute)
+        if not options.recompute and options.budget is None and options.dtype != "float32":
+            for linear in linears_of(blocks):  # as the step's engine has them
+                linear.narrow = torch.empty_like(linear.weight, dtype=dtype)
         x = torch.empty(options.microbatch, 1024, 1600, device=device, dtype=dtype, requires_grad=True)
         rows = torch.empty(options.microbatch, 1024, dtype=torch.int32, device=device) if options.dropout else None
         seen = torch.empty(options.microbatch, 1, 1024, 1024, dtype=torch.bool, device=device)

@@ -33,7 +33,7 @@ class Blocks(NamedTuple):
 def forward_blocks(head_width: int) -> Blocks:
     """Sizes for the forward pass."""
     return (
-        Blocks(128, 64, 8, 3, 128)
+        Blocks(64, 64, 4, 2, 128)
         if head_width <= 64
         else Blocks(128, 64, 8, 2)
         if head_width <= 128

@@ -138,7 +138,7 @@ class SelfAttention(_Attention):
         """Queries, keys and values."""
         given = self.qkv.plain(x_BTD) if has_kernels() else None
         if given is not None:
-            return sixteen_heads(*given, self.head_width)
+            return sixteen_heads(*given, head_width=self.head_width)
         qkv: Tensor = self.qkv(x_BTD, again)
         q_BTHK, k_BTHK, v_BTHK = qkv.unflatten(-1, (-1, 3, self.head_width)).unbind(3)
         return q_BTHK, k_BTHK, v_BTHK

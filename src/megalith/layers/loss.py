@@ -19,8 +19,9 @@ from megalith.layers.loss_blocks import BLOCK, add_product, losses_and_gradients
 from megalith.layers.products import LEAST, suits_onednn
 
 # Rows per chunk: fewer make the matrix products slow, more make the chunk's logits large (100 MB for 512 rows of 50304
-# fp32 logits). On a GPU a chunk is the price of one pass over the table's gradient, so it is larger.
-CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
+# fp32 logits). On a GPU a chunk is the price of one pass over the table's gradient, so it is larger, a quarter of a
+# microbatch within these bounds.
+CPU_ROWS, LEAST_ROWS, MOST_ROWS = 512, 1024, 4096
 
 
 def vocabulary_cross_entropy(
@@ -211,4 +212,9 @@ def _losses(
 
 def rows_per_chunk(hidden: Tensor) -> int:
     """How many of these rows are scored at once."""
-    return CHUNK_ROWS["cuda" if hidden.is_cuda else "cpu"]
+    return chunk_rows("cuda" if hidden.is_cuda else "cpu", hidden.numel() // max(1, hidden.shape[-1]))
+
+
+def chunk_rows(device_type: str, num_rows: int) -> int:
+    """How many of so many rows are scored at once."""
+    return CPU_ROWS if device_type == "cpu" else min(max(num_rows // 4, LEAST_ROWS), MOST_ROWS)

@@ -21,21 +21,28 @@ def suits_sixteen(x: Tensor, weight_OI: Tensor) -> bool:
     return x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16) and weight_OI.dtype == torch.float32
 
 
-def sixteen_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """x weight^T + bias; gradients flow to all three, those of weight and bias in their own fp32."""
-    y: Tensor = _Linear.apply(x, weight_OI, bias_O)
+def sixteen_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, narrow_OI: Tensor | None = None) -> Tensor:
+    """x weight^T + bias; gradients flow to all three, those of weight and bias in their own fp32.
+
+    narrow, here and below: the weight in the type of x, if it is at hand.
+    """
+    y: Tensor = _Linear.apply(x, weight_OI, bias_O, narrow_OI)
     return y
 
 
-def sixteen_linear_gelu(x: Tensor, weight_FI: Tensor, bias_F: Tensor, *, tanh: bool) -> Tensor:
+def sixteen_linear_gelu(
+    x: Tensor, weight_FI: Tensor, bias_F: Tensor, narrow_FI: Tensor | None = None, *, tanh: bool
+) -> Tensor:
     """gelu(x weight^T + bias); needs Triton."""
-    y: Tensor = _LinearGelu.apply(x, weight_FI, bias_F, tanh)
+    y: Tensor = _LinearGelu.apply(x, weight_FI, bias_F, narrow_FI, tanh)
     return y
 
 
-def sixteen_heads(x_BTI: Tensor, weight_OI: Tensor, bias_O: Tensor, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
+def sixteen_heads(
+    x_BTI: Tensor, weight_OI: Tensor, bias_O: Tensor, narrow_OI: Tensor | None = None, *, head_width: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, BTHK each, of weights that hold those of each head in turn; needs Triton."""
-    q_BTHK, k_BTHK, v_BTHK = _Heads.apply(x_BTI, weight_OI, bias_O, head_width)
+    q_BTHK, k_BTHK, v_BTHK = _Heads.apply(x_BTI, weight_OI, bias_O, narrow_OI, head_width)
     return q_BTHK, k_BTHK, v_BTHK
 
 
@@ -53,21 +60,21 @@ def product_in_fp32(left: Tensor, right: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        weight = weight_OI.to(x.dtype)
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, narrow_OI: Tensor | None) -> Tensor:
+        weight = weight_OI.to(x.dtype) if narrow_OI is None else narrow_OI
         ctx.save_for_backward(x, weight)
         return F.linear(x, weight, None if bias_O is None else bias_O.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         grad_bias = grad_y.flatten(0, -2).sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        return *_by_input_and_weight(ctx, grad_y), grad_bias
+        return *_by_input_and_weight(ctx, grad_y), grad_bias, None
 
 
 class _LinearGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_FI: Tensor, bias_F: Tensor, tanh: bool) -> Tensor:
-        weight = weight_FI.to(x.dtype)
+    def forward(ctx: Any, x: Tensor, weight_FI: Tensor, bias_F: Tensor, narrow_FI: Tensor | None, tanh: bool) -> Tensor:
+        weight = weight_FI.to(x.dtype) if narrow_FI is None else narrow_FI
         before = F.linear(x, weight, bias_F.to(x.dtype))
         ctx.save_for_backward(x, weight, before)
         ctx.tanh = tanh
@@ -79,13 +86,15 @@ class _LinearGelu(torch.autograd.Function):
 
         before = ctx.saved_tensors[2]
         grad_before, grad_bias = gelu_backward(grad_y, before, ctx.tanh)
-        return *_by_input_and_weight(ctx, grad_before), grad_bias, None
+        return *_by_input_and_weight(ctx, grad_before), grad_bias, None, None
 
 
 class _Heads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor, head_width: int) -> tuple[Tensor, ...]:
-        weight = weight_OI.to(x.dtype)
+    def forward(
+        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor, narrow_OI: Tensor | None, head_width: int
+    ) -> tuple[Tensor, ...]:
+        weight = weight_OI.to(x.dtype) if narrow_OI is None else narrow_OI
         ctx.save_for_backward(x, weight)
         q_BTHK, k_BTHK, v_BTHK = F.linear(x, weight, bias_O.to(x.dtype)).unflatten(-1, (-1, 3, head_width)).unbind(-2)
         return q_BTHK, k_BTHK, v_BTHK
@@ -95,7 +104,7 @@ class _Heads(torch.autograd.Function):
         from megalith.layers.columns import join_heads
 
         joined, grad_bias = join_heads(grad_q, grad_k, grad_v)
-        return *_by_input_and_weight(ctx, joined), grad_bias, None
+        return *_by_input_and_weight(ctx, joined), grad_bias, None, None
 
 
 def _by_input_and_weight(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:

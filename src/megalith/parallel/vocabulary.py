@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalith.layers.loss import in_type_of, rows_per_chunk, take_gradients
+from megalith.layers.loss_blocks import add_product
 from megalith.parallel.collectives import (
     Group,
     all_gather,
@@ -118,7 +119,7 @@ class _CutCrossEntropy(torch.autograd.Function):
                 slopes = powers.div_(total).scatter_add_(1, labels, -here.to(powers.dtype)).to(hidden.dtype)
                 torch.mm(slopes, table_SD, out=grad_hidden[part]).mul_(weights)
                 weighted = (hidden * weights).to(hidden.dtype)
-                grad_table += slopes.t() @ weighted
+                add_product(grad_table, slopes.t(), weighted, first=False)
                 if grad_bias is not None:
                     grad_bias += slopes.t() @ weights[:, 0].to(slopes.dtype)
         if grad_hidden is not None and grad_table is not None:

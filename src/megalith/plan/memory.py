@@ -7,7 +7,7 @@ and an allocator's waste come on top.
 
 from dataclasses import dataclass
 
-from megalith.layers.loss import CHUNK_ROWS
+from megalith.layers.loss import chunk_rows
 from megalith.layers.loss_blocks import BLOCK
 from megalith.layers.products import LEAST
 from megalith.plan.job import FP32, Job, kept_passes, layer_parameters, parameters_in_products, parameters_on_rank
@@ -169,7 +169,7 @@ def look_up_bytes(job: Job) -> float:
 def loss_bytes(job: Job) -> float:
     """A chunk of logits, the gradient by the hidden states, and that of the table."""
     tokens, vocabulary = job.tokens, job.vocab_size / job.tensor
-    rows = min(CHUNK_ROWS[job.device], tokens)
+    rows = min(chunk_rows(job.device, int(tokens)), tokens)
     if job.bf16 and job.device == "cpu" and vocabulary > BLOCK and rows * job.width * BLOCK >= LEAST:
         # The probabilities of a chunk, the logits of the last block in fp32 or of the one before, the table in bf16.
         last, e = vocabulary % BLOCK, job.compute_bytes

@@ -1,0 +1,72 @@
+"""Weights are rounded once for a step's microbatches, and are not there when nothing runs."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalith.layers.block import Block
+from megalith.layers.float8 import use_float8
+from megalith.layers.linear import split_backward_passes
+from megalith.models.settings import ModelConfig
+from megalith.models.shape import block_shape
+from megalith.parallel.narrow import Narrowed, linears_of
+from megalith.parallel.step import Batch, Timers
+
+CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=2, max_position_embeddings=8)
+
+
+def made() -> Block:
+    block = Block(block_shape(CONFIG, dtype=torch.bfloat16), number=0, stack="decoder")
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_()
+    return block
+
+
+class Watching:
+    """An engine that notes what is at hand."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.seen: list[list[Tensor | None]] = []
+
+    def run(self, microbatches: Sequence[Batch], *, backward: bool, timers: Timers) -> Tensor:
+        self.seen.append([linear.narrow for linear in linears_of(self.block)])
+        if not backward:
+            raise ValueError("stopped")
+        return torch.ones(1)
+
+
+def test_rounded_weights_are_those_of_now_and_gone_afterwards() -> None:
+    block = made()
+    inner = Watching(block)
+    engine = Narrowed(inner, [block], torch.bfloat16)
+    for _ in range(2):
+        assert engine.run([{}], backward=True, timers=lambda name: torch.no_grad()) == 1
+        linears = linears_of(block)
+        assert len(linears) == 4
+        for linear, narrow in zip(linears, inner.seen[-1], strict=True):
+            assert narrow is not None and torch.equal(narrow, linear.weight.to(torch.bfloat16))
+            assert not narrow.requires_grad and linear.narrow is None
+        with torch.no_grad():
+            block.feedforward.up.weight.add_(1.0)
+
+
+def test_rounded_weights_are_gone_after_a_fault() -> None:
+    block = made()
+    with pytest.raises(ValueError, match="stopped"):
+        Narrowed(Watching(block), [block], torch.bfloat16).run(
+            [{}], backward=False, timers=lambda name: torch.no_grad()
+        )
+    assert all(linear.narrow is None for linear in linears_of(block))
+
+
+def test_products_of_another_arithmetic_are_left_alone() -> None:
+    block = made()
+    use_float8(block, "e4m3")
+    assert not linears_of(block)
+    block = made()
+    split_backward_passes(block)
+    assert not linears_of(block)
