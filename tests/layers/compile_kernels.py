@@ -1,4 +1,4 @@
-"""Compile the kernels of attention and of sums of columns for a GPU of the given capability. No tests."""
+"""Compile all kernels for a GPU of the given capability. No tests."""
 
 import sys
 from typing import Any
@@ -9,6 +9,7 @@ from triton.compiler import ASTSource
 
 from megalith.layers import attend_fused, columns
 from megalith.layers.attend_fused import backward_blocks, forward_blocks, queries_blocks
+from megalith.optim import compact, compact_fused
 
 POINTERS = {
     "q": "", "k": "", "v": "", "o": "", "grad_o": "", "grad_q": "", "grad_k": "", "grad_v": "",
@@ -67,6 +68,20 @@ def main(capability: int, dtypes: list[str]) -> None:
             made = triton.compile(ASTSource(kernel, signature_of(kernel, dtype, constants), constants), target=target)
             assert made.asm["cubin"]
             print(f"{kernel.__name__} {dtype} shared {made.metadata.shared} bytes")
+    for codes in (("i8", "u8"), ("bf16", "bf16")):
+        made = triton.compile(ASTSource(compact_fused._update, *of_update(*codes)), target=target)
+        assert made.asm["cubin"]
+        print(f"{compact_fused._update.__name__} {codes[0]} shared {made.metadata.shared} bytes")
+
+
+def of_update(codes1: str, codes2: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """Types and constants of the update of moments that are kept in these."""
+    constants = {"IN_BF16": codes1 == "bf16", "ROWS": compact_fused.ROWS, "WIDTH": compact.BLOCK}
+    kinds = {"weights": "*fp32", "gradient": "*fp32", "hashes": "*i32", "count": "i32", "word1": "i32", "word2": "i32"}
+    kinds |= {"codes1": f"*{codes1}", "codes2": f"*{codes2}"}
+    kinds["scales1"], kinds["scales2"] = ("*bf16", "*bf16") if codes1 == "bf16" else ("*fp32", "*fp32")
+    names = compact_fused._update.arg_names
+    return {name: "constexpr" if name in constants else kinds.get(name, "fp32") for name in names}, constants
 
 
 if __name__ == "__main__":

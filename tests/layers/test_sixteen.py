@@ -9,7 +9,6 @@ from megalith.layers import sixteen
 from megalith.layers.attention import AttentionShape
 from megalith.layers.block import Block, BlockShape
 from megalith.layers.initial import Initial, draw_weights
-from megalith.layers.loss_blocks import add_product
 from megalith.layers.mask import make_mask
 from tests.layers.kernels import BACKEND, DEVICE, runs_kernels
 
@@ -116,15 +115,3 @@ def test_a_weight_that_was_rounded_before_gives_the_same(with_bias: bool) -> Non
         outcomes.append([y, *torch.autograd.grad(y.sum(), trained)])
     for found, wanted in zip(*outcomes, strict=True):
         assert torch.equal(found, wanted)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_products_are_added_up_in_fp32_where_they_stand() -> None:
-    left, right = numbers(300, 64, seed=1).detach(), numbers(64, 40, seed=2).detach()
-    total = torch.full((300, 40), torch.nan, device=DEVICE)
-    add_product(total, left, right, first=True)
-    add_product(total, left, right, first=False)
-    add_product(total, -3 * left, right, first=False)
-    exact = -(left.double() @ right.double())
-    torch.testing.assert_close(total.double(), exact, rtol=0, atol=1e-4)

@@ -111,11 +111,6 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is aten.mm.dtype:
         # 16-bit factors whose product leaves in fp32: another one.
         return OnDevice(args[0].beneath.to(args[2]) @ args[1].beneath.to(args[2]))
-    if func in (aten.mm.dtype_out, aten.addmm.dtype_out):
-        *added, left, right, dtype = (_beneath(arg) for arg in args)
-        product, out = left.to(dtype) @ right.to(dtype), kwargs["out"]
-        out.beneath.copy_(added[0] + product if added else product)
-        return out
     given = {name: _beneath(value) for name, value in kwargs.items()}
     if _is_cuda(wanted):
         given["device"] = torch.device("cpu")

@@ -61,13 +61,7 @@ def losses_and_gradients(
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
     """total += left @ right in place, in fp32; the first product overwrites."""
-    if total.dtype != left.dtype and left.is_cuda:
-        # Added up in fp32 before anything is rounded, and in no memory but the total's.
-        if first:
-            torch.mm(left, right, out_dtype=total.dtype, out=total)
-        else:
-            torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    elif total.dtype != left.dtype:
+    if total.dtype != left.dtype:
         product = left @ right
         total.copy_(product) if first else total.add_(product)
     elif first:

@@ -12,6 +12,7 @@ back is bit for bit what was saved.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from megalith.optim.adam import LightOptimizer, local_part
 
+HAS_TRITON = find_spec("triton") is not None
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BLOCK = 256
 # Elements that are in fp32 at once: they fit the cache of a processor, and fill a GPU.
@@ -145,31 +147,51 @@ class CompactAdamW(LightOptimizer):
         (beta1, beta2), eps, rate = group["betas"], group["eps"], group["lr"]
         size1 = rate / (1 - beta1**step)
         root2 = math.sqrt(1 - beta2**step)
+        fused = takes_one_pass(weights, gradient)
         for span in _spans(len(weights), weights.device):
+            part, seeds = weights[span], [(2 * step + place, number, span.start) for place in (0, 1)]
+            if fused:
+                from megalith.optim.compact_fused import update
+
+                update(
+                    part,
+                    gradient[span],
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    start=span.start,
+                    block=BLOCK,
+                    hashes=self._hashes_on(weights.device),
+                    words=(_word(seeds[0]), _word(seeds[1])),
+                    decay=1 - rate * group["weight_decay"],
+                    size=size1,
+                    root=root2,
+                    beta1=beta1,
+                    beta2=beta2,
+                    eps=eps,
+                )
+                continue
             g = gradient[span].float()
             m = self.codecs["exp_avg"].read(state["exp_avg"], span).lerp_(g, 1 - beta1)
             v = self.codecs["exp_avg_sq"].read(state["exp_avg_sq"], span).mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            part = weights[span]
             part.mul_(1 - rate * group["weight_decay"])
             part.addcdiv_(m, v.sqrt().div_(root2).add_(eps), value=-size1)
-            for place, (moment, values) in enumerate((("exp_avg", m), ("exp_avg_sq", v))):
-                words = self._words(weights.device, (2 * step + place, number, span.start), len(values))
+            for seed, (moment, values) in zip(seeds, (("exp_avg", m), ("exp_avg_sq", v)), strict=True):
+                words = self._words(weights.device, seed, len(values))
                 self.codecs[moment].write(state[moment], span, values, words)
 
     def _words(self, device: torch.device, where: tuple[int, ...], count: int) -> Tensor:
         """int32: random bits, good enough to round by; other ones wherever where differs."""
+        mixed = (self._hashes_on(device)[:count] ^ _word(where)) * _ODD
+        # A shift of signed words repeats the sign, which would make all of them positive.
+        return mixed ^ ((mixed >> 15) & 0x1FFFF)
+
+    def _hashes_on(self, device: torch.device) -> Tensor:
+        """int32: a number for each element of a span."""
         if device not in self._hashes:
             numbers = torch.arange(_chunk(device), dtype=torch.int64, device=device)
             numbers = (numbers + 1) * (_GOLDEN - (1 << 64))
             self._hashes[device] = (numbers ^ (numbers >> 31)).to(torch.int32)
-        seed = 0
-        for part in where:
-            seed = ((seed ^ part) * _GOLDEN + 1) & (1 << 64) - 1
-            seed ^= seed >> 29
-        word = (seed & 0xFFFFFFFF) - (1 << 31)
-        mixed = (self._hashes[device][:count] ^ word) * _ODD
-        # A shift of signed words repeats the sign, which would make all of them positive.
-        return mixed ^ ((mixed >> 15) & 0x1FFFF)
+        return self._hashes[device]
 
     def kept(self, parameter: nn.Parameter) -> dict[str, Any]:
         """The parameter's state: `step`, and the tensors of each moment; made as zeros if there is none."""
@@ -197,6 +219,20 @@ class CompactAdamW(LightOptimizer):
         flat = values.reshape(-1)
         for span in _spans(local.numel(), local.device):
             self.codecs[moment].write(kept, span, flat[span].to(local.device), None)
+
+
+def takes_one_pass(weights: Tensor, gradient: Tensor) -> bool:
+    """Whether a kernel does it all: on GPUs, by Triton, which comes with PyTorch's CUDA builds."""
+    return HAS_TRITON and weights.is_cuda and weights.dtype == gradient.dtype == torch.float32
+
+
+def _word(where: tuple[int, ...]) -> int:
+    """32 bits, signed, of numbers that tell a place and a step."""
+    seed = 0
+    for part in where:
+        seed = ((seed ^ part) * _GOLDEN + 1) & (1 << 64) - 1
+        seed ^= seed >> 29
+    return (seed & 0xFFFFFFFF) - (1 << 31)
 
 
 def _chunk(device: torch.device) -> int:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 GIGA, GIB, MICROSECOND = 1e9, 2**30, 1e-6
+MEASURED = 1.0  # seconds in which the best product of this CPU is looked for, after as many to warm up
 
 
 @dataclass(frozen=True)
@@ -119,21 +120,22 @@ MACHINES = {"a100": A100, "h100": H100, "h200": H200}
 
 
 def this_cpu(ranks: int, dtype: "torch.dtype") -> Machine:
-    """This machine's processor as each of so many ranks on it has it, by a second of measuring.
+    """This machine's processor as each of so many ranks on it has it, by two seconds of measuring.
 
     All ranks are taken to stand on this machine, since nothing is known of others.
     """
     import torch
 
     cpu = torch.device("cpu")
+    flops = measure_matmul_flops(cpu, dtype, seconds=MEASURED) / ranks
     numbers = torch.ones(1 << 24)
     target = torch.empty_like(numbers)
     fastest = min(_seconds_of_copy(numbers, target) for _ in range(5))
     return Machine(
         name=f"this machine's CPU, {torch.get_num_threads()} threads",
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks,
-        flops=measure_matmul_flops(cpu, dtype) / ranks,
-        flops_8_bit=measure_matmul_flops(cpu, torch.float32) / ranks,
+        flops=flops,
+        flops_8_bit=flops,
         bandwidth=2 * numbers.nbytes / fastest / ranks,
         link=1.0 * GIGA,
         network=1.0 * GIGA,
