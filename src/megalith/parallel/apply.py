@@ -305,12 +305,12 @@ def _reduction(
         # Pipeline stages tell FSDP2 themselves which backward pass is the last.
         keep_gathered = config.data_parallel_sharding == "gradients" and layout.pipeline == 1
         return Sharded(list(parts.values()), keep_gathered=keep_gathered)
-    if config.data_parallel_sharding == "optimizer" and groups.replicas is not None:
-        return OptimizerSharded(parameters, groups.replicas)
     if config.deterministic:
         return FixedOrder(list(parameters.values()), groups.replicas)
     # A gradient that still has to be summed over another group cannot travel early.
     overlap = layout.pipeline == 1 and not (config.sequence_parallel and layout.tensor > 1)
+    if config.data_parallel_sharding == "optimizer" and groups.replicas is not None:
+        return OptimizerSharded(parameters, groups.replicas, overlap=overlap)
     return Replicated(list(parameters.values()), groups.replicas, overlap=overlap)
 
 

@@ -48,12 +48,18 @@ def reduce_scatter(whole: Tensor, dim: int, group: Group) -> Tensor:
     if ranks == 1:
         return whole
     moved = whole.movedim(dim, 0).contiguous()
-    local = moved.new_empty((moved.shape[0] // ranks, *moved.shape[1:]))
-    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the name until torch 2.12
     JOURNAL.made(moved, SUMMED)
-    scatter(local, moved, group=group)
+    work, local = start_reduce_scatter(moved, group)
+    work.wait()
     JOURNAL.received(local, SUMMED)
     return local.movedim(0, dim)
+
+
+def start_reduce_scatter(whole: Tensor, group: Group) -> tuple[Any, Tensor]:
+    """What to wait for, and where this rank's part along the first dimension of the sum over ranks will be."""
+    local = whole.new_empty((whole.shape[0] // size_of(group), *whole.shape[1:]))
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the name until torch 2.12
+    return scatter(local, whole, group=group, async_op=True), local
 
 
 def all_reduce(value: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:

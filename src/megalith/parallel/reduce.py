@@ -2,8 +2,8 @@
 
 `Replicated` is plain data parallelism: gradients are summed in buckets, each as soon as the backward pass filled it.
 `OptimizerSharded` (ZeRO stage 1, Rajbhandari et al. 2020, arXiv:1910.02054): each rank gets the sum of its rows only,
-updates them, and the rows are gathered. `FixedOrder` adds in an order that does not depend on the number of replicas.
-Where gradients or weights themselves are sharded, FSDP2 does all this.
+as early, updates them, and the rows are gathered. `FixedOrder` adds in an order that does not depend on the number of
+replicas. Where gradients or weights themselves are sharded, FSDP2 does all this.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,8 +19,8 @@ from megalith.parallel.collectives import (
     all_reduce,
     halves_sum,
     rank_in,
-    reduce_scatter,
     size_of,
+    start_reduce_scatter,
 )
 
 # Large enough that a reduction is bound by bandwidth, small enough that its copy costs little memory.
@@ -61,8 +61,8 @@ def gradient_of(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-class Replicated:
-    """Every rank has all gradients, and sums them while the backward pass goes on."""
+class _Buckets:
+    """Buckets of gradients that travel while the backward pass goes on, each as soon as it is filled."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], group: Group, *, overlap: bool) -> None:
         self._group = group
@@ -87,21 +87,41 @@ class Replicated:
             self._send(number)
 
     def _send(self, number: int) -> None:
-        flat = torch.cat([gradient_of(parameter).reshape(-1) for parameter in self._buckets[number]])
-        self._travelling[number] = (dist.all_reduce(flat, group=self._group, async_op=True), flat)
+        with torch.no_grad():
+            self._travelling[number] = self._start(self._buckets[number])
+
+    def _start(self, bucket: Sequence[nn.Parameter]) -> tuple[Any, Tensor]:
+        """What to wait for, and what is there then."""
+        raise NotImplementedError
+
+    def _arrived(self, bucket: Sequence[nn.Parameter], summed: Tensor) -> None:
+        """Take over what has come."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def finish(self) -> None:
+        """All gradients that the optimizer will look at are those of the whole step."""
         # In the same order on all ranks: a bucket that some rank could not fill is sent by all of them here.
         for number in range(len(self._buckets)):
             if number not in self._travelling:
                 self._send(number)
-        for number, (work, flat) in sorted(self._travelling.items()):
+        for number, (work, summed) in sorted(self._travelling.items()):
             work.wait()
-            parts = flat.split([parameter.numel() for parameter in self._buckets[number]])
-            for parameter, part in zip(self._buckets[number], parts, strict=True):
-                gradient_of(parameter).copy_(part.view_as(parameter))
+            self._arrived(self._buckets[number], summed)
         self._travelling, self._missing = {}, []
+
+
+class Replicated(_Buckets):
+    """Every rank has all gradients, and sums them."""
+
+    def _start(self, bucket: Sequence[nn.Parameter]) -> tuple[Any, Tensor]:
+        flat = torch.cat([gradient_of(parameter).reshape(-1) for parameter in bucket])
+        return dist.all_reduce(flat, group=self._group, async_op=True), flat
+
+    def _arrived(self, bucket: Sequence[nn.Parameter], summed: Tensor) -> None:
+        parts = summed.split([parameter.numel() for parameter in bucket])
+        for parameter, part in zip(bucket, parts, strict=True):
+            gradient_of(parameter).copy_(part.view_as(parameter))
 
     def after_update(self) -> None:
         """Every rank has updated every weight alike."""
@@ -130,15 +150,14 @@ class FixedOrder:
         """Every rank has updated every weight alike."""
 
 
-class OptimizerSharded:
+class OptimizerSharded(_Buckets):
     """Each rank owns some rows of every parameter: their gradients are summed to it, and it updates them.
 
     shards: by name, the rows owned here, sharing memory with the parameter; and the number of the first.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], group: Group) -> None:
-        self._group = group
-        self._buckets = make_buckets(list(parameters.values()))
+    def __init__(self, parameters: Mapping[str, nn.Parameter], group: Group, *, overlap: bool) -> None:
+        super().__init__(list(parameters.values()), group, overlap=overlap)
         self.shards: dict[str, tuple[nn.Parameter, int]] = {}
         self._shard_of: dict[int, nn.Parameter] = {}
         for name, parameter in parameters.items():
@@ -155,17 +174,14 @@ class OptimizerSharded:
     def _share(self, parameter: Tensor) -> int:
         return -(-parameter.shape[0] // size_of(self._group))
 
-    def before_last_backward(self) -> None:
-        """Reduced after the backward pass."""
+    def _start(self, bucket: Sequence[nn.Parameter]) -> tuple[Any, Tensor]:
+        return start_reduce_scatter(torch.cat([self._padded(gradient_of(p)) for p in bucket], 1), self._group)
 
-    @torch.no_grad()
-    def finish(self) -> None:
-        for bucket in self._buckets:
-            summed = reduce_scatter(torch.cat([self._padded(gradient_of(p)) for p in bucket], 1), 0, self._group)[0]
-            for parameter, part in zip(bucket, summed.split(self._widths(bucket)), strict=True):
-                shard = self._shard_of[id(parameter)]
-                shard.grad = part[: shard.numel()].view_as(shard)
-                parameter.grad = None
+    def _arrived(self, bucket: Sequence[nn.Parameter], summed: Tensor) -> None:
+        for parameter, part in zip(bucket, summed[0].split(self._widths(bucket)), strict=True):
+            shard = self._shard_of[id(parameter)]
+            shard.grad = part[: shard.numel()].view_as(shard)
+            parameter.grad = None
 
     @torch.no_grad()
     def after_update(self) -> None:
@@ -179,8 +195,9 @@ class OptimizerSharded:
         """[ranks, elements of a share]: the tensor's rows, filled up so that every rank has as many."""
         share, ranks = self._share(tensor), size_of(self._group)
         flat = tensor.reshape(tensor.shape[0], -1)
-        filled = nn.functional.pad(flat, (0, 0, 0, share * ranks - tensor.shape[0]))
-        return filled.reshape(ranks, -1)
+        missing = share * ranks - tensor.shape[0]
+        # Padding copies, also where there is nothing to fill.
+        return (nn.functional.pad(flat, (0, 0, 0, missing)) if missing else flat).reshape(ranks, -1)
 
     def _row_of(self, parameter: nn.Parameter) -> Tensor:
         shard = self._shard_of[id(parameter)].detach().reshape(-1)

@@ -55,6 +55,8 @@ def predict_stage(job: Job, stage: int) -> Memory:
     moments = (2 * MOMENT_BYTES[job.moments] if job.optimizer == "adam" else FP32) * parameters / moments_by
     kept = kept_passes(job, stage) * stage_activations(job) + received_bytes(job, is_first, is_last)
     kept += delayed_bytes(job)
+    narrow = job.layers_of_a_stage * copy_bytes(job) if is_rounded_once(job) else 0.0
+    kept += narrow
     # In the first microbatch of a step the gradients come into being while the activations go.
     before = gradients if job.num_microbatches > 1 else 0.0
     # By the time of the last layer the last norm is done with.
@@ -62,7 +64,8 @@ def predict_stage(job: Job, stage: int) -> Memory:
     moments_of_a_step = [
         Memory(weights, before, moments, kept, loss_bytes(job) if is_last else 0.0),
         Memory(weights, before, moments, at_layer, layer_working(job, with_table=is_first and is_last)),
-        Memory(weights, gradients, moments, 0.0, look_up_bytes(job) if is_first else 0.0),
+        Memory(weights, gradients, moments, narrow, look_up_bytes(job) if is_first else 0.0),
+        Memory(weights, gradients, moments, 0.0, travelling_bytes(job)),
     ]
     return max(moments_of_a_step, key=lambda memory: memory.total)
 
@@ -71,6 +74,12 @@ def received_bytes(job: Job, is_first: bool, is_last: bool) -> float:
     """What a stage receives: torch's pipelines have a place for each microbatch of a step, for what enters a part and
     for the gradient of what leaves it."""
     return job.num_microbatches * job.stream * (2 * job.parts - is_first - is_last)
+
+
+def travelling_bytes(job: Job) -> float:
+    """Copies of all gradients, which are in buckets until replicas have summed them."""
+    travel = job.replicas > 1 and job.sharding in ("none", "optimizer")
+    return FP32 * parameters_on_rank(job) if travel else 0.0
 
 
 def delayed_bytes(job: Job) -> float:
@@ -113,8 +122,21 @@ def layer_activations(job: Job) -> float:
     inside = e * (3 * heads + heads + 2 * inner)
     statistics = FP32 * (4 / cut + job.num_heads / job.tensor)
     words = FP32 * (job.num_heads / job.tensor + 1) if job.attention_dropout else 0.0
-    copies = 2.0 * parameters_in_products(job) if e < FP32 else 0.0
+    copies = 0.0 if is_rounded_once(job) or job.sharding in ("gradients", "parameters") else copy_bytes(job)
     return tokens * (between + normed + masks + inside + statistics + words) + copies
+
+
+def copy_bytes(job: Job) -> float:
+    """A layer's matrices in 16 bits, as its backward pass needs them."""
+    return 2.0 * parameters_in_products(job) if job.compute_bytes < FP32 else 0.0
+
+
+def is_rounded_once(job: Job) -> bool:
+    """Whether a step has its weights in 16 bits from its start to its end, instead of a copy with each microbatch
+    (parallel/narrow.py). Weights that are gathered come in 16 bits."""
+    shares_weights = job.sharding in ("gradients", "parameters")
+    by_itself = job.fp8 or job.schedule == "zero-bubble"
+    return job.device == "cuda" and job.recompute != "full" and not shares_weights and not by_itself
 
 
 def _is_kept(job: Job, features: float) -> bool:

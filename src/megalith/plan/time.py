@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 
 from megalith.plan.job import FP32, Job, layer_matrices, parameters_in_products, parameters_on_rank, table_parameters
 from megalith.plan.machine import Machine
-from megalith.plan.memory import MOMENT_BYTES
+from megalith.plan.memory import MOMENT_BYTES, is_rounded_once
 from megalith.plan.traffic import Transfer, parameters_of_first_stage, transfers
 
 MILLISECOND = 1e-3
@@ -29,7 +29,7 @@ class Program:
     score_bytes: tuple[float, float] | None = None
     attention_dropout_slowdown: float = 1.0
     logit_bytes: float = 12.0  # moved for each logit, forward and backward
-    cast_bytes: float = 0.0  # moved for each weight of a product in a microbatch, where products are of 16 bits
+    cast_bytes: float = 0.0  # moved to round each weight of a product to 16 bits
     compact_bytes: float = 0.0  # moved besides for each weight to update it where moments take 8 bits
     gradient_bytes: float = 12.0  # moved for each weight in a microbatch to add its gradient up
     travelling_bytes: float = FP32  # of a gradient between replicas
@@ -178,7 +178,7 @@ def layer_passes(job: Job, machine: Machine, program: Program) -> _Passes:
     passes = tokens * job.width * (program.stream_passes / job.cut + program.inner_passes / job.tensor) * size
     further = program.dropout_passes * (job.dropout or job.attention_dropout) + program.fp8_passes * job.fp8
     further *= tokens * job.width / job.cut * size
-    cast = program.cast_bytes if size < FP32 else 0.0
+    cast = 0.0 if size == FP32 else program.cast_bytes / (job.num_microbatches if is_rounded_once(job) else 1)
     weights = parameters_in_products(job) * (cast + program.gradient_bytes)
     forward += attention.forward + machine.passes(passes + further / 3)
     backward += attention.backward + machine.passes(passes * program.backward_passes + further * 2 / 3 + weights)
@@ -239,12 +239,15 @@ def reduction_seconds(
     if job.sharding in ("gradients", "parameters"):
         # FSDP2 gathers the next layer while this one computes; a pipeline's gradients wait for its last pass.
         hidden = job.num_microbatches * microbatch.total if job.pipeline == 1 else microbatch.total
-    elif job.sharding == "none" and job.pipeline == 1 and not (job.sequence_parallel and job.tensor > 1):
+    elif job.pipeline == 1 and not (job.sequence_parallel and job.tensor > 1):
         hidden = microbatch.backward + microbatch.again
     if not program.overlaps:
         hidden = 0.0
+    # Weights that one rank each has updated are gathered when all is done.
+    gathers = replicas / 2 if job.sharding == "optimizer" else 0.0
+    early = replicas - gathers
     # Something is always left over: the first gather, or the last bucket.
-    return max(replicas - hidden, replicas / max(1, 2 * job.layers_of_a_stage)) + tables
+    return max(early - hidden, early / max(1, 2 * job.layers_of_a_stage)) + gathers + tables
 
 
 def update_bytes(job: Job, program: Program) -> float:
