@@ -15,7 +15,7 @@ from megalith.keeper import Keeper
 from megalith.monitor.events import StepDone
 from tests.faults.cluster import run_ranks
 from tests.faults.disk import Disturbance, undisturbed
-from tests.growth import COUNTED, Reading, growing, growth, read_each, readings_in, slope
+from tests.growth import COUNTED, Reading, growing, growth, read_each, readings_in, resident_bytes, slope
 from tests.layouts.runs import write_data
 
 INTERVAL = 10  # steps between two saves, and between two readings
@@ -96,8 +96,8 @@ HOARD: list[bytearray] = []
 
 
 def leak_memory() -> None:
-    """One and a half percent of 300 MB in a thousand steps."""
-    HOARD.append(bytearray(b"x" * (4_500 * INTERVAL)))
+    """One and a half percent in a thousand steps, of what this process holds: the tests' own memory is in it."""
+    HOARD.append(bytearray(b"x" * (resident_bytes() * INTERVAL * 15 // 1_000_000)))
 
 
 def leak_shared(folder: Path) -> Callable[[], None]:
