@@ -196,7 +196,7 @@ def _flags_of(row: Row, report: Report) -> list[str]:
     words = f"{model} {row.words} --micro-batch-size {micro} --global-batch-size {whole} --vocab-size 50257".split()
     if report.rehearse:
         words += ["--device", "cpu", "--vocab-size", "300"]
-    if not report.rehearse:
+    else:
         words += ["--compile", "on"]
     return words
 

@@ -1,7 +1,7 @@
 """How well `megalith plan` foretells: its seconds and bytes beside those that were measured, by others and by us.
 
     python -m benchmarks.planner             others' step times, and ours on a GPU; a few seconds, no GPU
-    python -m benchmarks.planner --here      also steps on this machine's CPU: two minutes
+    python -m benchmarks.planner --here      also steps on this machine's CPU: six minutes
     python -m benchmarks.planner --fit       choose the constants of the A100 anew, by every second row of vTrain's
 
 Published step times are of other programs (Megatron-LM of 2021 and 2022, Megatron-DeepSpeed) on A100s: the model of
@@ -193,9 +193,9 @@ def fitted(start: Fit, tables: Sequence[Sequence[Measured]]) -> Fit:
     while max(steps.values()) > 0.01:
         for name in steps:
             tried = [best.with_constant(name, math.exp(sign * steps[name])) for sign in (1, -1)]
-            found = min(tried, key=loss)
-            if loss(found) < least - 1e-6:
-                best, least = found, loss(found)
+            losses = [loss(fit) for fit in tried]
+            if min(losses) < least - 1e-6:
+                best, least = tried[losses.index(min(losses))], min(losses)
             else:
                 steps[name] *= 0.6
     return best
@@ -361,7 +361,7 @@ def figures_of(*words: str) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true", help="choose the constants anew first, and print them")
-    parser.add_argument("--here", action="store_true", help="also take steps on this machine's CPU: two minutes")
+    parser.add_argument("--here", action="store_true", help="also take steps on this machine's CPU: six minutes")
     arguments = parser.parse_args()
     fit = Fit(A100_BENEATH_DEEPSPEED, DEEPSPEED)
     if arguments.fit:

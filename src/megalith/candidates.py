@@ -105,9 +105,12 @@ def variants(run: Run, ranks: int, machine: Machine) -> Iterator[Run]:
 
 def _choices(given: ParallelConfig, name: str, choices: Any) -> list[Any]:
     """What a setting may be: as it was given, or any of these."""
-    value = getattr(given, name)
-    default = next(field.default for field in dataclasses.fields(given) if field.name == name)
-    return list(choices) if value == default else [value]
+    return [getattr(given, name)] if _differs(given, name) else list(choices)
+
+
+def _differs(given: ParallelConfig, name: str) -> bool:
+    """Whether a setting is not its default."""
+    return bool(getattr(given, name) != getattr(ParallelConfig(), name))
 
 
 def _chunks(layers: int, stages: int) -> list[int | None]:
@@ -133,8 +136,7 @@ def flags_of(run: Run) -> list[str]:
     """The words of the command line that make this layout of any."""
     words = ["--micro-batch-size", str(run.optimizer.micro_batch_size)]
     for name in VARIED:
-        value = getattr(run.parallel, name)
-        default = next(field.default for field in dataclasses.fields(run.parallel) if field.name == name)
-        if value != default:
+        if _differs(run.parallel, name):
+            value = getattr(run.parallel, name)
             words += [flag_of(name)] if value is True else [flag_of(name), str(value)]
     return words

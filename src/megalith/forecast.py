@@ -113,7 +113,7 @@ def forecast(run: Run, ranks: int, machine: Machine) -> dict[str, Any]:
 
 
 def sent_bytes(job: Job) -> dict[str, float]:
-    """Bytes that a rank of the first stage sends in a step, by what for."""
+    """Bytes that the rank which sends most sends in a step, by what for."""
     sent: dict[str, float] = {}
     for move in transfers(job):
         sent[move.purpose] = sent.get(move.purpose, 0.0) + move.sent * move.calls
@@ -149,7 +149,7 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def search(run: Run, ranks: int, machine: Machine, *, as_json: bool) -> int:
-    """Print the fastest layouts that fit; status 1 if none does."""
+    """Print the fastest layouts that fit. Raises ValueError if none does."""
     found = sorted(candidates(run, ranks, machine), key=lambda candidate: candidate.seconds)
     fitting = [candidate for candidate in found if fits(candidate.peak_bytes, machine)]
     if not found:

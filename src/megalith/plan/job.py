@@ -49,6 +49,11 @@ class Job:
         return self.data * self.context
 
     @property
+    def shares_weights(self) -> bool:
+        """Whether ranks hold shards of the weights, and gather them (FSDP2)."""
+        return self.sharding in ("gradients", "parameters")
+
+    @property
     def sharers(self) -> int:
         """Ranks over which gradients or parameters are shared out."""
         return self.replicas if self.shard_size is None else self.shard_size

@@ -60,6 +60,14 @@ class Machine:
         moved = batch * (rows * inner + inner * columns + rows * columns) * size
         return max(operations / rate, self.passes(moved))
 
+    @property
+    def reached_link(self) -> float:
+        return self.link * self.link_share
+
+    @property
+    def reached_network(self) -> float:
+        return self.network * self.network_share
+
     def passes(self, moved: float) -> float:
         """Seconds to move that many bytes through the device's memory."""
         return moved / (self.bandwidth * self.memory_share)
@@ -73,18 +81,15 @@ class Machine:
             return 0.0
         in_node = max(1, min(ranks, self.ranks_per_node // stride))
         if in_node == ranks:
-            return wire / (self.link * self.link_share) + self.link_latency
+            return wire / self.reached_link + self.link_latency
         hops = 1 + (-(-ranks // in_node) - 1).bit_length()
-        return (
-            wire / min(self.link * self.link_share, self.network * self.network_share * in_node)
-            + self.network_latency * hops
-        )
+        return wire / min(self.reached_link, self.reached_network * in_node) + self.network_latency * hops
 
     def send(self, moved: float, stride: int) -> float:
         """Seconds until a rank so many ranks further has what is sent to it."""
         if stride < self.ranks_per_node:
-            return moved / (self.link * self.link_share) + self.link_latency
-        return moved / (self.network * self.network_share) + self.network_latency
+            return moved / self.reached_link + self.link_latency
+        return moved / self.reached_network + self.network_latency
 
 
 # Makers' data sheets (SXM); nodes of eight, with NVLink inside and a network card for each GPU (200 Gbit/s by an A100,

@@ -46,7 +46,7 @@ def predict_stage(job: Job, stage: int) -> Memory:
     gradients of the table come together."""
     is_first, is_last = stage == 0, stage == job.pipeline - 1
     parameters = parameters_on_rank(job)
-    shared = job.sharers if job.sharding in ("gradients", "parameters") else 1
+    shared = job.sharers if job.shares_weights else 1
     weights = FP32 * parameters / shared + gathered_bytes(job)
     gradients = FP32 * parameters / shared
     if shared > 1 and job.pipeline > 1:
@@ -98,7 +98,7 @@ def delayed_bytes(job: Job) -> float:
 def gathered_bytes(job: Job) -> float:
     """Whole weights beside a rank's shard of them: of all blocks, or of the one that is used and the one that is next;
     those in blocks are gathered in the type of the computation, the tables in fp32."""
-    if job.sharding not in ("gradients", "parameters"):
+    if not job.shares_weights:
         return 0.0
     layers = job.layers_of_a_stage
     blocks = layers * layer_parameters(job)
@@ -114,15 +114,14 @@ def layer_activations(job: Job) -> float:
     Where products go to oneDNN the outputs of norms are made again.
     """
     tokens, e = job.tokens, job.compute_bytes
-    cut = job.tensor if job.sequence_parallel else 1
     heads, inner = job.num_heads * job.head_width / job.tensor, job.inner / job.tensor
-    between = 2 * job.stream_bytes * job.width / cut  # before each norm
-    normed = e * job.width / cut * (_is_kept(job, 3 * heads) + _is_kept(job, inner))
-    masks = (2 * job.width / cut) if job.dropout else 0.0
+    between = 2 * job.stream_bytes * job.width / job.cut  # before each norm
+    normed = e * job.width / job.cut * (_is_kept(job, 3 * heads) + _is_kept(job, inner))
+    masks = (2 * job.width / job.cut) if job.dropout else 0.0
     inside = e * (3 * heads + heads + 2 * inner)
-    statistics = FP32 * (4 / cut + job.num_heads / job.tensor)
+    statistics = FP32 * (4 / job.cut + job.num_heads / job.tensor)
     words = FP32 * (job.num_heads / job.tensor + 1) if job.attention_dropout else 0.0
-    copies = 0.0 if is_rounded_once(job) or job.sharding in ("gradients", "parameters") else copy_bytes(job)
+    copies = 0.0 if is_rounded_once(job) or job.shares_weights else copy_bytes(job)
     return tokens * (between + normed + masks + inside + statistics + words) + copies
 
 
@@ -134,9 +133,8 @@ def copy_bytes(job: Job) -> float:
 def is_rounded_once(job: Job) -> bool:
     """Whether a step has its weights in 16 bits from its start to its end, instead of a copy with each microbatch
     (parallel/narrow.py). Weights that are gathered come in 16 bits."""
-    shares_weights = job.sharding in ("gradients", "parameters")
     by_itself = job.fp8 or job.schedule == "zero-bubble"
-    return job.device == "cuda" and job.recompute != "full" and not shares_weights and not by_itself
+    return job.device == "cuda" and job.recompute != "full" and not job.shares_weights and not by_itself
 
 
 def _is_kept(job: Job, features: float) -> bool:
@@ -148,7 +146,7 @@ def _is_kept(job: Job, features: float) -> bool:
 
 def end_bytes(job: Job) -> float:
     """The stream that leaves the last layer, and its norm."""
-    normed = job.tokens * job.width * job.compute_bytes / (job.tensor if job.sequence_parallel else 1)
+    normed = job.tokens * job.width * job.compute_bytes / job.cut
     return job.stream + normed
 
 

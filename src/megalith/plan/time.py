@@ -236,7 +236,7 @@ def reduction_seconds(
     replicas = share * (seconds_of(moves, "replicas", machine) + seconds_of(moves, "copies", machine))
     tables = share * seconds_of(moves, "tables", machine)
     hidden = 0.0
-    if job.sharding in ("gradients", "parameters"):
+    if job.shares_weights:
         # FSDP2 gathers the next layer while this one computes; a pipeline's gradients wait for its last pass.
         hidden = job.num_microbatches * microbatch.total if job.pipeline == 1 else microbatch.total
     elif job.pipeline == 1 and not (job.sequence_parallel and job.tensor > 1):
@@ -257,6 +257,6 @@ def update_bytes(job: Job, program: Program) -> float:
     owned = parameters_on_rank(job) if job.pipeline == 1 else parameters_of_first_stage(job)
     if job.sharding == "optimizer":
         owned /= job.replicas
-    elif job.sharding != "none":
+    elif job.shares_weights:
         owned /= job.sharers
     return owned * (4 * FP32 + 2 * moments + (program.compact_bytes if job.moments == "int8" else 0.0))
