@@ -67,7 +67,7 @@ def spread(cases: list[Case], count: int) -> list[Case]:
 SECTIONS = [
     Section(
         "kill at an operation of a save",
-        {"one": Amount(24, EVERY), "pp2": Amount(9, EVERY), "dp2tp2": Amount(4, EVERY)},
+        {"one": Amount(12, EVERY), "pp2": Amount(5, EVERY), "dp2tp2": Amount(2, EVERY)},
         lambda trial, count: (
             every_kill(trial, once=trial.twin.scenario.world_size > 1)
             if count == EVERY
@@ -76,12 +76,12 @@ SECTIONS = [
     ),
     Section(
         "kill at an operation outside of saves",
-        {"one": Amount(8, EVERY), "pp2": Amount(4, 80), "dp2tp2": Amount(2, 40)},
+        {"one": Amount(4, EVERY), "pp2": Amount(2, 80), "dp2tp2": Amount(1, 40)},
         lambda trial, count: spread(every_kill(trial, "main"), count),
     ),
     Section(
         "kill at a random moment",
-        {"one": Amount(10, 100), "pp2": Amount(5, 60), "dp2tp2": Amount(3, 40)},
+        {"one": Amount(6, 100), "pp2": Amount(3, 60), "dp2tp2": Amount(2, 40)},
         lambda trial, count: random_kills(trial, count, SEED),
     ),
     Section(
@@ -91,12 +91,12 @@ SECTIONS = [
     ),
     Section(
         "one error of the disk",
-        {"one": Amount(21, EVERY), "pp2": Amount(6, 200), "dp2tp2": Amount(3, 60)},
+        {"one": Amount(14, EVERY), "pp2": Amount(4, 200), "dp2tp2": Amount(2, 60)},
         lambda trial, count: every_error(trial) if count == EVERY else some_errors(trial, count, SEED),
     ),
     Section(
         "errors of the disk from then on",
-        {"one": Amount(8, 60), "pp2": Amount(3, 30), "dp2tp2": Amount(1, 12)},
+        {"one": Amount(5, 60), "pp2": Amount(2, 30), "dp2tp2": Amount(1, 12)},
         lambda trial, count: some_errors(trial, count, SEED, for_ever=True),
     ),
     Section("file larger than allowed", {"one": Amount(1, 1), "pp2": Amount(1, 1)}, lambda t, count: file_too_large(t)),
@@ -123,7 +123,7 @@ SECTIONS = [
     ),
     Section(
         "damaged checkpoint met by the command",
-        {"one": Amount(12, EVERY), "pp2": Amount(8, EVERY), "dp2tp2": Amount(6, 20)},
+        {"one": Amount(8, EVERY), "pp2": Amount(4, EVERY), "dp2tp2": Amount(4, 20)},
         lambda trial, count: spread(damages_met(trial, SEED), count),
     ),
 ]

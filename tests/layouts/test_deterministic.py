@@ -5,7 +5,7 @@ import pytest
 from megalith.parallel.step import nested_order
 from tests.layouts.runs import Runs, largest_difference, steps_of
 
-WORDS = ["--train-iters", "20", "--deterministic"]
+WORDS = ["--train-iters", "14", "--deterministic"]
 
 
 def assert_same_bits(runs: Runs, world_size: int, words: list[str], reference: list[str]) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from tests.layouts.runs import Runs, assert_same_run, largest_difference, steps_of
 
-STEPS = ["--train-iters", "20"]
+STEPS = ["--train-iters", "14"]
 TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
 INTERLEAVED = [PP, "2", "--num-layers-per-virtual-pipeline-stage", "1"]
 
@@ -59,7 +59,7 @@ def test_the_run_is_the_same_on_every_layout(
     world_size, words = LAYOUTS[layout]
     reference = runs(1, *STEPS, *MODELS[model])
     assert_same_run(runs(world_size, *STEPS, *MODELS[model], *words), reference)
-    assert len(steps_of(reference)) == 20
+    assert len(steps_of(reference)) == 14
 
 
 # Two layouts that add the same numbers in the same order, with the model for which they do; "one" is one rank.

@@ -58,7 +58,7 @@ PAIRS = [
     ("zero3", "tp2-sp"),
 ]
 QUICK = PAIRS[:4]
-STEPS = ["--train-iters", "20"]
+STEPS = ["--train-iters", "14"]
 
 
 @pytest.mark.parametrize(("saved", "loaded"), PAIRS, ids=lambda name: name)

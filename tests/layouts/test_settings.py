@@ -5,7 +5,7 @@ import pytest
 from tests.layouts.runs import Runs, assert_same_run, largest_difference, steps_of
 
 TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
-STEPS = ["--train-iters", "20"]
+STEPS = ["--train-iters", "14"]
 FULL = ["--checkpoint-activations"]
 RECOMPUTATIONS = {
     "full": FULL,

@@ -13,7 +13,7 @@ MODEL = """
     t5 --num-layers 2 --hidden-size 32 --num-attention-heads 4 --encoder-seq-length 24 --decoder-seq-length 12
     --max-position-embeddings 24 --vocab-extra-ids 8 --make-vocab-size-divisible-by 8 --micro-batch-size 2
     --global-batch-size 8 --lr 3e-3 --lr-warmup-iters 2 --weight-decay 0.1 --log-interval 1 --log-params-norm
-    --eval-interval 10 --eval-iters 1 --split 80,20,0 --save-interval 10 --log-format json --device cpu --train-iters 20
+    --eval-interval 10 --eval-iters 1 --split 80,20,0 --save-interval 10 --log-format json --device cpu --train-iters 14
 """.split()
 TP, PP, SHARD = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--data-parallel-sharding"
 VIRTUAL = "--num-layers-per-virtual-pipeline-stage"
@@ -72,7 +72,7 @@ def test_the_run_is_the_same_on_every_layout(layout: str, runs: Runs, request: p
     world_size, words = LAYOUTS[layout]
     reference = runs(1)
     assert_same_run(runs(world_size, *words), reference)
-    assert len(steps_of(reference)) == 20
+    assert len(steps_of(reference)) == 14
 
 
 @pytest.mark.parametrize("layout", ORIGINAL_LAYOUTS)
