@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu_memory import peak_of
 from benchmarks.gpu_profile import busy_seconds, kind_of
 
 ROOT = Path(__file__).parent.parent
@@ -15,6 +16,33 @@ ROOT = Path(__file__).parent.parent
 def test_what_overlaps_is_busy_once() -> None:
     assert busy_seconds([(3.0, 4.0), (0.0, 1.0), (0.5, 2.0), (0.6, 0.7)]) == pytest.approx(3.0)
     assert kind_of("nvjet_tst_192x192_64x4") == "products" and kind_of("triton_poi_fused_gelu_8") == "compiled"
+
+
+def test_the_peak_of_memory_is_told_by_the_places_that_hold_it() -> None:
+    def event(action: str, address: int, size: int, *frames: tuple[str, int, str]) -> dict[str, object]:
+        keys = ("filename", "line", "name")
+        return {
+            "action": action,
+            "addr": address,
+            "size": size,
+            "frames": [dict(zip(keys, f, strict=True)) for f in frames],
+        }
+
+    library = ("/site/torch/nn/functional.py", 5, "linear")
+    loss = ("/src/megalith/layers/loss.py", 90, "forward")
+    peak = peak_of(
+        [
+            event("free_requested", 1, 100),  # it was there before
+            event("alloc", 1, 300, library, loss),
+            event("alloc", 2, 50, library),
+            event("alloc", 3, 20, loss),
+            event("free_requested", 1, 300),
+            event("free_completed", 1, 300),
+            event("alloc", 1, 250, loss),
+        ]
+    )
+    assert peak.bytes_held == 300 + 50 + 20 - 100
+    assert peak.places == {"loss.py:90 forward": 320, "functional.py:5 linear": 50}
 
 
 @pytest.mark.slow
