@@ -76,6 +76,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     # Two sequences, so that what is sent of the losses is more than a few numbers.
     "tp2-cp2": (4, [TP, "2", "--sequence-parallel", CP, "2", "--micro-batch-size", "2"]),
     "tp2-full": (2, [TP, "2", "--checkpoint-activations"]),
+    "tp2-full-shared": (2, [TP, "2", "--checkpoint-activations", "--distribute-checkpointed-activations"]),
     "tp2-sp-full": (2, [TP, "2", "--sequence-parallel", "--checkpoint-activations", "--hidden-dropout", "0"]),
     "tp2-bf16": (2, [TP, "2", "--bf16"]),
     "zero3-bf16": (2, [SHARD, "parameters", "--bf16"]),

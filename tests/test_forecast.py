@@ -37,6 +37,13 @@ def test_a_plan_tells_memory_time_and_traffic(capsys: pytest.CaptureFixture[str]
     assert figures["sent_bytes"] == {"replicas": pytest.approx(2 * 7 / 8 * 4 * figures["parameters"])}
 
 
+def test_what_a_forecast_does_not_count_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*XL, "--micro-batch-size", "8", "--compile", "on"]
+    assert "not counted" not in printed(capsys, *words)
+    shown = printed(capsys, *words, "--activation-memory-budget", "0.9")
+    assert "not counted               --activation-memory-budget" in shown
+
+
 def test_a_job_that_does_not_fit_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert "does NOT fit into 79 GiB" in printed(capsys, *WIDE, "--micro-batch-size", "1")
 

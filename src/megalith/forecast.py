@@ -26,6 +26,8 @@ DESCRIPTION = """What a GPT job of any size will need on each rank, how long a s
 each other. Needs no data, no GPU and no other rank. With --search: the fastest layouts that fit into memory; settings
 of the layout that differ from their defaults stay as they are."""
 SHOWN = 10  # layouts of a search
+# What changes memory and time by what a compiler decides.
+NOT_COUNTED = ("activation_memory_budget",)
 
 
 def main(words: Sequence[str]) -> int:
@@ -109,6 +111,9 @@ def forecast(run: Run, ranks: int, machine: Machine) -> dict[str, Any]:
         "tokens_per_second": tokens / seconds.total,
         "mfu": flops / ranks / seconds.total / machine.flops,
         "sent_bytes": sent_bytes(job),
+        "not_counted": [
+            f"--{name.replace('_', '-')}" for name in NOT_COUNTED if getattr(run.parallel, name) is not None
+        ],
     }
 
 
@@ -144,6 +149,7 @@ def table(figures: dict[str, Any]) -> str:
         *seconds,
         ("sent by a rank in a step", f"{sum(figures['sent_bytes'].values()) / GIGA:8.3f} GB"),
         *sent,
+        *(("not counted", f"{flag}: less memory than said, more time") for flag in figures["not_counted"]),
     ]
     return "\n".join(f"{name:<26}{value}" for name, value in rows)
 

@@ -50,6 +50,7 @@ def planned(run: Run, ranks: int, *, vocab_size: int, device: str) -> Job:
         attention_dropout=run.model.attention_dropout > 0,
         recompute=recompute_granularity(run),
         recompute_every=parallel.checkpoint_num_layers,
+        cuts_kept=parallel.distribute_checkpointed_activations,
         optimizer=run.optimizer.optimizer,
         moments=run.optimizer.optimizer_state_dtype,
         tied=not run.model.untie_embeddings_and_output_weights,

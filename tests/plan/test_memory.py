@@ -47,6 +47,8 @@ CASES = {
     "a table that is most of it, untied": f"{MOST_TABLE} --global-batch-size 2 --untie-embeddings-and-output-weights",
     "bf16": "--global-batch-size 8 --bf16",
     "bf16, a wide vocabulary": "--global-batch-size 8 --bf16 --vocab-size 20000",
+    "8-bit products": "--global-batch-size 8 --bf16 --fp8-format e4m3",
+    "8-bit products in fp32": "--global-batch-size 8 --fp8-format hybrid",
     "a wide vocabulary, untied": "--global-batch-size 8 --vocab-size 20000 --untie-embeddings-and-output-weights",
 }
 
@@ -61,12 +63,12 @@ STAGES = {
 
 
 def measured_and_predicted(
-    words: Sequence[str], rank: int = 0, world_size: int = 1, stages: int = 1
+    words: Sequence[str], rank: int = 0, world_size: int = 1, *, tensor: int = 1, stages: int = 1
 ) -> tuple[int, float]:
     """Peak bytes of the tensors of a step that is not the first, and what `predict` says."""
     run = made_for_measuring(read_command_line([*MODEL, *words]), steps=4)
     assert not check(run, world_size)
-    device, layout = torch.device("cpu"), Layout(world_size, rank, rank, 1, stages)
+    device, layout = torch.device("cpu"), Layout(world_size, rank, rank, tensor, stages)
     with open(os.devnull, "w") as nowhere, RunLog("json", nowhere, is_printing_rank=False) as log:
         job = build_job(run, layout, device, log, started=0.0)
         with Keeper(job) as keeper:
@@ -97,6 +99,19 @@ def test_the_stage_that_holds_most_holds_what_is_predicted(schedule: str) -> Non
     def on_rank(rank: int) -> tuple[int, float]:
         os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
         return measured_and_predicted(words, rank, 2, stages=2)
+
+    found = run_ranks(on_rank, 2, timeout=120)
+    measured, predicted = max(measured for measured, _ in found), found[0][1]
+    assert predicted == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("words", ["", "--distribute-checkpointed-activations"])
+def test_tensor_ranks_hold_what_is_predicted(words: str) -> None:
+    given = "--num-layers 8 --tensor-model-parallel-size 2 --checkpoint-activations --global-batch-size 8".split()
+
+    def on_rank(rank: int) -> tuple[int, float]:
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+        return measured_and_predicted([*given, *words.split()], rank, 2, tensor=2)
 
     found = run_ranks(on_rank, 2, timeout=120)
     measured, predicted = max(measured for measured, _ in found), found[0][1]

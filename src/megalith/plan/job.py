@@ -27,6 +27,7 @@ class Job:
     attention_dropout: bool = False
     recompute: str | None = None  # full, selective or None
     recompute_every: int = 1
+    cuts_kept: bool = False  # tensor ranks share out the streams that full recomputation keeps
     optimizer: str = "adam"
     moments: str = "fp32"
     tied: bool = True

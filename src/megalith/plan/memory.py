@@ -116,13 +116,19 @@ def layer_activations(job: Job) -> float:
     tokens, e = job.tokens, job.compute_bytes
     heads, inner = job.num_heads * job.head_width / job.tensor, job.inner / job.tensor
     between = 2 * job.stream_bytes * job.width / job.cut  # before each norm
-    normed = e * job.width / job.cut * (_is_kept(job, 3 * heads) + _is_kept(job, inner))
+    entering = 2 * job.width + heads + inner  # the four products
+    if job.fp8:
+        # Products keep what entered them in 8 bits; compiled ones make that again of what others keep.
+        kept = e * (3 * heads + heads + inner) + (0.0 if job.compiled else entering)
+        copies = 0.0 if job.compiled else parameters_in_products(job)
+    else:
+        normed = job.width / job.cut * (_is_kept(job, 3 * heads) + _is_kept(job, inner))
+        kept = e * (normed + 3 * heads + heads + 2 * inner)
+        copies = 0.0 if is_rounded_once(job) or job.shares_weights else copy_bytes(job)
     masks = (2 * job.width / job.cut) if job.dropout else 0.0
-    inside = e * (3 * heads + heads + 2 * inner)
     statistics = FP32 * (4 / job.cut + job.num_heads / job.tensor)
     words = FP32 * (job.num_heads / job.tensor + 1) if job.attention_dropout else 0.0
-    copies = 0.0 if is_rounded_once(job) or job.shares_weights else copy_bytes(job)
-    return tokens * (between + normed + masks + inside + statistics + words) + copies
+    return tokens * (between + kept + masks + statistics + words) + copies
 
 
 def copy_bytes(job: Job) -> float:
@@ -156,14 +162,15 @@ def stage_activations(job: Job) -> float:
     if job.recompute != "full":
         return layers * layer_activations(job) + job.parts * end_bytes(job)
     chunks = job.parts * -(-layers // (job.parts * job.recompute_every))
-    return chunks * job.stream + job.parts * end_bytes(job)
+    return chunks * job.stream / (job.tensor if job.cuts_kept else 1) + job.parts * end_bytes(job)
 
 
 def recomputed_activations(job: Job) -> float:
     """What is there again of the layers that are being differentiated, beside their input."""
     if job.recompute != "full":
         return 0.0
-    return min(job.recompute_every, job.layers_of_a_stage) * layer_activations(job) - job.stream
+    whole = min(job.recompute_every, job.layers_of_a_stage) * layer_activations(job)
+    return whole if job.cuts_kept else whole - job.stream
 
 
 def layer_working(job: Job, *, with_table: bool) -> float:

@@ -58,6 +58,9 @@ def _tensor(job: Job) -> Iterator[Transfer]:
     if job.sequence_parallel:
         yield Transfer("all-gather", "tensor", stream, calls + again, job.tensor, 1)
         yield Transfer("all-gather", "tensor", embedded, job.num_microbatches, job.tensor, 1)
+    if job.cuts_kept and job.recompute == "full":
+        # Kept streams come together to be computed with, then again, and so do their gradients.
+        yield Transfer("all-gather", "tensor", stream, 3 * job.num_microbatches * chunks, job.tensor, 1)
     sums = "reduce-scatter" if job.sequence_parallel else "all-reduce"
     yield Transfer(sums, "tensor", stream, calls + again - left_out, job.tensor, 1)
     yield Transfer(sums, "tensor", embedded, job.num_microbatches, job.tensor, 1)
