@@ -64,7 +64,7 @@ def compiled_code(options: argparse.Namespace) -> tuple[str, int]:
     from torch._inductor.graph import GraphLowering
 
     from megalith.layers.block import Block
-    from megalith.layers.float8 import use_float8
+    from megalith.layers.float8 import use_float8, weight_in_8_bits
     from megalith.layers.mask import Mask
     from megalith.models.settings import ModelConfig
     from megalith.models.shape import block_shape
@@ -91,7 +91,8 @@ def compiled_code(options: argparse.Namespace) -> tuple[str, int]:
         compile_blocks(blocks, memory_budget=options.budget, device=device, recompute_inside=options.recompute)
         if not options.recompute and options.budget is None and options.dtype != "float32":
             for linear in linears_of(blocks):  # as the step's engine has them
-                linear.narrow = torch.empty_like(linear.weight, dtype=dtype)
+                weight = linear.weight.detach()
+                linear.narrow = weight_in_8_bits(weight) if options.fp8 else weight.to(dtype)
         x = torch.empty(options.microbatch, 1024, 1600, device=device, dtype=dtype, requires_grad=True)
         rows = torch.empty(options.microbatch, 1024, dtype=torch.int32, device=device) if options.dropout else None
         seen = torch.empty(options.microbatch, 1, 1024, 1024, dtype=torch.bool, device=device)

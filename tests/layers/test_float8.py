@@ -8,11 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megalith.layers.float8 import Float8Format, float8_linear, in_8_bits, use_float8
-from megalith.layers.initial import ZEROS
+from megalith.layers.attention import AttentionShape
+from megalith.layers.block import Block, BlockShape
+from megalith.layers.float8 import Float8Format, float8_linear, in_8_bits, use_float8, weight_in_8_bits
+from megalith.layers.initial import ZEROS, Initial, draw_weights
 from megalith.layers.linear import Linear
+from megalith.layers.mask import make_mask
 from megalith.models.decoder import Decoder
 from megalith.models.settings import ModelConfig
+from tests.layers.kernels import DEVICE, runs_kernels
 from tests.layouts.runs import MODEL, run_on, steps_of, write_data
 
 FORMATS: list[Float8Format] = ["e4m3", "hybrid"]
@@ -66,9 +70,40 @@ def test_a_16_bit_bias_is_added_by_the_product() -> None:
     torch.testing.assert_close(grad.float(), slopes.float().sum(0), rtol=2**-7, atol=2**-7)
 
 
+def test_a_weight_that_was_rounded_before_gives_the_same() -> None:
+    x, weight, bias = numbers(2, 16, 48, seed=1), numbers(32, 48, seed=2), numbers(32, seed=3)
+    for tensor in (x, weight, bias):
+        tensor.requires_grad_()
+    outcomes = []
+    for narrow in (None, weight_in_8_bits(weight.detach())):
+        y = float8_linear(x, weight, bias, narrow, form="hybrid")
+        outcomes.append([y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))])
+    for found, wanted in zip(*outcomes, strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_rows_that_do_not_fit_are_multiplied_as_they_are() -> None:
     x, weight = numbers(5, 32, seed=1), numbers(16, 32, seed=2)
     assert torch.equal(float8_linear(x, weight, None, form="e4m3"), F.linear(x, weight))
+
+
+@runs_kernels
+def test_a_blocks_gradients_are_those_of_products_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    std = Initial("normal", 0.2)
+    shape = BlockShape(AttentionShape(32, 2, 16, std, std), 64, "tanh", 1e-5, 0.0, 0.0, False, False, torch.float16)
+    block = Block(shape, number=0, stack="decoder", device=DEVICE)
+    draw_weights(block, 7)
+    use_float8(block, "e4m3")
+    x = numbers(2, 16, 32, seed=5).to(DEVICE, torch.float16).requires_grad_()
+    outcomes = []
+    for by_hand in (True, False):
+        monkeypatch.setattr("megalith.layers.linear.suits_sixteen", lambda x, weight, by_hand=by_hand: by_hand)
+        y = block(x, make_mask(16, causal=True))
+        outcomes.append([y.detach(), *torch.autograd.grad(y.float().square().mean(), [x, *block.parameters()])])
+    for found, wanted in zip(*outcomes, strict=True):
+        assert found.dtype == wanted.dtype
+        # A number that is rounded to the neighbour of what it was: an eighth of it, one among many.
+        assert float((found - wanted).float().norm() / wanted.float().norm()) < 0.02
 
 
 def linears_of(model: nn.Module) -> Iterator[tuple[str, Linear]]:

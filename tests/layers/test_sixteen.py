@@ -53,12 +53,13 @@ def test_gelus_slopes_are_added_up_on_the_way(tanh: bool, shape: tuple[int, int,
     from megalith.layers.columns import gelu_backward
 
     x, slopes = numbers(*shape, seed=1), numbers(*shape, seed=2).detach()
-    made, sums = gelu_backward(slopes, x.detach() * 3, tanh)
+    made, sums, largest = gelu_backward(slopes, x.detach() * 3, tanh)
     wide = (x.detach().double() * 3).requires_grad_()
     (expected,) = torch.autograd.grad(F.gelu(wide, approximate="tanh" if tanh else "none"), wide, slopes.double())
     assert made.dtype == DTYPE and sums.dtype == torch.float32
     assert_near(made, expected, error=1e-3)
     torch.testing.assert_close(sums, made.float().sum((0, 1)), rtol=1e-5, atol=1e-4)
+    assert float(largest.max()) == float(made.abs().max())
 
 
 @runs_kernels
@@ -69,9 +70,21 @@ def test_heads_come_together_and_are_added_up(tokens: int, heads: int, width: in
     # As attention's backward pass leaves them, and one of them otherwise.
     parts = [numbers(2, tokens, heads, width, seed=seed).detach() for seed in (1, 2, 3)]
     parts[1] = parts[1].transpose(1, 2).contiguous().transpose(1, 2)
-    joined, sums = join_heads(*parts)
+    joined, sums, largest = join_heads(*parts)
     assert torch.equal(joined, torch.stack(parts, 3).flatten(2))
     torch.testing.assert_close(sums, joined.float().sum((0, 1)), rtol=1e-5, atol=1e-4)
+    assert float(largest.max()) == float(joined.abs().max())
+
+
+@runs_kernels
+@pytest.mark.parametrize("shape", [(2, 70, 200), (1, 5, 16)])
+def test_a_matrix_is_looked_at_in_one_pass(shape: tuple[int, int, int]) -> None:
+    from megalith.layers.columns import look_at
+
+    x = numbers(*shape, seed=1).detach() - 1
+    matrix, sums, largest = look_at(x)
+    assert matrix is x and float(largest.max()) == float(x.abs().max())
+    torch.testing.assert_close(sums, x.float().sum((0, 1)), rtol=1e-5, atol=1e-4)
 
 
 @runs_kernels

@@ -1,13 +1,14 @@
 """Weights are rounded once for a step's microbatches, and are not there when nothing runs."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from megalith.layers.block import Block
-from megalith.layers.float8 import use_float8
+from megalith.layers.float8 import Weight8, use_float8, weight_in_8_bits
 from megalith.layers.linear import split_backward_passes
 from megalith.models.settings import ModelConfig
 from megalith.models.shape import block_shape
@@ -30,7 +31,7 @@ class Watching:
 
     def __init__(self, block: Block) -> None:
         self.block = block
-        self.seen: list[list[Tensor | None]] = []
+        self.seen: list[list[Any]] = []
 
     def run(self, microbatches: Sequence[Batch], *, backward: bool, timers: Timers) -> Tensor:
         self.seen.append([linear.narrow for linear in linears_of(self.block)])
@@ -63,10 +64,19 @@ def test_rounded_weights_are_gone_after_a_fault() -> None:
     assert all(linear.narrow is None for linear in linears_of(block))
 
 
-def test_products_of_another_arithmetic_are_left_alone() -> None:
+def test_weights_of_8_bit_products_are_at_hand_as_those_round_them() -> None:
     block = made()
     use_float8(block, "e4m3")
-    assert not linears_of(block)
+    inner = Watching(block)
+    Narrowed(inner, [block], torch.bfloat16).run([{}], backward=True, timers=lambda name: torch.no_grad())
+    assert len(inner.seen[0]) == 4
+    for linear, narrow in zip(linears_of(block), inner.seen[0], strict=True):
+        expected = weight_in_8_bits(linear.weight.detach())
+        assert isinstance(narrow, Weight8) and linear.narrow is None
+        assert all(torch.equal(found.float(), wanted.float()) for found, wanted in zip(narrow, expected, strict=True))
+
+
+def test_products_whose_backward_pass_comes_in_halves_are_left_alone() -> None:
     block = made()
     split_backward_passes(block)
     assert not linears_of(block)

@@ -19,7 +19,7 @@ from megalith.layers.linear import Linear
 from megalith.layers.mask import Mask
 from megalith.layers.products import Again
 from megalith.layers.random import mix, number_words, rows_for
-from megalith.layers.sixteen import has_kernels, sixteen_heads
+from megalith.layers.sixteen import has_kernels
 
 
 class Attend(Protocol):
@@ -136,9 +136,9 @@ class SelfAttention(_Attention):
 
     def _project(self, x_BTD: Tensor, again: Again | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values."""
-        given = self.qkv.plain(x_BTD) if has_kernels() else None
-        if given is not None:
-            return sixteen_heads(*given, head_width=self.head_width)
+        joined = self.qkv.joined(x_BTD) if has_kernels() else None
+        if joined is not None:
+            return joined.heads(self.head_width)
         qkv: Tensor = self.qkv(x_BTD, again)
         q_BTHK, k_BTHK, v_BTHK = qkv.unflatten(-1, (-1, 3, self.head_width)).unbind(3)
         return q_BTHK, k_BTHK, v_BTHK

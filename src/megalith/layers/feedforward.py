@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from megalith.layers.initial import Initial
 from megalith.layers.linear import Linear
 from megalith.layers.products import Again
-from megalith.layers.sixteen import has_kernels, sixteen_linear_gelu
+from megalith.layers.sixteen import has_kernels
 
 # tanh: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))); erf: the exact form; onnx: erf with the divisor 1.41421, as
 # Megatron-LM writes it for --onnx-safe.
@@ -52,9 +52,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor, again: Again | None = None) -> Tensor:
         """again: how the backward pass can make x again instead of keeping it."""
-        given = self.up.plain(x_BTD) if self.activation == "gelu" and has_kernels(form=self.form) else None
-        if given is not None:
-            made: Tensor = self.down(sixteen_linear_gelu(*given, tanh=self.form == "tanh"))
+        joined = self.up.joined(x_BTD) if self.activation == "gelu" and has_kernels(form=self.form) else None
+        if joined is not None:
+            made: Tensor = self.down(joined.gelu(tanh=self.form == "tanh"))
             return made
         inner_BTF = self.up(x_BTD, again)
         if self.gate is not None:

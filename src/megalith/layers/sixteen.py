@@ -7,6 +7,7 @@ where the gradients of queries, keys and values come together. See columns.py fo
 Shape letters: B batch, T token, N rows, I inputs, O outputs, H heads, K head width, F inner features.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,20 +31,24 @@ def sixteen_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, narrow_O
     return y
 
 
-def sixteen_linear_gelu(
-    x: Tensor, weight_FI: Tensor, bias_F: Tensor, narrow_FI: Tensor | None = None, *, tanh: bool
-) -> Tensor:
-    """gelu(x weight^T + bias); needs Triton."""
-    y: Tensor = _LinearGelu.apply(x, weight_FI, bias_F, narrow_FI, tanh)
-    return y
+@dataclass(frozen=True)
+class SixteenJoined:
+    """A product and what follows it at once, as one operation with one backward pass; needs Triton."""
 
+    x: Tensor
+    weight: Tensor  # OI
+    bias: Tensor  # O
+    narrow: Tensor | None  # OI
 
-def sixteen_heads(
-    x_BTI: Tensor, weight_OI: Tensor, bias_O: Tensor, narrow_OI: Tensor | None = None, *, head_width: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, BTHK each, of weights that hold those of each head in turn; needs Triton."""
-    q_BTHK, k_BTHK, v_BTHK = _Heads.apply(x_BTI, weight_OI, bias_O, narrow_OI, head_width)
-    return q_BTHK, k_BTHK, v_BTHK
+    def gelu(self, *, tanh: bool) -> Tensor:
+        """gelu(x weight^T + bias)."""
+        y: Tensor = _LinearGelu.apply(self.x, self.weight, self.bias, self.narrow, tanh)
+        return y
+
+    def heads(self, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, BTHK each, of weights that hold those of each head in turn."""
+        q_BTHK, k_BTHK, v_BTHK = _Heads.apply(self.x, self.weight, self.bias, self.narrow, head_width)
+        return q_BTHK, k_BTHK, v_BTHK
 
 
 def has_kernels(*, form: str = "tanh") -> bool:
@@ -85,8 +90,8 @@ class _LinearGelu(torch.autograd.Function):
         from megalith.layers.columns import gelu_backward
 
         before = ctx.saved_tensors[2]
-        grad_before, grad_bias = gelu_backward(grad_y, before, ctx.tanh)
-        return *_by_input_and_weight(ctx, grad_before), grad_bias, None, None
+        seen = gelu_backward(grad_y, before, ctx.tanh)
+        return *_by_input_and_weight(ctx, seen.matrix), seen.sums, None, None
 
 
 class _Heads(torch.autograd.Function):
@@ -103,8 +108,8 @@ class _Heads(torch.autograd.Function):
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
         from megalith.layers.columns import join_heads
 
-        joined, grad_bias = join_heads(grad_q, grad_k, grad_v)
-        return *_by_input_and_weight(ctx, joined), grad_bias, None, None
+        seen = join_heads(grad_q, grad_k, grad_v)
+        return *_by_input_and_weight(ctx, seen.matrix), seen.sums, None, None
 
 
 def _by_input_and_weight(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -1,4 +1,4 @@
-"""Weights of blocks in 16 bits, rounded once for all microbatches of a step instead of in each of them.
+"""Weights of blocks in 16 or 8 bits, rounded once for all microbatches of a step instead of in each of them.
 
 They are there while an engine runs and at no other time, so that nobody meets rounded weights of yesterday; and they
 take the place of the copies that each block would keep for its backward pass.
@@ -15,25 +15,30 @@ from megalith.parallel.step import Batch, Engine, Timers
 
 
 class Narrowed:
-    """An engine whose parts have their products' weights in dtype at hand while it runs."""
+    """An engine whose parts have their products' weights at hand while it runs: in dtype, or as the products round."""
 
     def __init__(self, engine: Engine, parts: Iterable[nn.Module], dtype: torch.dtype) -> None:
         self._engine = engine
         self._dtype = dtype
-        self._linears = [linear for part in parts for linear in linears_of(part)]
+        linears = [linear for part in parts for linear in linears_of(part)]
+        self._plain = [linear for linear in linears if linear.product is None]
+        self._others = [linear for linear in linears if linear.product is not None]
 
     def run(self, microbatches: Sequence[Batch], *, backward: bool, timers: Timers) -> Tensor:
         """What the engine gives."""
-        weights = [linear.weight.detach() for linear in self._linears]
+        weights = [linear.weight.detach() for linear in self._plain]
         narrow = [torch.empty_like(weight, dtype=self._dtype) for weight in weights]
         if weights:
             torch._foreach_copy_(narrow, weights)
-        for linear, weight in zip(self._linears, narrow, strict=True):
+        for linear, weight in zip(self._plain, narrow, strict=True):
             linear.narrow = weight
+        for linear in self._others:
+            if linear.product is not None:
+                linear.narrow = linear.product.rounded(linear.weight.detach())
         try:
             return self._engine.run(microbatches, backward=backward, timers=timers)
         finally:
-            for linear in self._linears:
+            for linear in (*self._plain, *self._others):
                 linear.narrow = None
 
 
@@ -41,4 +46,4 @@ def linears_of(part: nn.Module) -> list[Linear]:
     """The products of a part's blocks that would round their weight by themselves."""
     blocks = [module for module in part.modules() if isinstance(module, Block)]
     linears = [module for block in blocks for module in block.modules() if isinstance(module, Linear)]
-    return [linear for linear in linears if linear.product is None and not linear.split_backward]
+    return [linear for linear in linears if not linear.split_backward]

@@ -120,7 +120,7 @@ def layer_activations(job: Job) -> float:
     if job.fp8:
         # Products keep what entered them in 8 bits; compiled ones make that again of what others keep.
         kept = e * (3 * heads + heads + inner) + (0.0 if job.compiled else entering)
-        copies = 0.0 if job.compiled else parameters_in_products(job)
+        copies = 0.0 if job.compiled or is_rounded_once(job) else parameters_in_products(job)
     else:
         normed = job.width / job.cut * (_is_kept(job, 3 * heads) + _is_kept(job, inner))
         kept = e * (normed + 3 * heads + heads + 2 * inner)
@@ -132,15 +132,15 @@ def layer_activations(job: Job) -> float:
 
 
 def copy_bytes(job: Job) -> float:
-    """A layer's matrices in 16 bits, as its backward pass needs them."""
+    """A layer's matrices in 16 bits, as its backward pass needs them; in 8 bits as both passes do."""
     return 2.0 * parameters_in_products(job) if job.compute_bytes < FP32 else 0.0
 
 
 def is_rounded_once(job: Job) -> bool:
     """Whether a step has its weights in 16 bits from its start to its end, instead of a copy with each microbatch
     (parallel/narrow.py). Weights that are gathered come in 16 bits."""
-    by_itself = job.fp8 or job.schedule == "zero-bubble"
-    return job.device == "cuda" and job.recompute != "full" and not job.shares_weights and not by_itself
+    split = job.schedule == "zero-bubble"
+    return job.device == "cuda" and job.recompute != "full" and not job.shares_weights and not split
 
 
 def _is_kept(job: Job, features: float) -> bool:
