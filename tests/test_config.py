@@ -164,6 +164,8 @@ def test_the_small_run_has_no_fault() -> None:
         ("--hysteresis 0", "--hysteresis"),
         ("--min-loss-scale 1e12", "--min-loss-scale"),
         ("--finetune", "--finetune"),
+        ("--split a,b", "--split"),
+        ("--split 0,0,0", "--split"),
         ("--data-path 0.5 a 0.5", "--data-path"),
         ("--tokenizer-type GPT2BPETokenizer", "--vocab-file"),
         ("--tokenizer-type Nonsense", "--tokenizer-type"),
@@ -172,6 +174,21 @@ def test_the_small_run_has_no_fault() -> None:
 )
 def test_each_rule_is_broken_by_name(words: str, flag: str) -> None:
     assert flag in rules_broken([*SMALL, *words.split()])
+
+
+def test_zero_turns_off_what_megatron_asks_only_for_truth() -> None:
+    words = [*SMALL, *"--loss-scale 0 --exit-interval 0 --exit-duration-in-mins 0".split()]
+    run = read_command_line(words)
+    assert run.optimizer.loss_scale is run.train.exit_interval is run.train.exit_duration_in_mins is None
+    assert rules_broken(words) == {}
+
+
+def test_a_directory_of_megatrons_checkpoints_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("6")
+    words = [*SMALL, "--load", str(tmp_path), "--save", f"{tmp_path}/", "--save-interval", "5"]
+    faults = check(read_command_line(words), 1)
+    assert [fault.setting for fault in faults] == ["--load"]
+    assert f"megalith convert --from megatron {tmp_path} --to RUN_DIR" in faults[0].remedy
 
 
 def test_the_model_must_fit_the_ranks() -> None:

@@ -133,7 +133,21 @@ def test_fine_tuning_starts_from_the_weights_at_step_0(data: Path, undisturbed: 
 def test_loading_without_the_optimizer_keeps_the_step(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     words = ["--train-iters", "22", "--load", str(undisturbed), "--no-load-optim"]
     assert run_on(1, words, tmp_path / "run", data) == 0
-    assert [step["step"] for step in steps_of(tmp_path / "run")] == [21, 22]
+    steps = steps_of(tmp_path / "run")
+    assert [step["step"] for step in steps] == [21, 22]
+    # The schedule begins anew: two steps of warm-up, of which the first has taken one.
+    assert [step["learning_rate"] for step in steps] == [5e-3, 1e-2]
+
+
+def test_a_run_without_saved_optimizer_goes_on_in_its_directory(data: Path, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    words = ["--no-save-optim", "--train-iters", "4", "--save-interval", "2"]
+    assert run_on(1, [*words, "--exit-interval", "2"], save, data) == 0
+    done = subprocess.run(command(data, save, *words), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "--no-load-optim" in done.stderr
+    done = subprocess.run(command(data, save, *words, "--no-load-optim"), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [step["step"] for step in steps_of(save)] == [1, 2, 3, 4]
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_all_differences(

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 
 from megalith.check_layout import layout_faults, num_replicas
 from megalith.check_tasks import task_faults
+from megalith.checkpoint.settings import TRACKER
 from megalith.config import Fault, Run, flag_of
+from megalith.data.split import parse_split
 from megalith.derived import compute_dtype, global_batch_size, tokenizer_type
 
 
@@ -280,6 +282,10 @@ def _data(run: Run) -> Iterator[Fault]:
             "Give one prefix, or WEIGHT PREFIX WEIGHT PREFIX ...",
         )
     if run.task != "vit":
+        try:
+            parse_split(data.split)
+        except ValueError as error:
+            yield fault("split", data.split, str(error), "Give shares such as 969,30,1")
         yield from _tokenizer(run)
 
 
@@ -307,8 +313,13 @@ def _checkpoint(run: Run) -> Iterator[Fault]:
     checkpoint = run.checkpoint
     if checkpoint.save is not None and checkpoint.save_interval is None:
         yield fault("save_interval", None, "is required with --save", "Add --save-interval STEPS")
-    if checkpoint.load is not None and checkpoint.load != checkpoint.save and not os.path.isdir(checkpoint.load):
-        yield fault("load", checkpoint.load, "is not a directory", "Correct the path")
+    load, save = checkpoint.load, checkpoint.save
+    begins = load is not None and save is not None and os.path.realpath(load) == os.path.realpath(save)
+    if load is not None and not begins and not os.path.isdir(load):
+        yield fault("load", load, "is not a directory", "Correct the path")
+    if load is not None and os.path.isfile(os.path.join(load, TRACKER)):
+        remedy = f"Make a run directory of them: megalith convert --from megatron {load} --to RUN_DIR"
+        yield fault("load", load, "holds checkpoints of Megatron-LM", remedy)
     if checkpoint.finetune and checkpoint.load is None:
         yield fault("finetune", None, "needs --load, the checkpoint to start from", "Add --load DIR")
     if checkpoint.keep_every is not None and checkpoint.keep_last is None:

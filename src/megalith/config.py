@@ -178,12 +178,17 @@ def _converted(kind: Any, value: object) -> Any:
     return str(value)
 
 
+# As in Megatron-LM, which asks of them only whether they are true.
+OFF_AT_ZERO = ("loss_scale", "exit_interval", "exit_duration_in_mins")
+
+
 def compose(task: str, values: Mapping[str, Any]) -> Run:
     """A run from converted values by setting name; what is not named keeps its default."""
     known = known_settings()
     by_part: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
-        by_part.setdefault(known[name].part, {})[name] = value
+        is_off = name in OFF_AT_ZERO and not isinstance(value, bool) and value == 0
+        by_part.setdefault(known[name].part, {})[name] = None if is_off else value
     parts = {part.name: part for part in dataclasses.fields(Run)}
     hints = typing.get_type_hints(Run)
     return Run(task=task, **{name: hints[name](**by_part.get(name, {})) for name in parts if name != "task"})

@@ -84,7 +84,11 @@ def open_corpus(prefix: str, run: Run, report: Report, *, sentences: bool = Fals
         indexed.warm_up()
     seconds = time.perf_counter() - started
     num_sentences = indexed.num_items if sentences else None
-    report(CorpusOpened(indexed.num_documents, seconds, run.data.mmap_warmup, num_sentences))
+    report(
+        CorpusOpened(
+            indexed.num_documents if sentences else indexed.num_items, seconds, run.data.mmap_warmup, num_sentences
+        )
+    )
     parts = split_documents(run.data.split, indexed.num_documents if sentences else indexed.num_items)
     index = indexed.document_index
     report(
@@ -115,10 +119,7 @@ def build_causal_parts(
     corpora = [open_corpus(prefix, run, report) for prefix in prefixes]
     batches: dict[str, CausalBatches] = {}
     for name in PARTS:
-        wanted = samples_of_each(weights, targets[name]) if len(prefixes) > 1 else [targets[name]]
-        for prefix, corpus, num_samples in zip(prefixes, corpora, wanted, strict=True):
-            if len(prefixes) > 1 and num_samples and not corpus.parts[name]:
-                report(Warned(f"{prefix} has no document for {SPOKEN[name]}: the other data sets take its share."))
+        wanted = samples_wanted(run, corpora, weights, name, targets[name], report)
         rows = [
             _rows(corpus, name, num_samples, run, vocab_size, report) if corpus.parts[name] and num_samples else None
             for corpus, num_samples in zip(corpora, wanted, strict=True)
@@ -134,6 +135,26 @@ def build_causal_parts(
         elif targets[name]:
             no_documents(name, run, report)
     return batches
+
+
+def samples_wanted(
+    run: Run, corpora: Sequence[Corpus], weights: Sequence[float], name: str, target: int, report: Report
+) -> list[int]:
+    """How many samples of a part each data set is asked for; one without documents leaves its share to the others.
+
+    Where a weight is given it is a blend, even of one (spec 5.5).
+    """
+    if len(run.data.data_path or ()) == 1:
+        return [target]
+    has_some = [bool(corpus.parts[name]) for corpus in corpora]
+    for corpus, weight, has in zip(corpora, weights, has_some, strict=True):
+        if target and weight and not has:
+            prefix = corpus.indexed.prefix
+            report(Warned(f"{prefix} has no document for {SPOKEN[name]}: the other data sets take its share."))
+    shares = [weight if has else 0.0 for weight, has in zip(weights, has_some, strict=True)]
+    if not any(shares):
+        return [0] * len(shares)
+    return samples_of_each(shares if all(has_some) else normalize(shares), target)
 
 
 def no_documents(name: str, run: Run, report: Report) -> None:

@@ -1,5 +1,7 @@
 """The data of a run: opened, announced, and dealt to this replica."""
 
+from bisect import bisect_right
+
 from megalith.data.loader import BatchSource, Loader
 from megalith.data.order import CyclicOrder, Order, RoundOrder, SingleOrder, sample_counts
 from megalith.derived import dataloader_type
@@ -7,6 +9,7 @@ from megalith.job import Job
 from megalith.monitor import lines
 from megalith.monitor.events import DatasetsBuilt, PlaceReached, TargetsSet, TimersReported
 from megalith.monitor.timers import SETUP_TIMERS
+from megalith.optim.batch_size import consumed_after
 
 
 def open_data(job: Job) -> None:
@@ -33,6 +36,8 @@ def open_data(job: Job) -> None:
             )
         job.log.report(DatasetsBuilt(job.task.title))
         job.loaders = {name: make_loader(job, name, source) for name, source in parts.items()}
+        if "train" in parts and dataloader_type(run) == "single":
+            _check_enough(job, len(parts["train"]))
     job.log.report(PlaceReached("after dataloaders are built"))
     job.log.line(lines.setup_done(), detail=True)
     job.log.report(TimersReported(job.timers.elapsed(SETUP_TIMERS)))
@@ -57,4 +62,17 @@ def make_loader(job: Job, name: str, source: BatchSource) -> Loader:
         replica=job.layout.place("data"),
         data_parallel=job.layout.data,
         pinned=job.device.type == "cuda",
+    )
+
+
+def _check_enough(job: Job, total: int) -> None:
+    """Raise ValueError if the steps still to come ask for more samples than the data set of the run has."""
+    consumed, steps = job.progress.consumed_train_samples, job.last_step - job.progress.step
+    if consumed_after(job.batch_sizes, consumed, steps) <= total:
+        return
+    enough = bisect_right(range(steps + 1), total, key=lambda count: consumed_after(job.batch_sizes, consumed, count))
+    raise ValueError(
+        f"--train-iters = {job.last_step}: {consumed:,} samples were taken in {job.progress.step:,} steps, and the "
+        f"data set, which is made for {job.last_step:,} steps of now, ends after {total:,}: in step "
+        f"{job.progress.step + enough:,}. Keep the --global-batch-size of before, or give fewer steps"
     )

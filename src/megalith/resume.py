@@ -1,5 +1,6 @@
 """From where a run goes on: its own newest checkpoint, or the weights of another run."""
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from megalith.adopt import Adoption, begin_with
 from megalith.checkpoint.directory import CheckpointError, list_checkpoints
 from megalith.checkpoint.index import Index
 from megalith.checkpoint.pieces import Piece
+from megalith.checkpoint.settings import TRACKER
 from megalith.checkpoint.store import Loaded, load_latest
 from megalith.continuity import check_same_samples, tell_differences
 from megalith.job import Job
@@ -32,7 +34,9 @@ def source_of(job: Job) -> Source | None:
     """
     checkpoint = job.run.checkpoint
     own = list_checkpoints(checkpoint.save) if checkpoint.save is not None else []
-    if own and (checkpoint.auto_resume or checkpoint.load == checkpoint.save):
+    is_same = _is_same(checkpoint.load, checkpoint.save)
+    if own and (checkpoint.auto_resume or is_same):
+        _tell_what_is_overruled(job, is_same=is_same)
         return Source(Path(str(checkpoint.save)), is_own=True)
     if own:
         raise ValueError(
@@ -43,11 +47,28 @@ def source_of(job: Job) -> Source | None:
         return None
     if list_checkpoints(checkpoint.load):
         return Source(Path(checkpoint.load), is_own=False)
-    if checkpoint.load != checkpoint.save:
+    if not is_same:
         raise ValueError(f"--load = {checkpoint.load}: holds no checkpoint. Correct the path, or leave it out.")
     # The habit of Megatron-LM's scripts: one directory to save to and load from, empty at the first start.
-    job.log.report(CheckpointMissing(str(checkpoint.load)))
+    job.log.report(CheckpointMissing(str(Path(checkpoint.load) / TRACKER)))
     return None
+
+
+def _is_same(load: str | None, save: str | None) -> bool:
+    return load is not None and save is not None and os.path.realpath(load) == os.path.realpath(save)
+
+
+def _tell_what_is_overruled(job: Job, *, is_same: bool) -> None:
+    """A run that goes on is not begun again, whatever was said of its beginning: the same command may be a restart."""
+    checkpoint = job.run.checkpoint
+    said = [
+        *((f"--load {checkpoint.load}",) if checkpoint.load is not None and not is_same else ()),
+        *(("--finetune",) if checkpoint.finetune else ()),
+        *(("--no-load-optim",) if checkpoint.no_load_optim else ()),
+    ]
+    if said:
+        text = f"{checkpoint.save} holds checkpoints of this run, which goes on from the newest: {' and '.join(said)} "
+        job.log.line(f"note: {text}counted at its first start. To begin anew choose another --save.")
 
 
 def resume(job: Job) -> None:
@@ -65,12 +86,16 @@ def resume(job: Job) -> None:
     job.log.report(LoadStarted(str(source.directory), list_checkpoints(source.directory)[-1].step))
     fresh = job.run.checkpoint.finetune and not source.is_own
     with_optimizer = not fresh and (source.is_own or not job.run.checkpoint.no_load_optim)
+    may_lack = source.is_own and bool(job.run.checkpoint.no_load_optim)
     fit = job.task.fit if fresh else None
     adoption = None if fit is None else Adoption(job.laid.trained.held, fit, prefix=WEIGHT)
     try:
-        loaded = load(job, source.directory, fresh=fresh, with_optimizer=with_optimizer, adoption=adoption)
+        loaded = load(
+            job, source.directory, fresh=fresh, with_optimizer=with_optimizer, may_lack=may_lack, adoption=adoption
+        )
     except CheckpointError as error:
         raise ValueError(str(error)) from error
+    with_optimizer = with_optimizer and not (may_lack and _lacks_optimizer(job, loaded.index))
     if not fresh:
         tell_differences(job.run, job.data, loaded.index.state, loaded.index.notes, job.log)
     if adoption is not None:
@@ -78,7 +103,7 @@ def resume(job: Job) -> None:
     for message in loaded.messages():
         job.log.report(Warned(message))
     if not fresh:
-        restore(job, loaded, with_optimizer=with_optimizer)
+        restore(job, loaded, with_optimizer=with_optimizer, goes_on=source.is_own)
     job.ledger.restore(None if fresh else loaded.index.notes["ledger"], book)
     job.log.report(
         CheckpointLoaded(
@@ -108,19 +133,22 @@ def load(
     *,
     fresh: bool,
     with_optimizer: bool,
+    may_lack: bool = False,
     step: int | None = None,
     adoption: Adoption | None = None,
 ) -> Loaded:
     """Fill weights and the optimizer's tensors, in place, from the newest checkpoint that verifies, or from a step's.
 
-    fresh: the run does not go on from it. Raises CheckpointError if there is none that can be read, ValueError if it is
-    of another model or, unless fresh, of other samples; then its tensors have not been looked at.
+    fresh: the run does not go on from it. may_lack: a checkpoint without the optimizer's tensors will do. Raises
+    CheckpointError if there is none that can be read, ValueError if it is of another model or, unless fresh, of other
+    samples; then its tensors have not been looked at.
     """
     pieces: dict[str, Piece] = {}
 
     def wanted_of(index: Index) -> dict[str, Piece]:
         pieces.clear()
-        pieces.update(wanted(job, index, with_optimizer=with_optimizer, adoption=adoption))
+        asked = with_optimizer and not (may_lack and _lacks_optimizer(job, index))
+        pieces.update(wanted(job, index, with_optimizer=asked, adoption=adoption))
         if not fresh:
             check_same_samples(job.run, job.data, index.state)
         return pieces
@@ -132,7 +160,7 @@ def load(
         may_stay_unread=lambda name: not with_optimizer and (adoption is not None or not name.startswith(WEIGHT)),
     )
     assert loaded is not None, "its checkpoints were listed"
-    if with_optimizer:
+    if with_optimizer and not (may_lack and _lacks_optimizer(job, loaded.index)):
         moments = {name: piece.local for name, piece in pieces.items() if not name.startswith(WEIGHT)}
         take_optimizer_tensors(job.laid.trained, job.optimizer, moments)
     # Replicas that share out the optimizer have loaded their own rows only.
@@ -155,6 +183,10 @@ def wanted(job: Job, index: Index, *, with_optimizer: bool, adoption: Adoption |
     if not with_optimizer:
         return weight_pieces(job)
     pieces = optimizer_pieces(job)
-    if not pieces.keys() <= index.tensors.keys():
+    if _lacks_optimizer(job, index):
         raise ValueError(f"the checkpoint of step {index.step} holds no optimizer state for this run: --no-load-optim")
     return {**weight_pieces(job), **pieces}
+
+
+def _lacks_optimizer(job: Job, index: Index) -> bool:
+    return not optimizer_pieces(job).keys() <= index.tensors.keys()

@@ -87,14 +87,18 @@ def identity_of(job: Job) -> dict[str, Any]:
     }
 
 
-def restore(job: Job, loaded: Loaded, *, with_optimizer: bool) -> None:
-    """Take over everything but the tensors, in place."""
+def restore(job: Job, loaded: Loaded, *, with_optimizer: bool, goes_on: bool = True) -> None:
+    """Take over everything but the tensors, in place.
+
+    goes_on: the run is the checkpoint's own; else without the optimizer the learning rate's schedule begins anew.
+    """
     state: Mapping[str, Any] = loaded.index.state
     progress = job.progress
     progress.step = int(state["step"])
     progress.consumed_train_samples = int(state["consumed_train_samples"])
     progress.consumed_valid_samples = int(state["consumed_valid_samples"])
-    progress.schedule_samples = int(state["schedule_samples"])
+    if with_optimizer or goes_on:
+        progress.schedule_samples = int(state["schedule_samples"])
     progress.skipped_steps = int(state["skipped_steps"])
     # Checkpoints of earlier versions have none of these.
     owes = state.get("owes")

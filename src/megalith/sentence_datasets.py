@@ -6,13 +6,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from megalith.config import Run
-from megalith.data.blend import parse_data_path, samples_of_each
+from megalith.data.blend import parse_data_path
 from megalith.data.causal import SampleRows
 from megalith.data.index_cache import digest_of_lengths, load_or_build_sentence_map
 from megalith.data.sentence_maps import SentencePlan, build_sentence_map
 from megalith.data.sentence_rows import SentenceRows
 from megalith.data.split import PARTS
-from megalith.datasets import SPOKEN, Corpus, Report, blend_rows, no_documents, open_corpus
+from megalith.datasets import SPOKEN, Corpus, Report, blend_rows, no_documents, open_corpus, samples_wanted
 from megalith.monitor.events import SentenceMapLoaded
 
 
@@ -37,7 +37,7 @@ def build_sentence_rows(
     plan = SentencePlan(longest, least, run.data.short_seq_prob, run.train.seed)
     parts: dict[str, SampleRows] = {}
     for name in PARTS:
-        wanted = samples_of_each(weights, targets[name]) if len(prefixes) > 1 else [targets[name]]
+        wanted = samples_wanted(run, corpora, weights, name, targets[name], report)
         rows = [
             make_rows(_sentences(corpus, name, num_samples, plan, run, vocab_size, report))
             if corpus.parts[name] and num_samples

@@ -228,8 +228,14 @@ def step_done(job: Job, update: Update, batch_size: int, *, began: float, num_co
         params_norm=weights_norm(job) if run.monitor.log_params_norm else None,
         model_flops=job.task.step_flops(run, job.vocab_size, num_computed),
         causal_flops=None if causal is None else causal(run, job.vocab_size, num_computed),
-        memory=memory_use(job.device) if every(progress.step, run.monitor.log_interval) else None,
+        memory=memory_use(job.device) if _shows_memory(run, progress.step) else None,
     )
+
+
+def _shows_memory(run: Run, step: int) -> bool:
+    monitor = run.monitor
+    in_tensorboard = monitor.log_memory_to_tensorboard and every(step, monitor.tensorboard_log_interval)
+    return every(step, monitor.log_interval) or in_tensorboard
 
 
 def update_weights(job: Job, keeper: Keeper, losses: Mapping[str, Tensor], *, scale: float, batch_size: int) -> Update:

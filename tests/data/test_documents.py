@@ -194,6 +194,16 @@ def test_parquet_rows_are_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert read(tmp_path / f"{name}.parquet") == good(*texts)
 
 
+def test_json_lines_that_are_named_as_text_are_not_taken_for_text(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_bytes(b"\n" + jsonl("one", "two"))
+    with pytest.raises(ValueError, match="begins with a line of JSON; say which with --input-format jsonl or text"):
+        find_sources([str(path)])
+    assert read(path, input_format="jsonl") == good("one", "two")
+    path.write_text("{ no json")
+    assert read(path) == good("{ no json")
+
+
 def test_several_keys_give_several_texts(tmp_path: Path) -> None:
     rules = DocumentRules(("title", "text"))
     (tmp_path / "a.jsonl").write_text('{"text": "b", "title": "A"}\n')

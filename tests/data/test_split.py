@@ -39,5 +39,5 @@ def test_shares_are_written_in_several_ways(split: str, shares: tuple[float, flo
 
 @pytest.mark.parametrize("split", ["-1,2,1", "nan,1,1", "inf,1,1", "1,,2", "0", "1e308,1e308,1", "90;10", "1,2,3,x"])
 def test_shares_without_a_meaning_are_refused(split: str) -> None:
-    with pytest.raises(ValueError, match="split="):
+    with pytest.raises(ValueError, match=r"number|add up"):
         parse_split(split)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megalith.optim.batch_size import ConstantBatch, RampedBatch, make_batch_sizes, steps_for_samples
+from megalith.optim.batch_size import ConstantBatch, RampedBatch, consumed_after, make_batch_sizes, steps_for_samples
 from megalith.optim.settings import OptimizerConfig
 
 
@@ -58,3 +58,11 @@ def test_steps_of_a_constant_batch_leave_out_a_rest() -> None:
     assert steps_for_samples(1000, ConstantBatch(64, 8, 1)) == 15
     with pytest.raises(ValueError, match="too short"):
         steps_for_samples(63, ConstantBatch(64, 8, 1))
+
+
+def test_what_steps_will_have_consumed_is_what_they_take_one_by_one() -> None:
+    for batches in (ConstantBatch(8, 2, 2), RampedBatch(16, 2, 2, start=4, increment=4, ramp_samples=30)):
+        consumed = 5
+        for steps in range(12):
+            assert consumed_after(batches, 5, steps) == consumed
+            consumed += batches.batch_size(consumed)

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from megalith.checkpoint.pieces import Place
+from megalith.checkpoint.settings import TRACKER as TRACKER
 from megalith.models.shape import Shape
 
-TRACKER = "latest_checkpointed_iteration.txt"
 FILE_NAME = "model_optim_rng.pt"
 VERSION = 3.0  # of the files that are written
 RANK_NAME = re.compile(r"mp_rank_([0-9]{2,})(?:_([0-9]{3,}))?")

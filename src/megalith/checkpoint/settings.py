@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from megalith.fields import setting
 
+TRACKER = "latest_checkpointed_iteration.txt"  # of a directory of Megatron-LM's checkpoints
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:

@@ -7,6 +7,7 @@ small reads, so memory does not depend on its size, however far it expands.
 import glob
 import gzip
 import hashlib
+import json
 import os
 import stat
 import sys
@@ -33,6 +34,7 @@ SUFFIXES = {
 COMPRESSIONS = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # first bytes, by suffix
 PARQUET_MAGIC = b"PAR1"
 LONGEST_MAGIC = 4
+LONGEST_LINE_SEEN = 1 << 20  # bytes, of a file that may not be what it is named
 # 4 KiB of zstd expand to at most 128 MiB: a block of that size takes 4 bytes.
 ZSTD_READ_SIZE = 1 << 12
 
@@ -77,7 +79,11 @@ def find_sources(inputs: Sequence[str], input_format: str = "auto") -> list[Sour
                 faults.append(f"--input {name}: {fault}")
                 continue
             size = None if name == STANDARD_INPUT else os.stat(name).st_size
-            sources.append(Source(name, _format_of(name) if input_format == "auto" else input_format, size))
+            form = _format_of(name) if input_format == "auto" else input_format
+            if input_format == "auto" and form == "text" and size and _begins_as_json(name):
+                rule = "is named as plain text and begins with a line of JSON"
+                faults.append(f"--input {name}: {rule}; say which with --input-format jsonl or text")
+            sources.append(Source(name, form, size))
     if sum(source.is_standard_input for source in sources) > 1:
         faults.append("--input -: standard input can be read only once")
     if not inputs:
@@ -114,6 +120,16 @@ def _format_of(name: str) -> str:
     if path.suffix.lower() in COMPRESSIONS:
         path = path.with_suffix("")
     return SUFFIXES.get(path.suffix.lower(), "jsonl")
+
+
+def _begins_as_json(name: str) -> bool:
+    """Whether the first line of an uncompressed file that is not blank is a JSON object."""
+    with open(name, "rb") as file:
+        line = file.read(LONGEST_LINE_SEEN).lstrip().split(b"\n", 1)[0]
+    try:
+        return line.startswith(b"{") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 @contextmanager

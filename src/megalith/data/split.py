@@ -15,12 +15,12 @@ def parse_split(split: str) -> tuple[float, float, float]:
     try:
         numbers = [float(text) for text in split.split(separator)][:3]
     except ValueError as error:
-        raise ValueError(f"split={split!r} must be up to three numbers with commas between them: {error}") from error
+        raise ValueError(f"must be up to three numbers with commas between them ({error})") from error
     if not all(math.isfinite(number) and number >= 0 for number in numbers):
-        raise ValueError(f"split={split!r}: every share must be a number of 0 or more")
+        raise ValueError("has a share that is no number of 0 or more")
     total = sum(numbers)
     if not 0 < total < math.inf:
-        raise ValueError(f"split={split!r}: the shares must add up to more than 0")
+        raise ValueError("has shares that do not add up to more than 0")
     train, valid, test = [number / total for number in [*numbers, 0.0, 0.0][:3]]
     return train, valid, test
 

@@ -142,6 +142,14 @@ def steps_for_samples(train_samples: int, batches: ConstantBatch | RampedBatch) 
     return steps
 
 
+def consumed_after(batches: ConstantBatch | RampedBatch, consumed_samples: int, steps: int) -> int:
+    """Samples consumed when so many further steps have been taken."""
+    while steps > 0 and batches.batch_size(consumed_samples) != batches.global_batch_size:
+        consumed_samples += batches.batch_size(consumed_samples)
+        steps -= 1
+    return consumed_samples + steps * batches.global_batch_size
+
+
 def _positive_round(micro_batch_size: int, data_parallel: int) -> int:
     """Sequences that all replicas take at a time."""
     if micro_batch_size < 1 or data_parallel < 1:
