@@ -165,6 +165,16 @@ def test_the_small_run_has_no_fault() -> None:
         ("--min-loss-scale 1e12", "--min-loss-scale"),
         ("--finetune", "--finetune"),
         ("--split a,b", "--split"),
+        ("--lr inf", "--lr"),
+        ("--clip-grad nan", "--clip-grad"),
+        ("--layernorm-epsilon nan", "--layernorm-epsilon"),
+        ("--layernorm-epsilon -1", "--layernorm-epsilon"),
+        ("--init-method-std -1", "--init-method-std"),
+        ("--fp16 --initial-loss-scale inf", "--initial-loss-scale"),
+        ("--seed 4294967296", "--seed"),
+        ("--max-position-embeddings 9999999999999999999", "--max-position-embeddings"),
+        ("--norm-after-residual", "--norm-after-residual"),
+        ("--rampup-batch-size ² 2 8", "--rampup-batch-size"),
         ("--split 0,0,0", "--split"),
         ("--data-path 0.5 a 0.5", "--data-path"),
         ("--tokenizer-type GPT2BPETokenizer", "--vocab-file"),
@@ -174,6 +184,19 @@ def test_the_small_run_has_no_fault() -> None:
 )
 def test_each_rule_is_broken_by_name(words: str, flag: str) -> None:
     assert flag in rules_broken([*SMALL, *words.split()])
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [("--train-iters -5", "--train-iters"), ("--lr -1", "--lr"), ("--lr nan", "--lr"), ("--seed -1", "--seed")],
+)
+def test_one_mistake_is_one_fault(words: str, flag: str) -> None:
+    assert set(rules_broken([*SMALL, *words.split()])) == {flag}
+
+
+def test_kept_inputs_are_shared_out_with_either_name_of_full_recomputation() -> None:
+    words = [*SMALL, "--recompute-granularity", "full", "--distribute-checkpointed-activations"]
+    assert "--distribute-checkpointed-activations" not in rules_broken(words)
 
 
 def test_zero_turns_off_what_megatron_asks_only_for_truth() -> None:

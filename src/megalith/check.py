@@ -11,15 +11,19 @@ from collections.abc import Iterator
 from megalith.check_layout import layout_faults, num_replicas
 from megalith.check_tasks import task_faults
 from megalith.checkpoint.settings import TRACKER
-from megalith.config import Fault, Run, flag_of
+from megalith.config import Fault, Run, flag_of, known_settings
 from megalith.data.split import parse_split
 from megalith.derived import compute_dtype, global_batch_size, tokenizer_type
+
+MOST = 2**62  # of anything that is counted
+MOST_SEED = 2**32 - 1  # of numpy's generator, which shuffles
 
 
 def check(run: Run, world_size: int) -> list[Fault]:
     """Every fault of the run on that many ranks; none if it can start."""
     return [
         *_required(run),
+        *_finite(run),
         *_positive(run),
         *_shape(run),
         *layout_faults(run, world_size),
@@ -56,11 +60,23 @@ def _required(run: Run) -> Iterator[Fault]:
         yield fault("seq_length", None, "is required and was not given", "Add --seq-length, or start from a --preset")
 
 
+def _finite(run: Run) -> Iterator[Fault]:
+    """Numbers that are none, or that no counter holds; a time to wait may have no end."""
+    for name, known in known_settings().items():
+        value = getattr(getattr(run, known.part), name)
+        if isinstance(value, float) and not math.isfinite(value) and known.part != "parallel":
+            yield fault(name, value, "must be a finite number", "Give one")
+        elif isinstance(value, int) and abs(value) > MOST and name != "seed":
+            yield fault(name, value, f"is beyond {MOST}", "Give a smaller number")
+    if run.train.seed > MOST_SEED:
+        yield fault("seed", run.train.seed, f"must be from 1 to {MOST_SEED}", "Give such a number")
+
+
 def _positive(run: Run) -> Iterator[Fault]:
     """Counts that must be at least 1, where they are given."""
     counts = {
         "model": "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels max_position_embeddings "
-        "make_vocab_size_divisible_by img_dim num_channels num_classes patch_dim",
+        "make_vocab_size_divisible_by img_dim num_channels num_classes patch_dim layernorm_epsilon",
         "data": "seq_length encoder_seq_length decoder_seq_length retriever_seq_length corpus_vocab_size vocab_size "
         "max_epochs",
         "optimizer": "micro_batch_size global_batch_size hysteresis loss_scale_window loss_scale initial_loss_scale "
@@ -76,9 +92,10 @@ def _positive(run: Run) -> Iterator[Fault]:
     for part, names in counts.items():
         for name in names.split():
             value = getattr(getattr(run, part), name)
-            if value is not None and not value > 0:
+            if value is not None and value <= 0:
                 yield fault(name, value, "must be greater than 0", "Give a positive number")
     not_negative = {
+        "model": "init_method_std",
         "optimizer": "lr min_lr weight_decay clip_grad adam_eps lr_warmup_iters lr_warmup_samples max_bad_steps "
         "spike_threshold",
         "data": "num_workers vocab_extra_ids train_hard_neg val_av_rank_hard_neg val_av_rank_other_neg",
@@ -88,7 +105,7 @@ def _positive(run: Run) -> Iterator[Fault]:
     for part, names in not_negative.items():
         for name in names.split():
             value = getattr(getattr(run, part), name)
-            if value is not None and not value >= 0:
+            if value is not None and value < 0:
                 yield fault(name, value, "must not be negative", "Give 0 or more")
     for part, names in {
         "model": "attention_dropout hidden_dropout",
@@ -130,6 +147,9 @@ def _batches(run: Run, world_size: int) -> Iterator[Fault]:
         return
     batch = global_batch_size(run, replicas)
     group = micro * replicas
+    if run.task == "ict" and group == 1:
+        rule = "leaves a query one block to choose from, so that there is nothing to learn"
+        yield fault("micro_batch_size", micro, rule, "Give 2 or more, or more ranks")
     if batch > 0 and batch % group:
         near = sorted({max(group, batch // group * group), (batch // group + 1) * group})
         yield fault(
@@ -141,7 +161,7 @@ def _batches(run: Run, world_size: int) -> Iterator[Fault]:
     ramp = run.optimizer.rampup_batch_size
     if ramp is None:
         return
-    if len(ramp) != 3 or not all(word.isdigit() for word in ramp):
+    if len(ramp) != 3 or not all(word.isdecimal() for word in ramp):
         yield fault("rampup_batch_size", " ".join(ramp), "takes three whole numbers", "Give START INCREMENT SAMPLES")
         return
     start, increment, samples = (int(word) for word in ramp)
@@ -192,7 +212,7 @@ def _length(run: Run) -> Iterator[Fault]:
 
 def _schedule(run: Run) -> Iterator[Fault]:
     optimizer, train = run.optimizer, run.train
-    if optimizer.lr is not None and optimizer.min_lr > optimizer.lr:
+    if optimizer.lr is not None and optimizer.min_lr > optimizer.lr >= 0:
         yield fault("min_lr", optimizer.min_lr, f"is above --lr = {optimizer.lr}", "Lower it")
     if optimizer.lr_warmup_fraction is not None and not 0 <= optimizer.lr_warmup_fraction < 1:
         yield fault("lr_warmup_fraction", optimizer.lr_warmup_fraction, "must be at least 0 and below 1", "Lower it")
@@ -205,7 +225,7 @@ def _schedule(run: Run) -> Iterator[Fault]:
     else:
         decay = optimizer.lr_decay_samples or train.train_samples or math.inf  # type: ignore[assignment]
         warmup, name = optimizer.lr_warmup_samples, "lr_warmup_samples"
-    if warmup >= decay:
+    if warmup >= decay > 0:
         yield fault(name, warmup, f"is not shorter than the decay, {decay}", "Shorten it")
     if optimizer.override_lr_scheduler and optimizer.use_checkpoint_lr_scheduler:
         yield fault("override_lr_scheduler", None, "contradicts --use-checkpoint-lr-scheduler", "Give only one of them")

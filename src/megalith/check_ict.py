@@ -5,12 +5,16 @@ from pathlib import Path
 
 from megalith.config import Fault, Run, flag_of
 from megalith.data.indexed import bin_path, idx_path
+from megalith.data.marked import FEWEST_TOKENS
 
 
 def ict_faults(run: Run) -> Iterator[Fault]:
     """Every fault of an ICT's settings."""
     yield from biencoder_faults(run)
     data = run.data
+    if data.seq_length is not None and 0 < data.seq_length < FEWEST_TOKENS:
+        rule = "has no room for a text between its marks"
+        yield _fault("seq_length", data.seq_length, rule, f"Give at least {FEWEST_TOKENS}")
     if not 0 <= data.query_in_block_prob <= 1:
         yield _fault("query_in_block_prob", data.query_in_block_prob, "must be from 0 to 1", "Give a share")
     if data.mock_data or data.corpus is not None:

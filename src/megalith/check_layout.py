@@ -6,7 +6,7 @@ The rules are Megatron-LM's where it has the setting, and those of the parts tha
 from collections.abc import Iterator
 
 from megalith.config import Fault, Run, flag_of
-from megalith.derived import global_batch_size, num_layers
+from megalith.derived import global_batch_size, num_layers, recompute_granularity
 from megalith.parallel.settings import SPLIT_BACKWARD
 
 # Schedules that hold several parts of the model on a rank.
@@ -201,7 +201,7 @@ def _microbatches(run: Run, world_size: int) -> Iterator[Fault]:
         return
     group, sizes = micro * replicas, [global_batch_size(run, replicas)]
     ramp = run.optimizer.rampup_batch_size
-    if ramp is not None and len(ramp) == 3 and all(word.isdigit() for word in ramp) and int(ramp[1]) > 0:
+    if ramp is not None and len(ramp) == 3 and all(word.isdecimal() for word in ramp) and int(ramp[1]) > 0:
         sizes += range(int(ramp[0]), sizes[0], int(ramp[1]))
     several = run.parallel.num_layers_per_virtual_pipeline_stage is not None
     several = several or run.parallel.pipeline_schedule in OF_SEVERAL_PARTS
@@ -261,7 +261,7 @@ def _replicas(run: Run, world_size: int) -> Iterator[Fault]:
 
 def _recomputation(run: Run) -> Iterator[Fault]:
     parallel = run.parallel
-    if parallel.distribute_checkpointed_activations and not parallel.checkpoint_activations:
+    if parallel.distribute_checkpointed_activations and recompute_granularity(run) != "full":
         yield _fault(
             "distribute_checkpointed_activations", None, "needs --checkpoint-activations", "Add that, or leave this out"
         )

@@ -6,6 +6,7 @@ from megalith.config import Fault, Run, flag_of, known_settings
 from megalith.data.masking import WORDPIECE
 from megalith.data.spans import SPECIAL_TOKENS
 from megalith.derived import tokenizer_type
+from megalith.parallel.settings import SPLIT_BACKWARD
 
 WITH_SENTINELS = "HuggingFaceTokenizer"  # a kind whose files may hold them
 # Options that make a t5 the original one.
@@ -81,6 +82,9 @@ def _positions(run: Run) -> Iterator[Fault]:
     elif longest <= rows // 2:
         rule = f"must be above half of --relative-attention-num-buckets = {rows}, whose distances have a row each"
         yield _fault("relative_attention_max_distance", longest, rule, "Raise it, usually to 128")
+    if parallel.pipeline_schedule == SPLIT_BACKWARD:
+        rule = "splits the backward pass, and all layers of a stack share one table of distances"
+        yield _fault("pipeline_schedule", SPLIT_BACKWARD, rule, "Use another schedule, or learned positions")
     stages = parallel.pipeline_model_parallel_size
     if stages > 2 or (stages == 2 and parallel.num_layers_per_virtual_pipeline_stage is not None):
         rule = "cuts a stack of layers, all of which share one table of distances"

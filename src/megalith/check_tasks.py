@@ -7,14 +7,22 @@ from megalith.check_classify import classify_faults
 from megalith.check_ict import ict_faults, retriever_faults
 from megalith.check_t5 import t5_alone, t5_faults
 from megalith.check_vit import vit_faults
-from megalith.config import Fault, Run, flag_of
+from megalith.config import Fault, Run, flag_of, known_settings
+from megalith.fields import describe
 
 
 def task_faults(run: Run) -> list[Fault]:
     """Every fault of the settings of the run's task."""
     rules = RULES.get(run.task)
     alone = [] if run.task == "t5" else [*t5_alone(run)]
-    return [*_layouts(run), *_mock_data(run), *_corpus(run), *alone, *(() if rules is None else rules(run))]
+    return [
+        *_layouts(run),
+        *_norms(run),
+        *_mock_data(run),
+        *_corpus(run),
+        *alone,
+        *(() if rules is None else rules(run)),
+    ]
 
 
 def _layouts(run: Run) -> Iterator[Fault]:
@@ -23,6 +31,15 @@ def _layouts(run: Run) -> Iterator[Fault]:
     if run.task != "gpt" and size > 1:
         rule = f"cuts the sequence of a gpt over ranks; {run.task} has no such layout"
         yield Fault(flag_of("context_parallel_size"), size, rule, "Leave it out; use tensor or data parallelism")
+
+
+def _norms(run: Run) -> Iterator[Fault]:
+    """What shape_of would give any task, and only some have."""
+    tasks = describe(known_settings()["norm_after_residual"].field)["task"]
+    if run.model.norm_after_residual and run.task not in tasks.split(", "):
+        yield Fault(
+            flag_of("norm_after_residual"), None, f"is an option of {tasks}; {run.task} has none such", "Leave it out"
+        )
 
 
 def _mock_data(run: Run) -> Iterator[Fault]:

@@ -79,7 +79,10 @@ def identify_training_files(run: Run, tokenizer: Tokenizer, *, vocab_size: int, 
 def open_corpus(prefix: str, run: Run, report: Report, *, sentences: bool = False) -> Corpus:
     """Open a token file and split its documents. sentences: a document has an item for each; else it is an item."""
     started = time.perf_counter()
-    indexed = open_indexed(prefix, run.data.data_impl)
+    indexed = open_indexed(prefix, run.data.data_impl, merged=not sentences)
+    if indexed.document_index[-1] < indexed.num_items:
+        text = "the document index ends early, as Megatron-LM's merge leaves it: each item counts as a document"
+        report(Warned(f"{prefix}: {text}."))
     if run.data.mmap_warmup:
         indexed.warm_up()
     seconds = time.perf_counter() - started

@@ -146,6 +146,11 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
     batch_sizes = make_batch_sizes(run.optimizer, data_parallel=layout.data)
     announce_start(run, layout, device.type, batch_sizes, log)
     tokenizer, vocab_size = announce_tokenizer(run, task, layout, log)
+    if vocab_size and (layout.tensor - 1) * -(-vocab_size // layout.tensor) >= vocab_size:
+        raise ValueError(
+            f"--make-vocab-size-divisible-by = {run.model.make_vocab_size_divisible_by}: the {vocab_size} rows of the "
+            f"vocabulary leave a tensor rank without any. Give {layout.tensor} or a multiple of it."
+        )
     data = data_of(run, task, tokenizer, vocab_size, log)
     if (folder := scalars_folder(run)) is not None:
         log.report(ScalarsOpened(folder))

@@ -71,8 +71,9 @@ def _check_enough(job: Job, total: int) -> None:
     if consumed_after(job.batch_sizes, consumed, steps) <= total:
         return
     enough = bisect_right(range(steps + 1), total, key=lambda count: consumed_after(job.batch_sizes, consumed, count))
+    before = ", or keep the --global-batch-size of before" if consumed else ""
     raise ValueError(
         f"--train-iters = {job.last_step}: {consumed:,} samples were taken in {job.progress.step:,} steps, and the "
-        f"data set, which is made for {job.last_step:,} steps of now, ends after {total:,}: in step "
-        f"{job.progress.step + enough:,}. Keep the --global-batch-size of before, or give fewer steps"
+        f"data set ends after {total:,}, in step {job.progress.step + max(1, enough):,}. Give fewer steps, or "
+        f"--dataloader-type cyclic{before}"
     )

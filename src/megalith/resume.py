@@ -170,11 +170,13 @@ def load(
 
 def wanted(job: Job, index: Index, *, with_optimizer: bool, adoption: Adoption | None = None) -> dict[str, Piece]:
     """The pieces to fill, once it is seen that the checkpoint is of this model, or as near as a fine-tuning needs."""
-    may_differ = () if adoption is None else adoption.fit.may_differ
+    # Another head takes nothing from the output layer.
+    may_differ = () if adoption is None else (*adoption.fit.may_differ, "untie_embeddings_and_output_weights")
     faults = [
         f"{name} is {index.state['model'].get(name)} in the checkpoint and {value} in this run"
         for name, value in identity_of(job).items()
-        if index.state["model"].get(name) != value and name not in may_differ
+        # Checkpoints of earlier versions do not say all of it.
+        if index.state["model"].get(name, value) != value and name not in may_differ
     ]
     if faults:
         raise ValueError(f"the checkpoint of step {index.step} is of another model: {'; '.join(faults)}")
@@ -184,7 +186,10 @@ def wanted(job: Job, index: Index, *, with_optimizer: bool, adoption: Adoption |
         return weight_pieces(job)
     pieces = optimizer_pieces(job)
     if _lacks_optimizer(job, index):
-        raise ValueError(f"the checkpoint of step {index.step} holds no optimizer state for this run: --no-load-optim")
+        raise ValueError(
+            f"the checkpoint of step {index.step} holds no optimizer state for this model and --optimizer "
+            f"{job.run.optimizer.optimizer}. Give the optimizer of before, or --no-load-optim"
+        )
     return {**weight_pieces(job), **pieces}
 
 

@@ -80,6 +80,8 @@ def identity_of(job: Job) -> dict[str, Any]:
         "hidden_size": shape.width,
         "num_attention_heads": shape.num_heads,
         "kv_channels": shape.head_width,
+        "ffn_hidden_size": shape.inner,
+        "untie_embeddings_and_output_weights": job.run.model.untie_embeddings_and_output_weights,
         "max_position_embeddings": shape.num_positions,
         "padded_vocab_size": job.vocab_size,
         "tokenizer": None if job.tokenizer is None else job.tokenizer.digest,
@@ -107,7 +109,8 @@ def restore(job: Job, loaded: Loaded, *, with_optimizer: bool, goes_on: bool = T
     progress.spikes.restore(state.get("spikes", {}))
     if with_optimizer:
         set_num_updates(job.laid.trained, job.optimizer, int(state["num_updates"]))
-        if progress.loss_scale is not None and state["loss_scale"] is not None:
+        # A constant scale has left nothing to go on from.
+        if progress.loss_scale is not None and state["loss_scale"]:
             progress.loss_scale = progress.loss_scale.resumed(state["loss_scale"])
         job.schedule, spoken = resumed_schedule(
             job.schedule,

@@ -81,3 +81,9 @@ def test_compiled_blocks_that_are_computed_again_give_the_same_run(layout: str, 
     words = ["--train-iters", "5", "--hidden-dropout", "0", "--attention-dropout", "0", *words]
     compiled = runs(world_size, *words, "--compile", "on", "--checkpoint-activations")
     assert_same_run(compiled, runs(world_size, *words))
+
+
+@pytest.mark.parametrize("sharding", ["gradients", pytest.param("parameters", marks=pytest.mark.slow)])
+def test_sgd_updates_weights_that_are_shared_out(sharding: str, runs: Runs) -> None:
+    words = ["--train-iters", "5", "--optimizer", "sgd"]
+    assert_same_run(runs(2, *words, "--data-parallel-sharding", sharding), runs(1, *words))

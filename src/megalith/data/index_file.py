@@ -55,11 +55,12 @@ class Index:
     document_index: NDArray[np.int64]  # item at which each document starts, then the number of items
 
 
-def read_index(path: Path, *, impl: str, bin_path: Path, bin_size: int) -> Index:
+def read_index(path: Path, *, impl: str, bin_path: Path, bin_size: int, merged: bool = False) -> Index:
     """The checked content of an .idx; the arrays are views of the file, unless it is of the old format.
 
-    impl: mmap, lazy, cached (the latter two are one format) or infer. bin_size: bytes of the .bin it belongs to. Raises
-    ValueError with the file, the field, what was expected and what was found.
+    impl: mmap, lazy, cached (the latter two are one format) or infer. bin_size: bytes of the .bin it belongs to.
+    merged: the document index may end before the last item, as Megatron-LM's merge leaves it. Raises ValueError with
+    the file, the field, what was expected and what was found.
     """
     content = map_file(path)
     formats = {"mmap": MAGIC, "lazy": OLD_MAGIC, "cached": OLD_MAGIC}
@@ -73,7 +74,7 @@ def read_index(path: Path, *, impl: str, bin_path: Path, bin_size: int) -> Index
         refuse(path, "magic", wanted, repr(found))
     index = (_read_old if old else _read_mmap)(path, content)
     _check_items(path, index, bin_path, bin_size)
-    _check_documents(path, index.document_index, len(index.lengths))
+    _check_documents(path, index.document_index, len(index.lengths), merged=merged)
     return index
 
 
@@ -188,8 +189,8 @@ def _check_items(path: Path, index: Index, bin_path: Path, bin_size: int) -> Non
         refuse(bin_path, "size", f"{start} bytes, by the lengths in {path.name}", bin_size)
 
 
-def _check_documents(path: Path, documents: NDArray[np.int64], num_items: int) -> None:
-    """The document index must rise from 0 to the number of items."""
+def _check_documents(path: Path, documents: NDArray[np.int64], num_items: int, *, merged: bool) -> None:
+    """The document index must rise from 0 to the number of items; merged: or to less."""
     if not len(documents):
         refuse(path, "entries of the document index", "1 or more", 0)
     if documents[0] != 0:
@@ -200,6 +201,6 @@ def _check_documents(path: Path, documents: NDArray[np.int64], num_items: int) -
         if falling.any():
             entry = int(falling.argmax()) + 1
             refuse(path, f"start of document {begin + entry}", f"{entries[entry - 1]} or more", int(entries[entry]))
-    if documents[-1] != num_items:
+    if documents[-1] > num_items or (documents[-1] < num_items and not merged):
         found = f"{int(documents[-1])} (Megatron-LM's merge leaves it so; merge with IndexedWriter instead)"
         refuse(path, "end of the document index", f"{num_items}, the number of items", found)

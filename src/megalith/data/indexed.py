@@ -31,11 +31,11 @@ class IndexedDataset:
     Raises ValueError naming the file, the field, what was expected and what was found.
     """
 
-    def __init__(self, prefix: Location, *, impl: str = "infer") -> None:
+    def __init__(self, prefix: Location, *, impl: str = "infer", merged: bool = False) -> None:
         self.prefix = find_prefix(prefix)
         self.bin_path, self.idx_path = bin_path(self.prefix), idx_path(self.prefix)
         content = map_file(self.bin_path)
-        index = read_index(self.idx_path, impl=impl, bin_path=self.bin_path, bin_size=len(content))
+        index = read_index(self.idx_path, impl=impl, bin_path=self.bin_path, bin_size=len(content), merged=merged)
         self.dtype = index.dtype
         self.lengths = index.lengths
         self.offsets = index.offsets
@@ -75,12 +75,13 @@ class IndexedDataset:
                     pass
 
 
-def open_indexed(prefix: Location, impl: str = "infer") -> IndexedDataset:
+def open_indexed(prefix: Location, impl: str = "infer", *, merged: bool = False) -> IndexedDataset:
     """The token file with this prefix; impl: mmap, lazy, cached, or infer by the index's first bytes.
 
-    lazy and cached only name the old format here: all files are read through a memory map.
+    lazy and cached only name the old format here: all files are read through a memory map. merged: a document index
+    that ends before the last item will do, for who takes items for documents.
     """
-    return IndexedDataset(prefix, impl=impl)
+    return IndexedDataset(prefix, impl=impl, merged=merged)
 
 
 def best_dtype(vocab_size: int | None) -> DType:

@@ -22,7 +22,10 @@ class DataConfig:
     vocab_file: str | None = setting(None, "vocabulary file", section="data and dataloader")
     merge_file: str | None = setting(None, "BPE merges", section="data and dataloader")
     vocab_extra_ids: int = setting(
-        0, "tokens appended to a BERT vocabulary", section="data and dataloader", task="bert, t5, ict"
+        0,
+        "tokens appended to a BERT vocabulary",
+        section="data and dataloader",
+        task="bert, t5, ict, classify, retriever",
     )
     tokenizer_type: str | None = setting(None, "tokenizer", section="data and dataloader")
     seq_length: int | None = setting(None, "tokens per sample", section="data and dataloader", unit="tokens")

@@ -57,6 +57,8 @@ def build_optimizer(
             return FusedAdamW(groups, lr=0.0, betas=betas, eps=config.adam_eps)
         return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adam_eps, fused=False)
     if config.optimizer == "sgd":
+        # torch's fused kernel knows nothing of weights that are shared out.
+        fused = fused and not any(hasattr(parameter, "placements") for parameter in [*decaying, *constant])
         return torch.optim.SGD(groups, lr=0.0, momentum=config.sgd_momentum, fused=fused)
     raise ValueError(f"optimizer={config.optimizer!r} must be one of {', '.join(MOMENTS)}. Change --optimizer")
 

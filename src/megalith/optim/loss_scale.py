@@ -65,7 +65,7 @@ class DynamicLossScale:
             tolerance = self.tolerance - 1
             scale = max(self.scale * BACKOFF, self.min_scale) if tolerance <= 0 else self.scale
             return replace(self, scale=scale, clean_steps=0, tolerance=tolerance)
-        if self.clean_steps + 1 == self.window:
+        if self.clean_steps + 1 >= self.window:
             return replace(self, scale=self.scale * GROWTH, clean_steps=0, tolerance=self.hysteresis)
         return replace(self, clean_steps=self.clean_steps + 1)
 
