@@ -65,6 +65,7 @@ LEVELS = [
         "trained_retrieval",
         "indexing",
         "retrieving",
+        "room",
         "verify",
         "watching",
         "convert",

@@ -36,6 +36,7 @@ from megalith.passes import take_passes, with_rows
 from megalith.recheck import is_due, take_checked_passes, tell_what_is_compared
 from megalith.report import open_profile, report_interval
 from megalith.resume import resume
+from megalith.room import refuse_what_cannot_fit
 from megalith.sources import write_run_file
 from megalith.threads import leave_threads_of_parent
 from megalith.watching import Places, collective_timeout, open_watch
@@ -60,6 +61,7 @@ def train(run: Run, *, started: float) -> int:
     inherited = leave_threads_of_parent()
     with ExitStack() as stack:
         device = choose_device(run.parallel.device, layout.local_rank)
+        refuse_what_cannot_fit(run, layout, device)
         if device.type == "cpu":
             keep_freed_memory()
         meeting = joined(layout, device, join_timeout=run.parallel.join_timeout, timeout=collective_timeout(run))
