@@ -106,8 +106,40 @@ def test_unknown_names_in_a_run_file_name_the_nearest_known_one(tmp_path: Path) 
     text = str(error.value)
     assert "Did you mean optimizer?" in text
     assert "Did you mean num_layers?" in text
-    assert "hidden_size = wide: must be a whole number" in text
-    assert "task = gtp: must be one of gpt" in text
+    assert 'hidden_size = "wide": must be a whole number' in text
+    assert 'task = "gtp": must be one of gpt' in text
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('bf16 = "false"', 'bf16 = "false": must be true or false'),
+        ("bf16 = 1", "bf16 = 1: must be true or false"),
+        ('onnx_safe = "true"', 'onnx_safe = "true": must be true or false'),
+        ('num_layers = "4"', 'num_layers = "4": must be a whole number'),
+        ("num_layers = true", "num_layers = true: must be a whole number"),
+        ("lr = true", "lr = true: must be a number"),
+        ('lr = "1e-3"', 'lr = "1e-3": must be a number'),
+        ("lr = [{a = 2020-01-01}]", "lr = [{a = 2020-01-01}]: must be a number"),
+        ("save = false", "save = false: must be text"),
+        ("data_path = [true]", "data_path = [true]: must be a list of texts or numbers"),
+        ('retriever_report_topk_accuracies = ["1"]', 'topk_accuracies = ["1"]: must be whole numbers'),
+        (
+            'log_format = "ritch"',
+            'log_format = "ritch": must be one of auto, reference, rich, json. Did you mean rich?',
+        ),
+    ],
+)
+def test_a_run_file_says_numbers_and_truths_without_quotes(tmp_path: Path, line: str, told: str) -> None:
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(f"{line}\n")
+    with pytest.raises(ConfigError) as error:
+        read_command_line([str(run_file)])
+    assert told in str(error.value)
+
+
+def test_a_flag_that_megatron_reads_as_true_whatever_it_says_is_read_so() -> None:
+    assert read_command_line([*SMALL, "--onnx-safe", "false"]).model.onnx_safe is True
 
 
 @pytest.mark.parametrize("text", ["[model", "\x00"])

@@ -135,35 +135,43 @@ def nearest(name: str, among: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else "see megalith pretrain --help for all of them"
 
 
-def convert(name: str, known: Known, value: object) -> tuple[Any, Fault | None]:
-    """A value of the setting's type from what a command line (text) or a run file (TOML) holds."""
+def convert(name: str, known: Known, value: object, *, is_typed: bool = False) -> tuple[Any, Fault | None]:
+    """A value of the setting's type from what a command line (text) or a run file (TOML) holds.
+
+    is_typed: the value has its type already, as in TOML, so that text is neither a number nor true or false.
+    """
     described = describe(known.field)
     optional = isinstance(known.type, types.UnionType)
     kind = next(t for t in typing.get_args(known.type) if t is not type(None)) if optional else known.type
     if value is None:
         return None, None if optional else Fault(known.flag, None, "needs a value", "Give one, or leave it out")
     try:
-        converted = _converted(kind, value)
+        converted = _converted(kind, value, is_typed)
     except (TypeError, ValueError, OverflowError):
-        wanted = "numbers" if described["repeat"] else getattr(kind, "__name__", str(kind))
-        words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-        return None, Fault(known.flag, value, f"must be {words.get(wanted, wanted)}", "Change the value")
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        lists = {int: "whole numbers", str: "a list of texts or numbers"}
+        wanted = lists[typing.get_args(kind)[0]] if typing.get_origin(kind) is tuple else words[kind]
+        return None, Fault(known.flag, value, f"must be {wanted}", "Change the value")
     choices = described["choices"]
     if choices and converted not in choices:
         return None, Fault(known.flag, value, f"must be one of {', '.join(choices)}", nearest(str(value), choices))
     return converted, None
 
 
-def _converted(kind: Any, value: object) -> Any:
+def _converted(kind: Any, value: object, is_typed: bool) -> Any:
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
-        return tuple(_converted(item, part) for part in (value if isinstance(value, list | tuple) else [value]))
+        return tuple(
+            _converted(item, part, is_typed) for part in (value if isinstance(value, list | tuple) else [value])
+        )
     if kind is bool:
         if isinstance(value, bool):
             return value
         # Megatron-LM reads such an argument as true whatever stands there.
-        if isinstance(value, str):
+        if isinstance(value, str) and not is_typed:
             return True
+        raise TypeError(value)
+    if is_typed and isinstance(value, str) and kind is not str:
         raise TypeError(value)
     if kind is int:
         if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):

@@ -75,13 +75,15 @@ def settings_of_toml(text: str, source: str) -> tuple[dict[str, Any], list[Fault
         if name == "task" and entry in TASKS:
             values["task"] = entry
         elif name == "task":
-            faults.append(Fault(f"{source} task", entry, f"must be one of {', '.join(TASKS)}", "Change it"))
+            faults.append(
+                Fault(f"{source} task", _as_written(entry), f"must be one of {', '.join(TASKS)}", "Change it")
+            )
         elif name not in known:
             faults.append(Fault(f"{source} {key}", None, "is not a known setting", nearest(name, known)))
         else:
-            value, fault = convert(name, known[name], entry)
+            value, fault = convert(name, known[name], entry, is_typed=True)
             if fault:
-                faults.append(dataclasses.replace(fault, setting=f"{source} {key}"))
+                faults.append(dataclasses.replace(fault, setting=f"{source} {key}", value=_as_written(entry)))
             else:
                 values[name] = value
     return values, faults
@@ -99,6 +101,15 @@ def as_toml(run: Run) -> str:
             lines += ["", f"[{part.name}]"]
             lines += [f"{f.name} = {_toml_value(getattr(config, f.name))}" for f in changed]
     return "\n".join(lines) + "\n"
+
+
+def _as_written(entry: object) -> str:
+    """An entry of a TOML file in one line, as the file has it."""
+    if isinstance(entry, dict):
+        return "{" + ", ".join(f"{key} = {_as_written(value)}" for key, value in entry.items()) + "}"
+    if isinstance(entry, list):
+        return f"[{', '.join(map(_as_written, entry))}]"
+    return _toml_value(entry) if isinstance(entry, bool | int | float | str) else str(entry)
 
 
 def _toml_value(value: object) -> str:
