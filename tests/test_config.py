@@ -1,13 +1,14 @@
 """Flags, run files and presets become one configuration; every fault is found at once."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 
 from megalith.check import check
-from megalith.config import ConfigError, Run, compose, known_settings
+from megalith.config import DISPLACED, RIVALS, ConfigError, Run, compose, known_settings
 from megalith.derived import OURS, reference_arguments
 from megalith.fields import describe
 from megalith.parallel.mesh import Layout
@@ -96,6 +97,50 @@ def test_later_wins_preset_then_run_file_then_flags(tmp_path: Path) -> None:
     assert not faults
     assert (run.optimizer.lr, run.optimizer.min_lr, run.model.num_layers) == (0.125, 0.25, 3)
     assert run.model.hidden_size == preset["hidden_size"]
+
+
+@pytest.mark.parametrize(
+    ("words", "gone"),
+    [
+        ("--lr-warmup-iters 5 --train-iters 50", {"lr_warmup_fraction"}),
+        ("--lr-warmup-iters 0", {"lr_warmup_fraction"}),
+        ("--train-samples 4000 --lr-warmup-samples 400", {"train_iters", "lr_warmup_fraction"}),
+        ("--encoder-seq-length 64", {"seq_length"}),
+        ("--data-path text --tokenizer-type ByteLevelTokenizer", {"corpus"}),
+        ("--mock-data --vocab-size 50", {"corpus"}),
+    ],
+)
+def test_a_flag_displaces_what_a_preset_says_in_other_words(words: str, gone: set[str]) -> None:
+    run = read_command_line(["--preset", "quickstart", *words.split()])
+    known = known_settings()
+    for name in gone:
+        assert getattr(getattr(run, known[name].part), name) == known[name].field.default
+    assert check(run, 1) == []
+
+
+def test_a_flag_displaces_what_a_run_file_says_in_other_words(tmp_path: Path) -> None:
+    run_file = tmp_path / "run.toml"
+    run_file.write_text("[optimizer]\nbf16 = true\n\n[data]\ndata_path = 'a'\ntokenizer_type = 'ByteLevelTokenizer'\n")
+    run = read_command_line([str(run_file), "--fp16", "--corpus", "python"])
+    assert (run.optimizer.fp16, run.optimizer.bf16) == (True, False)
+    assert (run.data.corpus, run.data.data_path, run.data.tokenizer_type) == ("python", None, None)
+    run_file.write_text("[parallel]\ncheckpoint_activations = true\n")
+    assert not read_command_line(
+        [str(run_file), "--recompute-granularity", "selective"]
+    ).parallel.checkpoint_activations
+    assert read_command_line([str(run_file), "--recompute-granularity", "full"]).parallel.checkpoint_activations
+    run_file.write_text("[optimizer]\nfp16 = false\n")
+    assert read_command_line([str(run_file), "--bf16"]).optimizer.bf16
+    run_file.write_text("[optimizer]\nlr_warmup_iters = 3\nfp16 = false\n[data]\nmock_data = false\n")
+    run = read_command_line([str(run_file), "--preset", "quickstart"])
+    assert (run.optimizer.lr_warmup_iters, run.optimizer.lr_warmup_fraction, run.data.corpus) == (3, None, "python")
+
+
+def test_rivals_from_one_source_are_refused(tmp_path: Path) -> None:
+    run_file = tmp_path / "run.toml"
+    run_file.write_text("fp16 = true\nbf16 = true\n")
+    assert rules_broken([*SMALL, "--fp16", "--bf16"])["--fp16"] == "contradicts --bf16"
+    assert rules_broken([str(run_file), *SMALL])["--fp16"] == "contradicts --bf16"
 
 
 def test_unknown_names_in_a_run_file_name_the_nearest_known_one(tmp_path: Path) -> None:
@@ -278,6 +323,12 @@ def test_a_run_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         compose("gpt", {}).task = "bert"  # type: ignore[misc]
     assert isinstance(compose("gpt", {}), Run)
+
+
+def test_every_rival_is_a_setting() -> None:
+    displacing = [key if isinstance(key, str) else key[0] for key in DISPLACED]
+    named = [*itertools.chain(*RIVALS), *displacing, *itertools.chain(*DISPLACED.values())]
+    assert set(named) <= known_settings().keys()
 
 
 def test_every_setting_of_our_own_is_listed_once_and_exists() -> None:

@@ -6,6 +6,7 @@ from other values (`derived.py`) is computed where it is needed, so a run file a
 
 import dataclasses
 import difflib
+import itertools
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -188,6 +189,47 @@ def _converted(kind: Any, value: object, is_typed: bool) -> Any:
 
 # As in Megatron-LM, which asks of them only whether they are true.
 OFF_AT_ZERO = ("loss_scale", "exit_interval", "exit_duration_in_mins")
+
+
+# One of each says what the other would say otherwise: check.py refuses both at once.
+RIVALS = (
+    ("train_iters", "train_samples"),
+    ("lr_decay_iters", "lr_decay_samples"),
+    ("lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples"),
+    ("override_lr_scheduler", "use_checkpoint_lr_scheduler"),
+    ("seq_length", "encoder_seq_length"),
+    ("fp16", "bf16"),
+    ("data_path", "corpus", "mock_data"),
+    ("load", "bert_load"),
+    ("norm_after_residual", "apply_residual_connection_post_layernorm"),
+)
+
+# What else has no place beside a setting, or beside a value of it: a corpus brings its own, only made-up tokens have a
+# number of ids, and to recompute all is more than to recompute the attention core.
+DISPLACED: dict[str | tuple[str, object], tuple[str, ...]] = {
+    "data_path": ("vocab_size",),
+    "corpus": ("vocab_size", "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type", "titles_data_path"),
+    "mock_data": ("titles_data_path",),
+    "checkpoint_activations": ("recompute_granularity",),
+    ("recompute_granularity", "selective"): ("checkpoint_activations",),
+}
+
+
+def overlay(sources: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The values of several sources, of which later ones win: over the same setting and over its rivals before them.
+
+    Rivals within one source both stay, to be refused. One that is turned off displaces nothing.
+    """
+    merged: dict[str, Any] = {}
+    for values in sources:
+        for name, value in values.items():
+            if value is None or value is False:
+                continue
+            groups = [*(group for group in RIVALS if name in group), DISPLACED.get(name, ())]
+            for rival in itertools.chain(*groups, DISPLACED.get((name, value), ())):
+                merged.pop(rival, None)
+        merged |= values
+    return merged
 
 
 def compose(task: str, values: Mapping[str, Any]) -> Run:

@@ -1,4 +1,7 @@
-"""Where a configuration comes from: presets, TOML run files and the command line; later wins, in this order."""
+"""Where a configuration comes from: presets, TOML run files and the command line; later wins, in this order.
+
+It wins over the same setting, and over those that it cannot stand beside (`config.overlay`).
+"""
 
 import argparse
 import dataclasses
@@ -11,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megalith.config import REMOVED, TASKS, ConfigError, Fault, Run, compose, convert, known_settings, nearest
+from megalith.config import REMOVED, TASKS, ConfigError, Fault, Run, compose, convert, known_settings, nearest, overlay
 from megalith.fields import describe
 from megalith.files import write_whole
 from megalith.terminal import redacted
@@ -231,7 +234,7 @@ def read_command_line(words: Sequence[str]) -> Run:
         faults += found
     if faults:
         raise ConfigError(faults)
-    values = {**preset_values, **file_values, **flag_values}
+    values = overlay([preset_values, file_values, flag_values])
     file_task = values.pop("task", None)
     return compose(task or file_task or "gpt", values)
 
