@@ -136,6 +136,10 @@ def test_a_default_of_the_task_that_is_overridden_is_said_in_megatron_lms_words(
     ]
 
 
+def test_a_default_of_the_task_that_is_given_is_not_said_to_be_overridden() -> None:
+    assert overridden(run_of("--tokenizer-type GPT2BPETokenizer")) == []
+
+
 def test_every_warning_is_one_sentence_or_two_on_one_line() -> None:
     words = (
         "--fp16 --hidden-size 48 --num-attention-heads 3 --log-interval 9999 --save-interval 9999 --eval-interval 9999"

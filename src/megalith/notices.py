@@ -66,11 +66,14 @@ def notes(run: Run) -> Iterator[str]:
 
 
 def overridden(run: Run) -> list[str]:
-    """Megatron-LM's own words where a command line overrides what its program for the task fills in."""
+    """Megatron-LM's own words where a command line overrides what its program for the task fills in.
+
+    It says so even where both are the same, as after --corpus; that is left out.
+    """
     lines = []
     for name, default in TASK_DEFAULTS[run.task].items():
         value = getattr(run.data, name)
-        if value is not None:
+        if value not in (None, default):
             words = f"WARNING: overriding default arguments for {name}:{default}"
             lines.append(f"{words}{' ' * 24}with {name}:{value}")
     return lines
