@@ -112,3 +112,12 @@ def test_a_perplexity_is_told_of_the_loss_of_tokens_alone() -> None:
     assert clean.evaluated(event) == [
         "validation at step 10: lm loss 3.0000, perplexity 20.09; top1_acc 14.0000 (1.5 s)"
     ]
+
+
+def test_the_evaluation_at_the_end_is_told_from_one_between_steps() -> None:
+    events_of_a_step = [
+        events.Evaluated(60, 480, "validation", final, {"lm loss": 3.0}, 1.5) for final in (False, True)
+    ]
+    between, at_the_end = (clean.evaluated(event) for event in events_of_a_step)
+    assert between == ["validation at step 60: lm loss 3.0000, perplexity 20.09 (1.5 s)"]
+    assert at_the_end == ["validation at the end of training, step 60: lm loss 3.0000, perplexity 20.09 (1.5 s)"]

@@ -86,7 +86,9 @@ def evaluated(event: events.Evaluated) -> list[str]:
     told = []
     for name, loss in event.losses.items():
         told.append(f"{name} {loss:.4f}" + (f", perplexity {perplexity(loss):,.2f}" if name == "lm loss" else ""))
-    return [f"{event.split} at step {event.step:,}: {'; '.join(told)} ({duration(event.seconds)})"]
+    # The one at the end reads on in the data where the last between steps stopped: the same step, another loss.
+    place = f"the end of training, step {event.step:,}" if event.final else f"step {event.step:,}"
+    return [f"{event.split} at {place}: {'; '.join(told)} ({duration(event.seconds)})"]
 
 
 def warned(event: Any) -> list[str]:
