@@ -3,14 +3,17 @@
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from megalith.check import check
 from megalith.config import DISPLACED, RIVALS, ConfigError, Run, compose, known_settings
+from megalith.data.tokenizer import KINDS
 from megalith.derived import OURS, reference_arguments
 from megalith.fields import describe
+from megalith.notices import REPLACED
 from megalith.parallel.mesh import Layout
 from megalith.sources import as_toml, flag_parser, preset_names, read_command_line, read_preset
 
@@ -317,6 +320,29 @@ def test_help_shows_every_flag_with_its_default() -> None:
     for known in known_settings().values():
         assert known.flag in text
     assert "[steps; default 1000]" in text
+
+
+def test_help_names_what_is_taken_where_nothing_is_given() -> None:
+    text = " ".join(flag_parser().format_help().split())
+    assert "or ByteLevelTokenizer [default GPT2BPETokenizer for gpt, else BertWordPieceLowerCase]" in text
+    assert "samples per update [sequences; default " in text
+
+
+def test_help_of_what_something_else_answers_says_accepted() -> None:
+    for name, known in known_settings().items():
+        assert ("(accepted; " in describe(known.field)["help"]) == (name in REPLACED), name
+
+
+def test_help_of_a_switch_that_turns_off_says_so() -> None:
+    turned_off = ("do not ", "do without ", "leave ", "refuse ", "no ", "the erf form ", "send whole ")
+    for name, known in known_settings().items():
+        described = describe(known.field)
+        assert described["switch"] != "off" or described["help"].startswith(turned_off), name
+
+
+def test_help_names_every_tokenizer() -> None:
+    named = describe(known_settings()["tokenizer_type"].field)["help"]
+    assert set(re.findall(r"\w+", named)) - {"or"} == set(KINDS)
 
 
 def test_a_run_is_frozen() -> None:

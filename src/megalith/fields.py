@@ -23,13 +23,14 @@ def setting(
     switch: str = "",
     repeat: str = "",
     task: str = "",
+    usual: str = "",
 ) -> Any:
     """A dataclass field with what the command line needs to know about it.
 
     section: the heading under which --help shows it. unit: what a number counts. flag: its spelling if that is not the
     name with hyphens; also: further spellings. choices: the only values allowed. switch: "on" or "off", for a flag
     without a value that turns the field on or off. repeat: "*" or "+", for a list of values. task: the only task that
-    uses it, or several with commas between.
+    uses it, or several with commas between. usual: in words, what is taken where the default, None, stays.
     """
     metadata = {
         "help": help,
@@ -41,6 +42,7 @@ def setting(
         "switch": switch,
         "repeat": repeat,
         "task": task,
+        "usual": usual,
     }
     return field(default=default, metadata={METADATA_KEY: metadata})
 

@@ -159,7 +159,8 @@ def flag_parser(program: str = "megalith pretrain") -> argparse.ArgumentParser:
                 *known.flags, dest=name, action="store_const", const=described["switch"] == "on", help=" ".join(words)
             )
             continue
-        shown = f"default {default}" if default not in (None, ()) else "no default"
+        default = described["usual"] if default in (None, ()) else default
+        shown = "no default" if default == "" else f"default {default}"
         words.append(f"[{unit}; {shown}]" if unit else f"[{shown}]")
         metavar = "|".join(described["choices"]) or _metavar(known.type)
         group.add_argument(

@@ -18,19 +18,25 @@ class CheckpointConfig:
     no_save_optim: bool | None = setting(
         None, "leave the optimizer out of checkpoints", section="checkpointing", switch="on"
     )
-    no_save_rng: bool | None = setting(None, "leave RNG states out", section="checkpointing", switch="on")
+    no_save_rng: bool | None = setting(
+        None, "leave RNG states out (accepted; there are none)", section="checkpointing", switch="on"
+    )
     no_load_optim: bool | None = setting(None, "skip the optimizer on load", section="checkpointing", switch="on")
-    no_load_rng: bool | None = setting(None, "skip RNG states on load", section="checkpointing", switch="on")
+    no_load_rng: bool | None = setting(
+        None, "skip RNG states on load (accepted; there are none)", section="checkpointing", switch="on"
+    )
     adlr_autoresume: bool = setting(
-        False, "use the NVIDIA-internal cluster resume module", section="autoresume", switch="on"
+        False, "NVIDIA's own module for resuming (accepted; send SIGUSR1)", section="autoresume", switch="on"
     )
     adlr_autoresume_interval: int = setting(
-        1000, "iterations between resume-signal checks", section="autoresume", unit="steps"
+        1000, "between looks at the resume signal (accepted; every step)", section="autoresume", unit="steps"
     )
     bert_load: str | None = setting(
         None, "BERT checkpoint to start ICT from", section="biencoder", task="ict, retriever"
     )
-    ict_load: str | None = setting(None, "old ICT checkpoint", section="biencoder", task="ict")
+    ict_load: str | None = setting(
+        None, "old ICT checkpoint (accepted; megalith index takes the run directory)", section="biencoder", task="ict"
+    )
     auto_resume: bool = setting(
         True,
         "refuse to start where --save holds checkpoints, instead of going on from the newest",

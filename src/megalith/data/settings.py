@@ -16,7 +16,7 @@ class DataConfig:
         False, "train on made-up tokens, for measuring; needs no files", section="data and dataloader", switch="on"
     )
     vocab_size: int | None = setting(
-        None, "ids of the made-up tokens, before padding; 50257 if not set", section="data and dataloader"
+        None, "ids of the made-up tokens, before padding", section="data and dataloader", usual="50257"
     )
     split: str = setting("969, 30, 1", "train/valid/test proportions", section="data and dataloader")
     vocab_file: str | None = setting(None, "vocabulary file", section="data and dataloader")
@@ -27,7 +27,13 @@ class DataConfig:
         section="data and dataloader",
         task="bert, t5, ict, classify, retriever",
     )
-    tokenizer_type: str | None = setting(None, "tokenizer", section="data and dataloader")
+    tokenizer_type: str | None = setting(
+        None,
+        "GPT2BPETokenizer, BertWordPieceLowerCase, BertWordPieceCase, HuggingFaceTokenizer, SentencePieceTokenizer or "
+        "ByteLevelTokenizer",
+        section="data and dataloader",
+        usual="GPT2BPETokenizer for gpt, else BertWordPieceLowerCase",
+    )
     seq_length: int | None = setting(None, "tokens per sample", section="data and dataloader", unit="tokens")
     encoder_seq_length: int | None = setting(None, "encoder length", section="data and dataloader", unit="tokens")
     decoder_seq_length: int | None = setting(
@@ -79,12 +85,24 @@ class DataConfig:
         0.1, "chance of a shortened BERT/T5 sample", section="data and dataloader", task="bert, t5"
     )
     mmap_warmup: bool = setting(False, "read mmap files once at start", section="data and dataloader", switch="on")
-    num_workers: int = setting(2, "DataLoader workers", section="data and dataloader", unit="processes")
+    num_workers: int = setting(
+        2,
+        "threads that decode images (accepted; one thread makes all other samples)",
+        section="data and dataloader",
+        unit="processes",
+    )
     data_impl: str = setting(
-        "infer", "indexed-dataset reader", section="data and dataloader", choices=("lazy", "cached", "mmap", "infer")
+        "infer",
+        "reader of token files (accepted; all are memory-mapped)",
+        section="data and dataloader",
+        choices=("lazy", "cached", "mmap", "infer"),
     )
     dataloader_type: str | None = setting(
-        None, "single pass or cyclic", section="training", choices=("single", "cyclic")
+        None,
+        "single pass or cyclic",
+        section="training",
+        usual="cyclic for vit, classify and retriever, else single",
+        choices=("single", "cyclic"),
     )
     reset_position_ids: bool = setting(False, "restart positions after EOD", section="data and dataloader", switch="on")
     reset_attention_mask: bool = setting(
@@ -94,7 +112,9 @@ class DataConfig:
         False, "zero the loss where the input token is EOD", section="data and dataloader", switch="on"
     )
     titles_data_path: str | None = setting(None, "ICT titles dataset", section="biencoder", task="ict")
-    block_data_path: str | None = setting(None, "old REALM block-data path", section="biencoder", task="ict")
+    block_data_path: str | None = setting(
+        None, "old REALM block data (accepted; nothing reads it)", section="biencoder", task="ict"
+    )
     evidence_data_path: str | None = setting(None, "Wikipedia evidence TSV", section="biencoder", task="ict, retriever")
     use_one_sent_docs: bool = setting(
         False, "ICT: allow one-sentence documents", section="biencoder", switch="on", task="ict"

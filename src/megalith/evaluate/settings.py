@@ -12,7 +12,10 @@ class EvaluateConfig:
     eval_interval: int = setting(1000, "iterations between validations", section="validation", unit="steps")
     eval_iters: int = setting(100, "iterations per evaluation", section="validation", unit="batches")
     embedding_path: str | None = setting(
-        None, "pickle with the evidence embeddings", section="biencoder", task="ict, retriever"
+        None,
+        "file of the passages' embeddings, which megalith index writes",
+        section="biencoder",
+        task="ict, retriever",
     )
     indexer_batch_size: int = setting(
         128, "intended indexer batch", section="biencoder", unit="passages", task="ict, retriever"

@@ -11,9 +11,13 @@ class ModelConfig:
 
     num_layers: int | None = setting(None, "transformer layers", section="network size", unit="layers")
     hidden_size: int | None = setting(None, "model width", section="network size", unit="features")
-    ffn_hidden_size: int | None = setting(None, "MLP inner width", section="network size", unit="features")
+    ffn_hidden_size: int | None = setting(
+        None, "MLP inner width", section="network size", usual="4 x hidden size", unit="features"
+    )
     num_attention_heads: int | None = setting(None, "attention heads", section="network size")
-    kv_channels: int | None = setting(None, "per-head width", section="network size", unit="features per head")
+    kv_channels: int | None = setting(
+        None, "per-head width", section="network size", usual="hidden size / heads", unit="features per head"
+    )
     max_position_embeddings: int | None = setting(
         None, "rows of the position table", section="network size", unit="tokens"
     )
@@ -31,11 +35,15 @@ class ModelConfig:
         switch="on",
         task="bert, ict, classify, retriever",
     )
-    openai_gelu: bool = setting(False, "tanh GELU in the unfused path", section="network size", switch="on")
-    onnx_safe: bool | None = setting(None, "ONNX work-arounds", section="network size")
+    openai_gelu: bool = setting(False, "tanh GELU with --no-bias-gelu-fusion too", section="network size", switch="on")
+    onnx_safe: bool | None = setting(
+        None,
+        "the form of the erf GELU for ONNX; true whatever TEXT is (accepted; nothing is exported)",
+        section="network size",
+    )
     bert_binary_head: bool = setting(
         True,
-        "BERT sentence-order head and pooler",
+        "leave out BERT's sentence-order head, pooler and token types",
         section="network size",
         flag="--bert-no-binary-head",
         switch="off",
@@ -47,26 +55,40 @@ class ModelConfig:
     init_method_xavier_uniform: bool = setting(False, "Xavier init", section="initialization", switch="on", task="vit")
     apply_query_key_layer_scaling: bool = setting(
         True,
-        "divide QK^T by layer number, undo it inside an fp32 softmax",
+        "do not divide QK^T by the layer number, to undo it inside an fp32 softmax",
         section="mixed precision",
         flag="--no-query-key-layer-scaling",
         switch="off",
     )
     attention_softmax_in_fp32: bool = setting(
-        False, "fp32 softmax in the unfused path", section="mixed precision", switch="on"
+        False, "fp32 softmax of attention (accepted; it always is)", section="mixed precision", switch="on"
     )
     fp32_residual_connection: bool = setting(False, "fp32 residual stream", section="mixed precision", switch="on")
     fp16_lm_cross_entropy: bool = setting(False, "loss in fp16", section="mixed precision", switch="on")
     bias_gelu_fusion: bool = setting(
-        True, "jit-fused bias + tanh GELU", section="training", flag="--no-bias-gelu-fusion", switch="off"
+        True,
+        "the erf form of GELU instead of the tanh form",
+        section="training",
+        flag="--no-bias-gelu-fusion",
+        switch="off",
     )
     bias_dropout_fusion: bool = setting(
-        True, "jit-fused bias+dropout+residual", section="training", flag="--no-bias-dropout-fusion", switch="off"
+        True,
+        "do not fuse bias, dropout and residual (accepted; nothing is fused by hand)",
+        section="training",
+        flag="--no-bias-dropout-fusion",
+        switch="off",
     )
     masked_softmax_fusion: bool = setting(
-        True, "CUDA masked-softmax kernels", section="training", flag="--no-masked-softmax-fusion", switch="off"
+        True,
+        "do without CUDA masked-softmax kernels (accepted; PyTorch's own fused kernels run)",
+        section="training",
+        flag="--no-masked-softmax-fusion",
+        switch="off",
     )
-    ict_head_size: int | None = setting(None, "old ICT head size (REALM model)", section="biencoder", task="ict")
+    ict_head_size: int | None = setting(
+        None, "old ICT head size (accepted; use --biencoder-projection-dim)", section="biencoder", task="ict"
+    )
     biencoder_projection_dim: int = setting(
         0, "extra projection of the bi-encoder embedding (0 = none)", section="biencoder", task="ict, retriever"
     )
@@ -100,7 +122,7 @@ class ModelConfig:
         task="t5",
     )
     softmax_scale: float | None = setting(
-        None, "what attention scores are multiplied by; 1 / sqrt(kv_channels) if not set", section="t5", task="t5"
+        None, "what attention scores are multiplied by", section="t5", task="t5", usual="1 / sqrt(kv_channels)"
     )
     position_embedding_type: str = setting(
         "learned_absolute",

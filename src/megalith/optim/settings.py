@@ -17,8 +17,12 @@ class OptimizerConfig:
     lr_decay_style: str = setting(
         "linear", "constant, linear or cosine", section="learning rate", choices=("constant", "linear", "cosine")
     )
-    lr_decay_iters: int | None = setting(None, "decay length in iterations", section="learning rate", unit="steps")
-    lr_decay_samples: int | None = setting(None, "decay length in samples", section="learning rate", unit="sequences")
+    lr_decay_iters: int | None = setting(
+        None, "decay length in iterations", section="learning rate", usual="the whole training", unit="steps"
+    )
+    lr_decay_samples: int | None = setting(
+        None, "decay length in samples", section="learning rate", usual="the whole training", unit="sequences"
+    )
     lr_warmup_fraction: float | None = setting(
         None, "warm-up as a fraction of the decay length", section="learning rate", unit="of the decay length"
     )
@@ -39,7 +43,7 @@ class OptimizerConfig:
     sgd_momentum: float = setting(0.9, "SGD momentum", section="regularization")
     fp16: bool = setting(False, "fp16 training", section="mixed precision", switch="on")
     bf16: bool = setting(False, "bfloat16 training", section="mixed precision", switch="on")
-    loss_scale: float | None = setting(None, "constant loss scale", section="mixed precision")
+    loss_scale: float | None = setting(None, "constant loss scale", section="mixed precision", usual="dynamic")
     initial_loss_scale: float = setting(4294967296, "first dynamic loss scale", section="mixed precision")
     min_loss_scale: float = setting(1.0, "floor of the dynamic scale", section="mixed precision")
     loss_scale_window: float = setting(
@@ -49,12 +53,17 @@ class OptimizerConfig:
         2, "overflows tolerated before the loss scale drops", section="mixed precision", unit="overflows"
     )
     accumulate_allreduce_grads_in_fp32: bool = setting(
-        False, "keep and all-reduce gradients in fp32", section="mixed precision", switch="on"
+        False,
+        "keep and all-reduce gradients in fp32 (accepted; they always are)",
+        section="mixed precision",
+        switch="on",
     )
     micro_batch_size: int | None = setting(
         None, "samples per forward pass per replica", section="training", unit="sequences"
     )
-    global_batch_size: int | None = setting(None, "samples per update", section="training", unit="sequences")
+    global_batch_size: int | None = setting(
+        None, "samples per update", section="training", usual="micro batch size x replicas", unit="sequences"
+    )
     rampup_batch_size: tuple[str, ...] | None = setting(
         None, "start, increment, ramp samples", section="training", repeat="*"
     )

@@ -18,25 +18,39 @@ class ParallelConfig:
         None, "layers per model chunk", section="distributed", unit="layers"
     )
     distributed_backend: str = setting(
-        "nccl", "torch.distributed backend", section="distributed", choices=("nccl", "gloo")
+        "nccl",
+        "torch.distributed backend (accepted; it follows the device)",
+        section="distributed",
+        choices=("nccl", "gloo"),
     )
-    DDP_impl: str = setting("local", "own DDP or torch DDP", section="distributed", choices=("local", "torch"))
-    use_contiguous_buffers_in_ddp: bool = setting(False, "one flat gradient buffer", section="distributed", switch="on")
+    DDP_impl: str = setting(
+        "local",
+        "own DDP or torch DDP (accepted; one reduction serves all)",
+        section="distributed",
+        choices=("local", "torch"),
+    )
+    use_contiguous_buffers_in_ddp: bool = setting(
+        False, "one flat gradient buffer (accepted; gradients go in buckets)", section="distributed", switch="on"
+    )
     scatter_gather_tensors_in_pipeline: bool = setting(
         True,
-        "send 1/tp of each activation between stages",
+        "send whole activations between stages (accepted; torch's pipelining sends them)",
         section="distributed",
         flag="--no-scatter-gather-tensors-in-pipeline",
         switch="off",
     )
     local_rank: int | None = setting(
-        None, "device index from the launcher", section="distributed", flag="--local_rank", also=("--local-rank",)
+        None,
+        "device index from the launcher (accepted; LOCAL_RANK tells it)",
+        section="distributed",
+        flag="--local_rank",
+        also=("--local-rank",),
     )
     lazy_mpu_init: bool | None = setting(
-        None, "return a continuation instead of initialising DDP", section="distributed"
+        None, "return a continuation instead of initialising DDP (accepted; DDP starts at once)", section="distributed"
     )
     use_cpu_initialization: bool | None = setting(
-        None, "initialise weights on the CPU", section="distributed", switch="on"
+        None, "initialise weights on the CPU (accepted; the same on every device)", section="distributed", switch="on"
     )
     checkpoint_activations: bool = setting(False, "recompute activations in backward", section="training", switch="on")
     distribute_checkpointed_activations: bool = setting(
@@ -88,9 +102,10 @@ class ParallelConfig:
     )
     pipeline_schedule: str | None = setting(
         None,
-        "order of forward and backward passes; 1f1b, or interleaved with several parts a rank, if not given",
+        "order of forward and backward passes",
         section="distributed",
         choices=("gpipe", "1f1b", "interleaved", "zero-bubble"),
+        usual="1f1b, or interleaved with several parts a rank",
     )
     data_parallel_sharding: str = setting(
         "none",
@@ -100,8 +115,8 @@ class ParallelConfig:
     )
     data_parallel_shard_size: int | None = setting(
         None,
-        "ranks that share out gradients or parameters, for instance those of a node; the others hold copies of theirs "
-        "(default: all replicas share them out)",
+        "ranks that share out gradients or parameters, for instance those of a node; the others hold copies of theirs",
+        usual="all replicas",
         section="distributed",
         unit="ranks",
     )
