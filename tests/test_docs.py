@@ -3,13 +3,16 @@
 import contextlib
 import io
 import re
+import shlex
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from megalith.check import check
 from megalith.cli import main
+from megalith.sources import read_command_line
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *(path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "LOG.md")]
@@ -51,3 +54,17 @@ def test_every_file_that_is_named_is_there(document: Path) -> None:
     named = [code or link for code, link in FILES.findall(document.read_text(encoding="utf-8"))]
     missing = [name for name in named if not any(any(folder.glob(name)) for folder in (ROOT, document.parent))]
     assert not missing
+
+
+def test_every_run_that_the_first_guide_shows_can_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for name, content in re.findall(r"^```toml\n# (\S+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        (tmp_path / name).write_text(content)
+    blocks = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
+    shown = [
+        line.split("pretrain", 1)[1] for line in blocks.splitlines() if re.search(r"(^|&& )megalith pretrain", line)
+    ]
+    runs = [read_command_line(shlex.split(words)) for words in shown if "..." not in words]
+    assert len(runs) == 3
+    assert [fault for run in runs for fault in check(run, 1)] == []
