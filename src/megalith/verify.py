@@ -10,7 +10,7 @@ from typing import Any
 from megalith.checkpoint.directory import STEP_NAME, list_checkpoints, step_name
 from megalith.checkpoint.index import INDEX_NAME
 from megalith.checkpoint.shards import DamagedError, open_shard
-from megalith.checkpoint.verify import verify
+from megalith.checkpoint.verify import verify, why_unread
 from megalith.command_line import CommandParser
 from megalith.config import ConfigError
 from megalith.data.indexed import bin_path, find_prefix, idx_path
@@ -22,21 +22,27 @@ from megalith.terminal import printable
 
 SHOWN = ("documents", "files", "tensors", "tokens", "bytes")  # facts that are told to people
 DAMAGED = 1  # exit status if anything is not as it should be
+UNREAD = 2  # if nothing is known to be damaged, but something could not be read
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found out about one file or directory; sound if there are no faults."""
+    """What was found out about one file or directory; sound if there are no faults.
+
+    unread: the fault is that it may not be read, so that nothing is known of its bytes.
+    """
 
     kind: str  # token file, checkpoint, tokenizer, run file
     path: Path
     faults: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+    unread: bool = False
 
     def lines(self) -> Iterator[str]:
         """The finding for people."""
         told = ", ".join(f"{self.facts[name]:,} {name}" for name in SHOWN if name in self.facts)
-        yield f"{'DAMAGED' if self.faults else 'sound':<8} {self.kind} {self.path}{f': {told}' if told else ''}"
+        found = "UNREAD" if self.unread else "DAMAGED" if self.faults else "sound"
+        yield f"{found:<8} {self.kind} {self.path}{f': {told}' if told else ''}"
         yield from (f"         {line}" for fault in self.faults for line in fault.splitlines())
         if self.facts.get("recorded") is False:
             yield "         nothing was recorded of it, so only its structure and its tokens were looked at"
@@ -73,7 +79,8 @@ def verify_all(paths: Sequence[str], *, vocab_size: int | None, as_json: bool) -
     if as_json:
         shown = [{**dataclasses.asdict(finding), "path": str(finding.path)} for finding in findings]
         print(json.dumps({"sound": sound, "findings": shown}))
-    return 0 if sound else DAMAGED
+    damaged = any(finding.faults and not finding.unread for finding in findings)
+    return DAMAGED if damaged else 0 if sound else UNREAD
 
 
 def parts_of(given: str) -> Iterator[tuple[str, Path]]:
@@ -130,7 +137,8 @@ def check_checkpoint(path: Path) -> Finding:
         if path.name != step_name(index.step):
             raise DamagedError(f"{path} is named after another step than that of its index, {index.step}")
     except (DamagedError, OSError) as error:
-        return Finding("checkpoint", path, (str(error),))
+        unread = why_unread(path, error)
+        return Finding("checkpoint", path, (unread or str(error),), unread=unread is not None)
     facts = {"files": len(index.files), "tensors": len(index.tensors), "bytes": index.num_bytes}
     return Finding("checkpoint", path, (), {**facts, "step": index.step, "data": index.state.get("data")})
 
@@ -140,7 +148,8 @@ def check_tokenizer(path: Path) -> Finding:
     try:
         tokenizer = load_saved_tokenizer(path)
     except (ValueError, OSError) as error:
-        return Finding("tokenizer", path, (str(error),))
+        unread = why_unread(path, error)
+        return Finding("tokenizer", path, (unread or str(error),), unread=unread is not None)
     return Finding("tokenizer", path, (), {"tokens": tokenizer.vocab_size, "digest": tokenizer.digest})
 
 

@@ -20,7 +20,7 @@ from megalith.checkpoint.store import load_latest, save
 from megalith.checkpoint.verify import read_index, verify
 from megalith.files import DISK
 from tests.checkpoint.runs import assert_equal, empty, load_newest, names_in, pieces_of, save_step, tensors_at
-from tests.disks import failing_disk
+from tests.disks import HookedDisk, Moment, failing_disk
 
 
 def test_the_newest_checkpoint_is_loaded_bit_for_bit(tmp_path: Path) -> None:
@@ -231,6 +231,27 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(tmp_
     shutil.rmtree(tmp_path / "checkpoints" / "step-0000001")
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used: step-0000004"):
         load_newest(tmp_path)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE])
+def test_a_checkpoint_that_may_not_be_read_is_neither_damaged_nor_passed_over_nor_replaced(
+    tmp_path: Path, code: int
+) -> None:
+    save_step(tmp_path, 1)
+    path = save_step(tmp_path, 4)
+
+    def forbid(moment: Moment, operation: str, opened: Path) -> None:
+        if moment == "before" and operation == "open" and opened == path / "rank-00000.safetensors":
+            raise OSError(code, os.strerror(code), str(opened))
+
+    with pytest.raises(CheckpointError, match=f"^{path} cannot be read \\({os.strerror(code)}\\): ") as raised:
+        load_latest(tmp_path, pieces_of(empty()), disk=HookedDisk(forbid))
+    assert str(raised.value).endswith("permissions" if code in (errno.EACCES, errno.EPERM) else ")")
+    with pytest.raises(CheckpointError, match=r"step-0000004 was not written: .*rank-00000\.safetensors"):
+        save(tmp_path, 4, pieces_of(tensors_at(5)), {"consumed_samples": 40}, disk=HookedDisk(forbid))
+    loaded = load_newest(tmp_path)
+    assert loaded is not None and loaded.index.step == 4
+    assert names_in(tmp_path) == ["step-0000001", "step-0000004"]
 
 
 def test_files_of_others_do_no_harm(tmp_path: Path) -> None:

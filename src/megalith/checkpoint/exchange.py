@@ -16,10 +16,11 @@ Value = TypeVar("Value")
 
 
 class RankFailure(NamedTuple):
-    """What went wrong on a rank."""
+    """What went wrong on a rank. code: the system's number of the error, if it was the system's."""
 
     rank: int
     message: str
+    code: int | None = None
 
 
 class RanksError(Exception):
@@ -79,9 +80,9 @@ class Ranks:
         try:
             outcome: list[Any] = [True, work()]
         except (OSError, ValueError) as error:
-            outcome = [False, str(error)]
+            outcome = [False, str(error), getattr(error, "errno", None)]
         outcomes = self.gather(outcome)
-        failures = [RankFailure(rank, said) for rank, (done, said) in enumerate(outcomes) if not done]
+        failures = [RankFailure(rank, *said) for rank, (done, *said) in enumerate(outcomes) if not done]
         if failures:
             raise RanksError(failures)
         return [said for _, said in outcomes]

@@ -32,7 +32,7 @@ from megalith.checkpoint.exchange import Ranks, RanksError
 from megalith.checkpoint.index import INDEX_NAME, Index, plain_json, render
 from megalith.checkpoint.pieces import DTYPES, TORCH_DTYPES, Piece, Place, Stored, Table, announce, file_of, share_out
 from megalith.checkpoint.shards import DamagedError, open_shard, write_shard
-from megalith.checkpoint.verify import check_together, index_together, verify
+from megalith.checkpoint.verify import check_together, index_together, verify, why_unread
 from megalith.files import DISK, Disk, Location, Written, make_directories, sync_directory, write_whole
 
 
@@ -155,7 +155,9 @@ def _commit(folder: Path, temporary: str, contents: Contents, files: Mapping[str
     if os.path.lexists(target.path):
         try:
             existing = verify(target.path, disk=disk)
-        except (DamagedError, OSError):
+        except (DamagedError, OSError) as error:
+            if why_unread(target.path, error) is not None:
+                raise  # it may be sound
             discard(target, disk=disk)
         else:
             if not existing.same_contents(index):
@@ -248,8 +250,9 @@ def load_latest(
     so none needs memory for more than those and a few megabytes. step: only that checkpoint. may_stay_unread: the names
     of tensors that may be in the checkpoint without any rank wanting them.
 
-    A damaged checkpoint is passed over for the one before it: see `Loaded.messages`. Raises CheckpointError if all are
-    damaged or the step is not there, ValueError if the tensors of the run and of the checkpoint are not the same.
+    A damaged checkpoint is passed over for the one before it: see `Loaded.messages`; one that may not be read is not,
+    for it may be sound. Raises CheckpointError for such a one, if all are damaged, or if the step is not there;
+    ValueError if the tensors of the run and of the checkpoint are not the same.
 
     What does not fit is refused by its index alone, for the files of a large run take minutes to verify; but where an
     earlier one fits, only after it has verified: the index of another run may lie among files that are not its own.
@@ -259,7 +262,8 @@ def load_latest(
     try:
         listed = ranks.together(lambda: [found.step for found in list_checkpoints(run_dir)] if ranks.rank == 0 else [])
     except RanksError as failed:
-        raise CheckpointError(f"{folder} cannot be read: {failed}", folder) from failed
+        said = why_unread(folder, failed) or f"{folder} cannot be read: {failed}"
+        raise CheckpointError(said, folder) from failed
     steps = listed[0]
     if step is not None:
         if step not in steps:
@@ -275,6 +279,8 @@ def load_latest(
             check_together(ranks, path, index, disk=disk)
             _fill(ranks, path, index, pieces, disk)
         except (RanksError, DamagedError) as failed:
+            if (unread := why_unread(path, failed)) is not None:
+                raise CheckpointError(unread, path) from failed
             refused.append(Refused(path, str(failed)))
         else:
             return Loaded(path, index, tuple(refused))

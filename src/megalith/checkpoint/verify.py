@@ -1,13 +1,35 @@
 """Whether a checkpoint is what was written: every byte of every file against the digests in its index."""
 
+import errno
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from megalith.checkpoint.directory import check_directory
-from megalith.checkpoint.exchange import Ranks
+from megalith.checkpoint.exchange import Ranks, RanksError
 from megalith.checkpoint.index import INDEX_LIMIT, INDEX_NAME, Index, parse
 from megalith.checkpoint.shards import DamagedError, open_shard, read_file
 from megalith.files import DISK, Disk, digest_of
+
+# Errors that say nothing about the bytes of a file, and what helps.
+REMEDIES = {
+    errno.EACCES: "correct its permissions",
+    errno.EPERM: "correct its permissions",
+    errno.EMFILE: "allow the process more open files (ulimit -n)",
+    errno.ENFILE: "allow the machine more open files (fs.file-max)",
+}
+
+
+def why_unread(path: Path, error: RanksError | ValueError | OSError) -> str | None:
+    """The sentence for a path that could not be read though nothing says that it is damaged; None if something does."""
+    if isinstance(error, RanksError):
+        codes = {failure.code for failure in error.failures}
+    else:
+        codes = {getattr(error, "errno", None)}
+    if not codes <= REMEDIES.keys():
+        return None
+    code = next(code for code in REMEDIES if code in codes)
+    return f"{path} cannot be read ({os.strerror(code)}): {REMEDIES[code]}"
 
 
 def verify(path: Path, *, disk: Disk = DISK) -> Index:
