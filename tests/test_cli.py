@@ -1,6 +1,8 @@
 """What a newcomer meets first: the commands, and a sentence for each mistake."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +10,22 @@ from pathlib import Path
 import pytest
 
 from tests.layouts.runs import run_on, write_data
+from tests.processes import permissions_hold
+
+# Root has its privileges again once it executes a program, so the program gives them up.
+WITHOUT_PRIVILEGES = """
+import sys
+from megalith.cli import main
+from tests.processes import give_up_privileges
+give_up_privileges()
+sys.exit(main())
+"""
 
 
-def megalith(*words: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "megalith", *words], capture_output=True, text=True, timeout=120, cwd=cwd
-    )
+def megalith(*words: str, cwd: Path | None = None, unprivileged: bool = False) -> "subprocess.CompletedProcess[str]":
+    """The command, ended. unprivileged: permissions hold for it, even if it is root's."""
+    program = ["-c", WITHOUT_PRIVILEGES] if unprivileged else ["-m", "megalith"]
+    return subprocess.run([sys.executable, *program, *words], capture_output=True, text=True, timeout=120, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +98,38 @@ def test_generate_continues_one_prompt_or_several(trained: Path) -> None:
     several = megalith("generate", str(trained), "--prompt", "ab", "--prompt", "c", "--max-new-tokens", "4", "--greedy")
     assert several.stdout.startswith("--- 1 ---\n" + one.stdout)
     assert "--- 2 ---\nc" in several.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["generate", "RUN", "--prompt", "x"], ["evaluate", "RUN", "--split", "train"]],
+    ids=["generate", "evaluate"],
+)
+def test_a_checkpoint_that_cannot_be_used_is_one_sentence_and_status_2(
+    words: list[str], trained: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    words = [str(run) if word == "RUN" else word for word in words]
+
+    def refused(*more: str, unprivileged: bool = False) -> str:
+        done = megalith(*words, *more, unprivileged=unprivileged)
+        assert done.returncode == 2 and done.stdout == "", done
+        (line,) = done.stderr.splitlines()
+        return line
+
+    folder = run / "checkpoints"
+    for step in ("21", "-1"):
+        assert refused("--step", step) == f"megalith: {folder} has no checkpoint of step {step}; it has [3]"
+    if permissions_hold(tmp_path):
+        folder.chmod(0)
+        said = refused(unprivileged=True)
+        folder.chmod(0o755)
+        assert said == f"megalith: {folder} cannot be read (Permission denied): correct its permissions"
+    shard = next(folder.glob("*/*.safetensors"))
+    os.truncate(shard, 1000)
+    assert refused().startswith(
+        f"megalith: no checkpoint in {folder} can be used: step-0000003: rank 0: {shard} has 1000"
+    )
 
 
 def test_evaluate_gives_loss_and_perplexity_of_a_split_and_of_files(trained: Path, tmp_path: Path) -> None:

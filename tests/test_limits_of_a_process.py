@@ -3,8 +3,6 @@
 import errno
 import os
 import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +15,7 @@ from tests.disturbed import start_run
 from tests.faults.cluster import Ended
 from tests.layouts.runs import steps_of
 from tests.processes import give_up_privileges, permissions_hold
+from tests.test_cli import megalith
 from tests.test_disk_faults import each_step, saved_steps, warned
 from tests.test_train import assert_same
 
@@ -168,11 +167,7 @@ def test_a_checkpoint_without_permission_is_not_damaged_and_the_run_goes_on_once
     assert said in ended.said.splitlines()
     assert newest.stat().st_ino == before and len(list(newest.parent.iterdir())) == 3
     for path, named in ((newest.parent.parent, newest), (newest, newest)):
-        program = "import sys; from tests.processes import give_up_privileges; from megalith.cli import main; "
-        program += "give_up_privileges(); sys.exit(main(sys.argv[1:]))"
-        done = subprocess.run(
-            [sys.executable, "-c", program, "verify", str(path)], capture_output=True, text=True, timeout=60
-        )
+        done = megalith("verify", str(path), unprivileged=True)
         assert done.returncode == 2 and "DAMAGED" not in done.stdout, done
         assert f"UNREAD   checkpoint {named}" in done.stdout and "cannot be read (Permission denied)" in done.stdout
     for shard in newest.glob("*.safetensors"):

@@ -87,6 +87,15 @@ def undisturbed(run: Path, evidence: Path) -> Path:
     return path
 
 
+def test_a_step_without_a_checkpoint_is_one_sentence_and_status_2(
+    run: Path, evidence: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = index_words(run, evidence, run.parent / "of_no_step", "--step", "77")
+    assert main(["index", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"megalith: {run / 'checkpoints'} has no checkpoint of step 77; it has [")
+
+
 def test_every_passage_has_the_vector_of_its_title_and_text(run: Path, evidence: Path, undisturbed: Path) -> None:
     opened = open_embeddings(undisturbed)
     retriever = open_retriever(str(run), step=None, device="cpu")

@@ -52,8 +52,11 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"megalith: rank {os.environ.get('RANK', '0')} ends: {printable(str(error))}", file=sys.stderr)
         return PEER_LOST
     except (MemoryError, RuntimeError) as error:
+        from megalith.checkpoint.directory import CheckpointError
         from megalith.monitor.memory import is_out_of_memory
 
+        if isinstance(error, CheckpointError) and not is_out_of_memory(error):
+            return _tell(error)
         if not is_out_of_memory(error):
             raise
         said = str(error).splitlines() or ["no more can be had"]
@@ -63,9 +66,14 @@ def main(words: Sequence[str] | None = None) -> int:
         )
         return OUT_OF_MEMORY
     except (ValueError, OSError) as error:
-        for line in str(error).splitlines():
-            print(f"megalith: {printable(line)}", file=sys.stderr)
-        return FAULT
+        return _tell(error)
+
+
+def _tell(error: Exception) -> int:
+    """Say what a user can correct, a line for each fault; give the exit status."""
+    for line in str(error).splitlines():
+        print(f"megalith: {printable(line)}", file=sys.stderr)
+    return FAULT
 
 
 def usage() -> str:
