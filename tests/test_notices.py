@@ -1,5 +1,7 @@
 """What deserves a word is said in one line each; what does not is left in silence."""
 
+import re
+
 import pytest
 import torch
 
@@ -27,6 +29,24 @@ def test_a_usual_run_is_told_nothing() -> None:
     assert warned("") == []
     assert list(notes(run_of())) == []
     assert overridden(run_of()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--sequence-parallel",
+        "--checkpoint-num-layers 2",
+        "--on-replica-fault warn",
+        "--max-restarts 2",
+        "--loss-scale 64",
+        "--eval-first --eval-iters 0",
+        "--sgd-momentum 0.5",
+        "--optimizer sgd --adam-beta2 0.95",
+    ],
+)
+def test_what_changes_nothing_is_told(words: str) -> None:
+    (line,) = notes(run_of(words))
+    assert re.fullmatch(r"note: --[a-z0-9-]+ changes nothing: .+\.", line) and line.split()[1] in words
 
 
 @pytest.mark.parametrize("interval", ["log", "save", "eval"])
@@ -113,13 +133,6 @@ def test_each_answered_argument_is_answered_in_one_line(name: str) -> None:
 @pytest.mark.parametrize("words", ["--distributed-backend gloo", "--data-impl mmap", "--DDP-impl local"])
 def test_values_that_are_done_as_asked_get_no_line(words: str) -> None:
     assert list(notes(run_of(words))) == []
-
-
-def test_a_switch_that_changes_nothing_is_said_to() -> None:
-    assert list(notes(run_of("--sequence-parallel"))) == [
-        "note: --sequence-parallel cuts the sequence over tensor ranks; with one it changes nothing."
-    ]
-    assert list(notes(run_of("--sequence-parallel --tensor-model-parallel-size 2"))) == []
 
 
 def test_an_argument_of_another_task_is_answered_with_that_task() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from megalith.config import Run, known_settings
-from megalith.derived import TASK_DEFAULTS, compute_dtype
+from megalith.derived import TASK_DEFAULTS, compute_dtype, recompute_granularity
 from megalith.fields import describe
 from megalith.layers.products import has_instructions_for
 
@@ -61,8 +61,36 @@ def notes(run: Run) -> Iterator[str]:
             yield f"note: {setting.flag} belongs to the task {tasks}; it changes nothing for {run.task}."
     if run.parallel.deterministic:
         yield "note: --deterministic adds gradients in a fixed order and computes with one CPU thread a rank: slower."
-    if run.parallel.sequence_parallel and run.parallel.tensor_model_parallel_size == 1:
-        yield "note: --sequence-parallel cuts the sequence over tensor ranks; with one it changes nothing."
+    for name, why in idle(run):
+        setting = known[name]
+        if getattr(getattr(run, setting.part), name) != setting.field.default:
+            yield f"note: {setting.flag} changes nothing: {why}."
+
+
+def idle(run: Run) -> Iterator[tuple[str, str]]:
+    """Settings that this run has no use for, and why; also those that were not given."""
+    parallel, optimizer = run.parallel, run.optimizer
+    if parallel.tensor_model_parallel_size == 1:
+        yield "sequence_parallel", "it cuts the sequence over tensor ranks, and there is one"
+        yield "distribute_checkpointed_activations", "tensor ranks share out what is kept, and there is one"
+    if parallel.context_parallel_size == 1:
+        yield "context_exchange", "context ranks exchange, and there is one"
+    if recompute_granularity(run) != "full":
+        yield "checkpoint_num_layers", "nothing is computed again layer by layer without --checkpoint-activations"
+    if not parallel.check_replicas:
+        yield "on_replica_fault", "nobody looks without --check-replicas"
+    if parallel.nproc is None:
+        yield "max_restarts", "only --nproc starts lost ranks again"
+    if compute_dtype(run) == "float32":
+        yield "loss_scale", "in fp32 the loss is not scaled"
+    if run.evaluate.eval_iters == 0:
+        yield "eval_first", "an evaluation has --eval-iters = 0 batches"
+    for name in ("sgd_momentum",) if optimizer.optimizer == "adam" else ("adam_beta1", "adam_beta2", "adam_eps"):
+        yield name, f"the optimizer is {optimizer.optimizer}"
+    if run.task != "gpt":
+        yield "sample_prompt", f"{run.task} continues no text"
+        for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"):
+            yield name, f"a sample of {run.task} is no cut through documents"
 
 
 def overridden(run: Run) -> list[str]:
