@@ -27,7 +27,7 @@ def warned(words: str, num_steps: int = 2000, device_type: str = "cuda") -> list
 
 def test_a_usual_run_is_told_nothing() -> None:
     assert warned("") == []
-    assert list(notes(run_of())) == []
+    assert list(notes(run_of())) == list(notes(run_of("--sequence-parallel --tensor-model-parallel-size 2"))) == []
     assert overridden(run_of()) == []
 
 

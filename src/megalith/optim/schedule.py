@@ -25,7 +25,7 @@ FLAGS = {
     "max_lr": "--lr",
     "min_lr": "--min-lr",
     "warmup": "--lr-warmup-fraction, --lr-warmup-iters or --lr-warmup-samples",
-    "decay": "--lr-decay-iters or --lr-decay-samples",
+    "decay": "--lr-decay-iters or --lr-decay-samples; without them the length of the run",
     "style": "--lr-decay-style",
 }
 
@@ -125,8 +125,9 @@ def resumed_schedule(
         return wanted, [f" > overriding {SPOKEN_NAMES[name]} value to {value}" for name, value in given.items()]
     kept = _schedule_from_json(saved)
     kept_values = schedule_to_json(kept)
+    counted = dict.fromkeys(("warmup", "decay"), " samples")
     differences = [
-        f"{SPOKEN_NAMES[name]} is {given[name]} on the command line ({FLAGS[name]}) "
+        f"{SPOKEN_NAMES[name]} is {given[name]}{counted.get(name, '')} on the command line ({FLAGS[name]}) "
         f"and {kept_values[name]} in the checkpoint"
         for name in SPOKEN_NAMES
         if given[name] != kept_values[name]
