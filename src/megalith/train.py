@@ -88,9 +88,8 @@ def train(run: Run, *, started: float) -> int:
         if layout.rank == 0:
             write_run_file(asked)
         if job.progress.step >= job.last_step and is_finished(job):
-            log.line(
-                f"the run is finished: all {job.last_step} steps were taken; --train-iters {2 * job.last_step} --override-lr-scheduler goes on"
-            )
+            more = f"--train-iters {2 * job.last_step} --override-lr-scheduler goes on"
+            log.line(f"the run is finished: all {job.last_step} steps were taken; {more}")
             return 0
         keeper.look_for_room()
         reason = run_steps(job, keeper, signals)
