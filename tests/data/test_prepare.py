@@ -1,5 +1,6 @@
 """`megalith preprocess` from input to token files: what is written, in what order, and what is left when it fails."""
 
+import errno
 import gzip
 import hashlib
 import itertools
@@ -26,6 +27,7 @@ from megalith.data.indexed import IndexedDataset
 from megalith.data.prepare import PrepareConfig, main, prepare
 from megalith.data.sentences import split_sentences
 from megalith.data.tokenizer import load_tokenizer
+from megalith.files import Disk
 
 EOD = 256  # of the byte-level tokenizer
 WORDS = st.sampled_from(["", "One. Two! ", "caf\u00e9 ", "\n\n", "the cat ", " ", "\u4e2d\u6587\u3002", "x" * 50])
@@ -231,7 +233,8 @@ def test_existing_token_files_stay_unless_told_otherwise(tmp_path: Path) -> None
     new = write_jsonl(tmp_path / "in2.jsonl", "new")
     prepare(config_for(tmp_path, old))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=r"out_text_document.bin exists already"):
+    told = r"--output-prefix \S+out: \S+out_text_document.bin exists already; replace it with --overwrite, or"
+    with pytest.raises(ValueError, match=told):
         prepare(config_for(tmp_path, new))
     (tmp_path / "in3.jsonl").write_text("bad")
     with pytest.raises(ValueError, match="is not JSON"):
@@ -242,6 +245,44 @@ def test_existing_token_files_stay_unless_told_otherwise(tmp_path: Path) -> None
     assert documents_in(tmp_path / "out_text_document") == as_bytes("new")
     digest = json.loads((tmp_path / "out_text_document.json").read_text())["files"]["out_text_document.bin"]["sha256"]
     assert digest == hashlib.sha256(b"n\0e\0w\0").hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "No space left on device); make room there"),
+        (errno.EACCES, "Permission denied); choose a directory that you may write to"),
+        (errno.EIO, "Input/output error); choose another place"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_told_with_its_flag_and_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    def refuse(disk: Disk, descriptor: int, data: memoryview) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Disk, "write", refuse)
+    with pytest.raises(ValueError) as caught:
+        prepare(config_for(tmp_path, write_jsonl(tmp_path / "in.jsonl", "text")))
+    path = tmp_path / "out_text_document.idx"  # the tokens wait in memory until they are many
+    assert str(caught.value).startswith(f"--output-prefix {tmp_path}/out: {path} cannot be written ({remedy}")
+    assert left_in(tmp_path) == []
+
+
+def test_an_output_below_a_file_is_told_with_its_flag(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", "text")
+    with pytest.raises(ValueError, match=r"--output-prefix .*in.jsonl/deep/out: .* cannot be written \(Not a dir"):
+        prepare(config_for(tmp_path, source, output_prefix=f"{source}/deep/out"))
+
+
+def test_text_where_json_lines_are_expected_is_told_with_the_flag_that_reads_it(tmp_path: Path) -> None:
+    for text in ("Once upon a time\n", "42\n"):
+        (tmp_path / "in").write_text(text)
+        with pytest.raises(ValueError, match="; if this is plain text, say so with --input-format text"):
+            prepare(config_for(tmp_path, str(tmp_path / "in")))
+        (tmp_path / "in.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=r"leave such documents out with --skip-bad$"):
+            prepare(config_for(tmp_path, str(tmp_path / "in.jsonl")))
 
 
 def test_all_faults_of_the_settings_are_told_at_once(tmp_path: Path) -> None:

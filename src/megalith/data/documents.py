@@ -68,6 +68,10 @@ class Block:
     num_read: int
 
 
+# How what is wrong with a document begins, where it is no JSON object at all.
+NO_JSON = ("is not JSON", "must be a JSON object")
+
+
 @dataclass(frozen=True)
 class Fault:
     """A document that cannot be used, or a source without any."""

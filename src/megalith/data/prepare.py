@@ -8,31 +8,40 @@ is done, and last of all PREFIX_KEY_document.json, which says what they were mad
 import argparse
 import dataclasses
 import difflib
+import errno
 import os
 import sys
 import time
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megalith import __version__
 from megalith.command_line import CommandParser
-from megalith.data.documents import TEXT_DOCUMENTS, Block, DocumentRules, read_blocks
-from megalith.data.indexed import IndexedWriter, best_dtype
-from megalith.data.input_files import FORMATS, Source, find_sources
+from megalith.data.documents import NO_JSON, TEXT_DOCUMENTS, Block, DocumentRules, read_blocks
+from megalith.data.indexed import IndexedWriter, best_dtype, bin_path, idx_path
+from megalith.data.input_files import COMPRESSIONS, FORMATS, SUFFIXES, Source, find_sources
 from megalith.data.prepare_progress import Amount, Progress, open_progress
 from megalith.data.record import record_path, write_record
 from megalith.data.tokenized import TokenizedBlock, TokenRules, tokenize_block
 from megalith.data.tokenizer import KINDS, Tokenizer, load_tokenizer
 from megalith.data.worker_pool import WorkerPool
 from megalith.fields import describe, setting
-from megalith.files import Written
+from megalith.files import TEMPORARY_SUFFIX, Written
 from megalith.terminal import printable
 
 MOST_FAULTS_SHOWN = 10
+
+# What helps where an output file cannot be written, by the system's number for why not.
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there, or choose a place that has more"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a directory that you may write to"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "choose a prefix whose directory is not a file"),
+    errno.ENAMETOOLONG: "choose a shorter prefix",
+}
 
 
 @dataclass(frozen=True)
@@ -181,18 +190,18 @@ def prepare(config: PrepareConfig, *, quiet: bool = False) -> PrepareReport:
         skip_bad=config.skip_bad,
         dtype=str(best_dtype(tokenizer.vocab_size)),
     )
-    level = "sentence" if config.split_sentences else "document"
-    prefixes = [Path(f"{config.output_prefix}_{key}_{level}") for key in config.json_keys]
-    prefixes[0].parent.mkdir(parents=True, exist_ok=True)
+    prefixes = prefixes_of(config)
     seen: dict[str, Written] = {}
     with ExitStack() as stack:
+        stack.enter_context(_faults_of_output(config))
+        prefixes[0].parent.mkdir(parents=True, exist_ok=True)
         writers = [
             stack.enter_context(IndexedWriter(prefix, rules.dtype, overwrite=config.overwrite)) for prefix in prefixes
         ]
         progress = stack.enter_context(open_progress(config.log_interval, quiet=quiet))
         blocks = read_blocks(sources, rules.documents, seen=seen)
         results = _tokenize(blocks, rules, tokenizer, config.workers or _num_cores(), stack)
-        amount, skipped, faults = _write(results, writers, progress, sources, skip_bad=config.skip_bad)
+        amount, skipped, faults = _write(results, writers, progress, sources, config)
         for key, writer in zip(config.json_keys, writers, strict=True):
             if not writer.num_documents:
                 bad = f" ({skipped} documents were skipped)" if skipped else ""
@@ -204,15 +213,48 @@ def prepare(config: PrepareConfig, *, quiet: bool = False) -> PrepareReport:
         PreparedSet(key, prefix, writer.num_documents, writer.num_items, writer.num_tokens)
         for key, prefix, writer in zip(config.json_keys, prefixes, writers, strict=True)
     )
-    for made, writer in zip(sets, writers, strict=True):
-        content = _described(made, rules, tokenizer, seen, skipped)
-        write_record(made.prefix, content, largest_token=writer.largest_token)
+    with _faults_of_output(config):
+        for made, writer in zip(sets, writers, strict=True):
+            content = _described(made, rules, tokenizer, seen, skipped)
+            write_record(made.prefix, content, largest_token=writer.largest_token)
     return PrepareReport(sets, amount.documents, skipped, faults, amount.num_bytes, time.monotonic() - begin)
+
+
+def prefixes_of(config: PrepareConfig) -> list[Path]:
+    """The paths of the token files without .bin and .idx, one for each key."""
+    level = "sentence" if config.split_sentences else "document"
+    return [Path(f"{config.output_prefix}_{key}_{level}") for key in config.json_keys]
+
+
+@contextmanager
+def _faults_of_output(config: PrepareConfig) -> Iterator[None]:
+    """What the system says of the files that are written becomes a sentence about --output-prefix, a ValueError."""
+    try:
+        yield
+    except OSError as error:
+        folder = prefixes_of(config)[0].parent
+        path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | Path) else None
+        if path is None or not (path.parent == folder or folder.is_relative_to(path)):
+            raise
+        if path.suffix == TEMPORARY_SUFFIX:
+            # It is there for as long as it is written only.
+            path = path.with_name(path.name[1:].rsplit(".", 2)[0])
+        remedy = REMEDIES.get(error.errno or 0, "choose another place")
+        raise ValueError(
+            f"--output-prefix {config.output_prefix}: {path} cannot be written ({error.strerror}); {remedy}"
+        ) from error
 
 
 def _check_all(config: PrepareConfig) -> tuple[list[Source], Tokenizer]:
     """The input files and the tokenizer; ValueError with everything that is wrong."""
     faults = check_config(config)
+    if config.output_prefix and not config.overwrite:
+        faults += [
+            f"--output-prefix {config.output_prefix}: {existing[0]} exists already; replace it with --overwrite, or "
+            "choose another prefix"
+            for prefix in prefixes_of(config)
+            if (existing := [path for path in (bin_path(prefix), idx_path(prefix)) if os.path.exists(path)])
+        ]
     sources: list[Source] = []
     tokenizer: Tokenizer | None = None
     try:
@@ -256,15 +298,18 @@ def _write(
     writers: Sequence[IndexedWriter],
     progress: Progress,
     sources: Sequence[Source],
-    *,
-    skip_bad: bool,
+    config: PrepareConfig,
 ) -> tuple[Amount, int, tuple[str, ...]]:
     """Write all results; give how much it was, the number of documents skipped, and the first faults."""
     total = None if any(source.size is None for source in sources) else sum(source.size or 0 for source in sources)
     amount, skipped, faults = Amount(num_total=total), 0, list[str]()
     for result in results:
-        if result.faults and not skip_bad:
-            raise ValueError(f"{result.faults[0]}; correct it, or leave such documents out with --skip-bad")
+        if result.faults and not config.skip_bad:
+            fault = result.faults[0]
+            may_be_text = config.input_format == "auto" and fault.reason.startswith(NO_JSON)
+            if may_be_text and not _tells_format(fault.source):
+                raise ValueError(f"{fault}; if this is plain text, say so with --input-format text")
+            raise ValueError(f"{fault}; correct it, or leave such documents out with --skip-bad")
         skipped += result.num_bad
         faults += [str(fault) for fault in result.faults][: MOST_FAULTS_SHOWN - len(faults)]
         for writer, made in zip(writers, result.keys, strict=True):
@@ -278,6 +323,12 @@ def _write(
         )
         progress.show(amount)
     return amount, skipped, tuple(faults)
+
+
+def _tells_format(name: str) -> bool:
+    """Whether an input's name says what it holds, so that it is not just taken for JSON lines."""
+    path = Path(name.lower())
+    return (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix in SUFFIXES
 
 
 def _described(
