@@ -284,6 +284,7 @@ def test_zero_turns_off_what_megatron_asks_only_for_truth() -> None:
     run = read_command_line(words)
     assert run.optimizer.loss_scale is run.train.exit_interval is run.train.exit_duration_in_mins is None
     assert rules_broken(words) == {}
+    assert set(rules_broken([*SMALL, "--save-interval", "0"])) == {"--save-interval"}
 
 
 def test_a_directory_of_megatrons_checkpoints_is_refused_with_the_way_out(tmp_path: Path) -> None:
