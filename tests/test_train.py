@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.layouts.runs import MODEL, run_on, steps_of, weights_of
+from megalith import train
+from megalith.train import STOPPED_BY_SIGNAL, STOPPED_UNSAVED
+from tests.layouts.runs import MODEL, events_of, run_on, steps_of, weights_of
 
 STEPS = ["--train-iters", "20"]
 
@@ -87,6 +90,50 @@ def test_a_signal_saves_and_stops_with_status_75(
     assert (tmp_path / "run" / "checkpoints").is_dir()
     assert run_on(1, STEPS, tmp_path / "run", data) == 0
     assert_same(tmp_path / "run", undisturbed)
+
+
+def test_a_signal_while_a_run_is_being_started_is_answered_at_once_and_ends_the_start(tmp_path: Path) -> None:
+    words = " ".join(MODEL).replace("--tokenizer-type ByteLevelTokenizer", "--corpus python").split()
+    words += [*STEPS, "--save", str(tmp_path / "it's a run")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "megalith", "pretrain", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert any(b"making a corpus" in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.readline().decode()
+        assert process.poll() is None
+        log = process.stdout.read().decode()
+        assert process.wait(timeout=60) == STOPPED_UNSAVED
+    assert said == "megalith: SIGINT: the run ends before its first step; a second signal ends it at once\n"
+    assert "stopped by SIGINT before the first step" in log and "step_done" not in log
+
+
+@pytest.mark.parametrize("part", ["prepare_corpus", "build_job", "resume", "open_data"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_signal_in_any_part_of_a_start_ends_it_before_the_first_step(
+    world_size: int, part: str, undisturbed: Path, tmp_path: Path, data: Path
+) -> None:
+    def before(rank: int) -> None:
+        work = vars(train)[part]
+
+        def signalled(*arguments: Any, **named: Any) -> Any:
+            if rank == world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return work(*arguments, **named)
+
+        vars(train)[part] = signalled
+
+    new = tmp_path / "new"
+    assert run_on(world_size, STEPS, new, data, before=before) == STOPPED_UNSAVED
+    assert steps_of(new) == [] and not any((new / "checkpoints").iterdir())
+    old = Path(shutil.copytree(undisturbed, tmp_path / "old"))
+    assert (
+        run_on(world_size, ["--train-iters", "21", "--override-lr-scheduler"], old, data, before=before)
+        == STOPPED_BY_SIGNAL
+    )
+    assert len(steps_of(old)) == 20
+    assert events_of(old, "line")[-1]["text"] == "stopped by SIGTERM before the first step"
 
 
 def test_a_finished_run_does_nothing_and_says_so(data: Path, undisturbed: Path) -> None:

@@ -1,5 +1,6 @@
 """What a run leaves a person with: what was learnt, a sample of it, and how to go on."""
 
+import shlex
 import sys
 
 import torch
@@ -16,8 +17,11 @@ from megalith.monitor.log import choose_format
 SAMPLE_TOKENS = 120
 
 
-def tell_what_next(job: Job, reason: str | None) -> None:
-    """Say what was learnt, show a sample, and name the commands that go on from here. Every rank calls it."""
+def tell_what_next(job: Job, reason: str | None, *, saved: bool) -> None:
+    """Say what was learnt, show a sample, and name the commands that go on from here. Every rank calls it.
+
+    saved: there is a checkpoint.
+    """
     if reason is None:
         _tell_losses(job)
         _tell_sample(job)
@@ -28,12 +32,16 @@ def tell_what_next(job: Job, reason: str | None) -> None:
         job.log.line(job.ledger.told())
     if save is None or in_megatrons_form:
         return
-    lines = [f"the run lies in {save}"]
-    if reason is not None:
+    lines = [f"the run lies in {save}{'' if saved else '; it has no checkpoint yet'}"]
+    if not saved:
+        lines.append("  begin:    the same command again")
+    elif reason is not None:
         lines.append("  go on:    the same command again")
     else:
         lines.append(f"  longer:   the same command with --train-iters {2 * job.last_step} --override-lr-scheduler")
-    lines += [f"  {word + ':':<9} {command.replace('{save}', save)}" for word, command in job.task.next_commands]
+    if saved:
+        named = [(word, command.replace("{save}", shlex.quote(save))) for word, command in job.task.next_commands]
+        lines += [f"  {word + ':':<9} {command}" for word, command in named]
     for line in lines:
         job.log.line(line)
 

@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Self
 
 from megalith.checkpoint.directory import CheckpointError, list_checkpoints, try_run_directory
+from megalith.checkpoint.exchange import Ranks
 from megalith.checkpoint.saver import AsyncSaver
 from megalith.config import Run
 from megalith.files import DISK
@@ -27,6 +28,17 @@ def try_save_directory(run: Run) -> None:
         try_run_directory(run.checkpoint.save, disk=DISK)
     except CheckpointError as error:
         raise ValueError(f"--save = {run.checkpoint.save}: {error}. Choose another directory.") from error
+
+
+def has_checkpoint(run: Run) -> bool:
+    """Whether the same command has something to go on from; every rank calls it, rank 0 looks."""
+    ranks, found = Ranks(), False
+    if ranks.rank == 0 and run.checkpoint.save is not None:
+        try:
+            found = bool(list_checkpoints(run.checkpoint.save))
+        except OSError:
+            found = True  # what cannot be seen is not known to be lost
+    return bool(ranks.from_first(found))
 
 
 class Keeper:

@@ -15,15 +15,18 @@ from typing import SupportsFloat
 from torch import Tensor
 
 from megalith.allocator import keep_freed_memory
+from megalith.checkpoint.exchange import Ranks
 from megalith.closing import tell_what_next
 from megalith.config import Run
 from megalith.corpora import prepare_corpus
 from megalith.evaluations import evaluate_if_owed, is_finished
 from megalith.guard import EXIT_STATUS, leaves_out, may_save, reason_to_give_up, report_slow_ranks
 from megalith.job import Job, build_job, open_log
-from megalith.keeper import Keeper, try_save_directory
+from megalith.keeper import Keeper, has_checkpoint, try_save_directory
+from megalith.launch import STORE_VARIABLE
 from megalith.loaders import open_data
 from megalith.monitor.events import PlaceReached, RunEnded, StepDone, TrainingStarted, Warned
+from megalith.monitor.log import RunLog
 from megalith.monitor.memory import memory_use
 from megalith.monitor.signals import StopSignals
 from megalith.optim.clip import clip_gradients, count_zeros, global_norm, is_clipped, unscale_gradients
@@ -44,7 +47,7 @@ from megalith.watching import Places, collective_timeout, open_watch
 # Exit statuses beside 0 (done, or stopped where --exit-interval or --exit-duration-in-mins said) and those of guard.py.
 NOT_SAVED = 74  # the last checkpoint could not be written
 STOPPED_BY_SIGNAL = 75  # saved; the same command goes on
-STOPPED_UNSAVED = 76  # a signal stopped a run that has no --save
+STOPPED_UNSAVED = 76  # a signal stopped a run that has no checkpoint
 
 
 def train(run: Run, *, started: float) -> int:
@@ -72,13 +75,21 @@ def train(run: Run, *, started: float) -> int:
         log = stack.enter_context(open_log(run, layout))
         if inherited:
             log.report(Warned(f"this process was forked: it computes with 1 thread, not {inherited}; spawn keeps all"))
-        signals = stack.enter_context(StopSignals())
+        # A launcher speaks for its ranks.
+        speaks = layout.rank == 0 and STORE_VARIABLE not in os.environ
+        signals = stack.enter_context(StopSignals("the run ends before its first step", speaks=speaks))
         asked, run = run, prepare_corpus(run, layout, log)
+        if was_stopped(signals, log):
+            return stopped_status(run)
         job = build_job(run, layout, device, log, started=started)
         watch.follow(Places(job))
+        if was_stopped(signals, log):
+            return stopped_status(run)
         keeper = stack.enter_context(Keeper(job, lease))
         with job.timers("model-and-optimizer-setup"):
             resume(job)
+        if was_stopped(signals, log):
+            return stopped_status(run)
         log.report(PlaceReached("after model, optimizer, and learning rate scheduler are built"))
         open_data(job)
         tell_what_is_compared(job)
@@ -92,6 +103,10 @@ def train(run: Run, *, started: float) -> int:
             log.line(f"the run is finished: all {job.last_step} steps were taken; {more}")
             return 0
         keeper.look_for_room()
+        # From here on a signal lets a step be done; one that came before does not.
+        signals.effect = f"the run finishes its step{', saves' if run.checkpoint.save is not None else ''} and ends"
+        if was_stopped(signals, log):
+            return stopped_status(run)
         reason = run_steps(job, keeper, signals)
         if reason is None:
             reason = finish(job, keeper, signals)
@@ -104,7 +119,8 @@ def train(run: Run, *, started: float) -> int:
                 spent=job.ledger.seconds(),
             )
         )
-        tell_what_next(job, reason)
+        stopped = stopped_status(run)
+        tell_what_next(job, reason, saved=stopped == STOPPED_BY_SIGNAL)
         if job.book is not None:
             finished = job.progress.step if reason is None else None
             job.book.write(job.ledger, ended=reason is None or reason.startswith("exit-"), finished=finished)
@@ -114,7 +130,20 @@ def train(run: Run, *, started: float) -> int:
         return 0
     if reason in EXIT_STATUS:
         return EXIT_STATUS[reason]
-    return STOPPED_BY_SIGNAL if run.checkpoint.save is not None else STOPPED_UNSAVED
+    return stopped
+
+
+def was_stopped(signals: StopSignals, log: RunLog) -> bool:
+    """Whether any rank got a signal while the run was being started; said. Every rank calls it."""
+    number: int = max(Ranks().gather(int(signals.received or 0)))
+    if number:
+        log.line(f"stopped by {signal.Signals(number).name} before the first step")
+    return bool(number)
+
+
+def stopped_status(run: Run) -> int:
+    """What a run ends with that a signal stopped. Every rank calls it."""
+    return STOPPED_BY_SIGNAL if has_checkpoint(run) else STOPPED_UNSAVED
 
 
 def run_steps(job: Job, keeper: Keeper, signals: StopSignals) -> str | None:
