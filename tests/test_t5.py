@@ -202,6 +202,14 @@ def made_up_documents(*, code: bool) -> Iterator[tuple[str, str]]:
         yield f"box {number}", sentence * (3 + number % 4)
 
 
+def test_a_table_of_distances_and_a_split_backward_pass_are_refused_together() -> None:
+    words = "t5 --preset quickstart-t5 --position-embedding-type relative --pipeline-model-parallel-size 2"
+    run = read_command_line([*words.split(), "--pipeline-schedule", "zero-bubble"])
+    assert "--pipeline-schedule" in {fault.setting for fault in check(run, 2)}
+    run = read_command_line([*words.split(), "--pipeline-schedule", "1f1b"])
+    assert "--pipeline-schedule" not in {fault.setting for fault in check(run, 2)}
+
+
 def test_the_preset_learns_and_tells_what_frequencies_would_cost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -186,6 +186,21 @@ def test_loading_without_the_optimizer_keeps_the_step(data: Path, undisturbed: P
     assert [step["learning_rate"] for step in steps] == [5e-3, 1e-2]
 
 
+def test_what_counts_at_a_first_start_alone_is_said_to_be_overruled_later(data: Path, undisturbed: Path) -> None:
+    words = [*STEPS, "--load", f"{undisturbed}/", "--finetune", "--no-load-optim", "--log-format", "reference"]
+    done = subprocess.run(command(data, undisturbed, *words), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "--finetune and --no-load-optim counted at its first start" in done.stdout
+    assert "the run is finished" in done.stdout
+
+
+def test_a_constant_loss_scale_may_become_a_dynamic_one(data: Path, tmp_path: Path) -> None:
+    save, words = tmp_path / "run", ["--fp16", "--train-iters", "4", "--save-interval", "2", "--eval-iters", "0"]
+    assert run_on(1, [*words, "--loss-scale", "64", "--exit-interval", "2"], save, data) == 0
+    assert run_on(1, [*words, "--initial-loss-scale", "1024"], save, data) == 0
+    assert [step["loss_scale"] for step in steps_of(save)] == [64.0, 64.0, 1024.0, 1024.0]
+
+
 def test_a_run_without_saved_optimizer_goes_on_in_its_directory(data: Path, tmp_path: Path) -> None:
     save = tmp_path / "run"
     words = ["--no-save-optim", "--train-iters", "4", "--save-interval", "2"]
