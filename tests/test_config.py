@@ -15,7 +15,15 @@ from megalith.derived import OURS, reference_arguments
 from megalith.fields import describe
 from megalith.notices import REPLACED
 from megalith.parallel.mesh import Layout
-from megalith.sources import as_toml, flag_parser, preset_names, read_command_line, read_preset
+from megalith.sources import (
+    as_toml,
+    flag_parser,
+    moved_run_files,
+    preset_names,
+    read_command_line,
+    read_preset,
+    write_run_file,
+)
 
 # The command line behind Megatron-LM's log of a GPT-2 XL run.
 REFERENCE = """
@@ -277,6 +285,20 @@ def test_one_mistake_is_one_fault(words: str, flag: str) -> None:
 def test_kept_inputs_are_shared_out_with_either_name_of_full_recomputation() -> None:
     words = [*SMALL, "--recompute-granularity", "full", "--distribute-checkpointed-activations"]
     assert "--distribute-checkpointed-activations" not in rules_broken(words)
+
+
+def test_a_run_file_does_not_start_another_run_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = read_command_line([*SMALL, "--save", "runs/a", "--save-interval", "5"])
+    write_run_file(run)
+    words = ["runs/a/run.toml"]
+    assert moved_run_files(words, run) == []
+    (tmp_path / "runs" / "a" / "checkpoints").mkdir()
+    assert moved_run_files(words, run) == []
+    monkeypatch.chdir(tmp_path / "runs")
+    (fault,) = moved_run_files(["a/run.toml"], run)
+    assert "lies in a run directory" in fault.rule and "--save DIR" in fault.remedy
+    assert moved_run_files(["a/run.toml", "--save", "b"], run) == []
 
 
 def test_zero_turns_off_what_megatron_asks_only_for_truth() -> None:

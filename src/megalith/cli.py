@@ -84,7 +84,7 @@ def usage() -> str:
 
 def pretrain(words: Sequence[str], started: float) -> int:
     """Train a model from a preset, a run file or flags; the same command goes on where it stopped."""
-    from megalith.sources import flag_parser, read_command_line
+    from megalith.sources import flag_parser, moved_run_files, read_command_line
 
     if "-h" in words or "--help" in words:
         flag_parser().print_help()
@@ -102,7 +102,7 @@ def pretrain(words: Sequence[str], started: float) -> int:
     from megalith.parallel.mesh import ranks_in
 
     rank, world_size, _ = ranks_in(os.environ)
-    if faults := [*check(run, world_size), *file_faults(run)]:
+    if faults := [*check(run, world_size), *file_faults(run), *moved_run_files(words, run)]:
         # One rank speaks for all; the others fail alike.
         if rank == 0:
             raise ConfigError(faults)

@@ -11,9 +11,11 @@ import stat
 import tomllib
 import typing
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from megalith.checkpoint.settings import FOLDER as CHECKPOINTS
 from megalith.config import REMOVED, TASKS, ConfigError, Fault, Run, compose, convert, known_settings, nearest, overlay
 from megalith.fields import describe
 from megalith.files import write_whole
@@ -238,6 +240,20 @@ def read_command_line(words: Sequence[str]) -> Run:
     values = overlay([preset_values, file_values, flag_values])
     file_task = values.pop("task", None)
     return compose(task or file_task or "gpt", values)
+
+
+def moved_run_files(words: Sequence[str], run: Run) -> list[Fault]:
+    """A run directory's own file whose paths, read from here, name another run directory."""
+    faults = []
+    for word in takewhile(lambda word: not word.startswith("-"), words):
+        home, save = Path(word).parent, run.checkpoint.save
+        gives_save = any(flag == "--save" or flag.startswith("--save=") for flag in words)
+        if not word.endswith(".toml") or save is None or gives_save or not (home / CHECKPOINTS).is_dir():
+            continue
+        if os.path.realpath(save) != os.path.realpath(home):
+            rule = f"lies in a run directory, and from here its --save = {save} is another one"
+            faults.append(Fault(word, None, rule, "Start where its run was started, or give --save DIR"))
+    return faults
 
 
 def write_run_file(run: Run) -> None:

@@ -147,7 +147,7 @@ def split_tokens(trained: TrainedModel, split: str) -> NDArray[np.int64]:
     if run.data.data_path is not None and len(run.data.data_path) > 1:
         raise ValueError("--split: the run blends several data sets. Name the files of one: --file PREFIX.")
     prefix = corpus_prefix(run) if run.data.corpus is not None else (run.data.data_path or ("",))[0]
-    indexed = open_indexed(prefix, run.data.data_impl)
+    indexed = open_indexed(prefix, run.data.data_impl, merged=True)
     check_prepared(indexed.prefix, trained.tokenizer.digests)
     documents = split_documents(run.data.split, indexed.num_items)[split]
     if not documents:

@@ -11,10 +11,10 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
+from megalith.checkpoint.settings import FOLDER as FOLDER
 from megalith.checkpoint.shards import DamagedError
 from megalith.files import Disk, Location, make_directories, sync_directory, write_whole
 
-FOLDER = "checkpoints"
 STEP_NAME = re.compile(r"step-([0-9]{7,12})")
 LEFTOVER_NAME = re.compile(r"\.(?:tmp|del)-step-[0-9]{7,12}\.[0-9a-f]{8}")
 # What a save puts into a directory: files, and the temporary names under which they are written.

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from megalith.fields import setting
 
+FOLDER = "checkpoints"  # in a run directory
 TRACKER = "latest_checkpointed_iteration.txt"  # of a directory of Megatron-LM's checkpoints
 
 
