@@ -55,6 +55,8 @@ def test_without_words_the_commands_are_listed() -> None:
         (["pretrain", "--preset", "gpt2-small", "--data-path", "x"], "--vocab-file: is required by GPT2BPETokenizer"),
         (["generate", "nowhere"], "nowhere: is not a run directory"),
         (["generate", "run", "--temprature", "1"], "unrecognized arguments: --temprature"),
+        (["generate", "run", "--max-new-tokens", "-3"], "--max-new-tokens = -3: must be greater than 0"),
+        (["generate", "run", "--seed", "-5"], "--seed = -5: must be 0 or greater"),
         (["evaluate", "nowhere", "--split", "valid"], "nowhere: is not a run directory"),
         (["preprocess", "--inptu", "x"], "did you mean --input?"),
     ],
@@ -98,6 +100,19 @@ def test_generate_continues_one_prompt_or_several(trained: Path) -> None:
     several = megalith("generate", str(trained), "--prompt", "ab", "--prompt", "c", "--max-new-tokens", "4", "--greedy")
     assert several.stdout.startswith("--- 1 ---\n" + one.stdout)
     assert "--- 2 ---\nc" in several.stdout
+    assert one.stderr == several.stderr == ""
+
+
+def test_text_ends_where_the_model_does_and_that_is_said(trained: Path) -> None:
+    words = ["generate", str(trained), "--greedy", "--max-new-tokens", "5000"]
+    full = "stopped at the 16 tokens that the model can hold (max_position_embeddings)\n"
+    done = megalith(*words, "--prompt", "ab")
+    assert (done.returncode, done.stderr) == (0, full)
+    done = megalith(*words, "--prompt", "ab", "--prompt", "abc")
+    assert (done.returncode, done.stderr) == (0, f"prompt 1: {full}prompt 2: {full}")
+    done = megalith(*words, "--prompt", "x" * 16)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("megalith: prompt 1 has 16 tokens: the model can hold 16 (max_position_embeddings)")
 
 
 @pytest.mark.parametrize(

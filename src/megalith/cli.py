@@ -155,6 +155,12 @@ def generate(words: Sequence[str], started: float) -> int:
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use [the newest]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args(words)
+    if options.max_new_tokens < 1:
+        raise ValueError(
+            f"--max-new-tokens = {options.max_new_tokens}: must be greater than 0. Give a positive number."
+        )
+    if options.seed < 0:
+        raise ValueError(f"--seed = {options.seed}: must be 0 or greater. Give another number.")
 
     from megalith.evaluate.generate import Sampling
     from megalith.trained import talk

@@ -79,7 +79,7 @@ def _tell_sample(job: Job) -> None:
     sampling = Sampling(temperature=0.7, top_p=0.95)
     model = job.laid.parts.get(0)
     if layout.world_size == 1 and isinstance(model, Decoder):
-        text = continuations(model, tokenizer, [prompt], max_new_tokens=SAMPLE_TOKENS, sampling=sampling)[0]
+        text = continuations(model, tokenizer, [prompt], max_new_tokens=SAMPLE_TOKENS, sampling=sampling)[0].text
     else:
         dtype = "float32" if job.run.model.fp32_residual_connection else compute_dtype(job.run)
         tokens = continue_together(

@@ -25,7 +25,7 @@ from megalith.data.tokenizer import Tokenizer, load_saved_tokenizer
 from megalith.derived import compute_dtype, sequence_length
 from megalith.evaluate.generate import Sampling
 from megalith.evaluate.loss import StreamLoss, stream_loss
-from megalith.evaluate.talk import continuations, eod_of, shown, stream_text
+from megalith.evaluate.talk import continuations, eod_of, shown, stream_text, tokens_held
 from megalith.models.decoder import Decoder
 from megalith.parallel.mesh import choose_device
 from megalith.run_state import WEIGHT
@@ -108,16 +108,19 @@ def compute_type(run: Run, device: str, local_rank: int = 0) -> tuple[torch.devi
 def talk(
     directory: str, prompts: Sequence[str], sampling: Sampling, *, max_new_tokens: int, step: int | None, device: str
 ) -> int:
-    """Print what follows each prompt: one as it is made, several when all are done."""
+    """Print what follows each prompt: one as it is made, several when all are done; give the exit status."""
     trained = open_trained(directory, step=step, device=device)
+    model, tokenizer = trained.model, trained.tokenizer
+    cut = f"stopped at the {tokens_held(model)} tokens that the model can hold (max_position_embeddings)"
     if len(prompts) <= 1:
-        stream_text(
-            trained.model, trained.tokenizer, "".join(prompts), max_new_tokens=max_new_tokens, sampling=sampling
-        )
+        if stream_text(model, tokenizer, "".join(prompts), max_new_tokens=max_new_tokens, sampling=sampling):
+            print(cut, file=sys.stderr)
         return 0
-    texts = continuations(trained.model, trained.tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
-    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
-        print(f"--- {number} ---\n{shown(prompt + text)}")
+    made = continuations(model, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
+    for number, (prompt, (text, is_cut)) in enumerate(zip(prompts, made, strict=True), 1):
+        print(f"--- {number} ---\n{shown(prompt + text)}", flush=True)
+        if is_cut:
+            print(f"prompt {number}: {cut}", file=sys.stderr)
     return 0
 
 

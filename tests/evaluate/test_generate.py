@@ -113,10 +113,10 @@ def test_no_prompts_or_no_tokens_give_nothing(model: Decoder) -> None:
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ([], "prompt 1 has no tokens"),
-        ([1] * 20, "prompt 1 has 20 tokens: max_position_embeddings 20"),
-        ([1, 30], "prompt 1 has token 30, but the vocabulary has ids 0 to 29"),
-        ([-1], "prompt 1 has token -1"),
+        ([], "prompt 2 has no tokens"),
+        ([1] * 20, "prompt 2 has 20 tokens: the model can hold 20 .*; shorten it to 19"),
+        ([1, 30], "prompt 2 has token 30, but the vocabulary has ids 0 to 29"),
+        ([-1], "prompt 2 has token -1"),
     ],
 )
 def test_prompts_that_cannot_be_continued_are_refused(model: Decoder, prompt: list[int], message: str) -> None:

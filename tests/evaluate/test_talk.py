@@ -27,9 +27,24 @@ def model() -> Decoder:
 
 def test_a_stream_is_the_prompt_and_the_continuation_that_a_batch_gives(model: Decoder) -> None:
     stream = io.StringIO()
-    stream_text(model, TOKENIZER, "ab", max_new_tokens=8, sampling=GREEDY, stream=stream)
-    texts = continuations(model, TOKENIZER, ["ab", "a longer prompt"], max_new_tokens=8, sampling=GREEDY)
-    assert stream.getvalue() == "ab" + shown(texts[0]) + "\n"
+    assert not stream_text(model, TOKENIZER, "ab", max_new_tokens=8, sampling=GREEDY, stream=stream)
+    made = continuations(model, TOKENIZER, ["ab", "a longer prompt"], max_new_tokens=8, sampling=GREEDY)
+    assert stream.getvalue() == "ab" + shown(made[0].text) + "\n"
+
+
+def test_a_continuation_that_fills_the_model_is_known_to_be_cut(model: Decoder) -> None:
+    for asked, cut in ((29, False), (30, False), (31, True), (5000, True)):
+        stream = io.StringIO()
+        assert stream_text(model, TOKENIZER, "ab", max_new_tokens=asked, sampling=GREEDY, stream=stream) is cut
+        made = continuations(model, TOKENIZER, ["ab", "c"], max_new_tokens=asked, sampling=GREEDY)
+        assert [one.is_cut for one in made] == [cut, asked > 31]
+
+
+def test_a_prompt_that_the_model_cannot_hold_is_refused_before_it_is_shown(model: Decoder) -> None:
+    stream = io.StringIO()
+    with pytest.raises(ValueError, match=r"prompt 1 has 32 tokens: the model can hold 32 .*shorten it to 31"):
+        stream_text(model, TOKENIZER, "x" * 32, max_new_tokens=1, sampling=GREEDY, stream=stream)
+    assert stream.getvalue() == ""
 
 
 def test_an_empty_prompt_begins_a_new_document() -> None:

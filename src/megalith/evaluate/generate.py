@@ -80,7 +80,7 @@ def stream_tokens(
     """
     num_positions = model.position_embedding.weight.shape[0]
     device = model.position_embedding.weight.device
-    _check(prompts, num_positions, vocab_size)
+    check_prompts(prompts, num_positions, vocab_size)
     wheres = _prompt_keys(prompts, sampling.seed)
     capacity = min(num_positions, max(map(len, prompts), default=0) + max_new_tokens)
     cache = KeyValueCache(len(prompts), capacity, device=device)
@@ -164,16 +164,17 @@ def _prompt_keys(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
     return wheres
 
 
-def _check(prompts: Sequence[Sequence[int]], num_positions: int, vocab_size: int) -> None:
-    for number, prompt in enumerate(prompts):
+def check_prompts(prompts: Sequence[Sequence[int]], num_positions: int, vocab_size: int) -> None:
+    """Raise ValueError for a prompt, counted from 1, that is empty, too long, or has ids beyond vocab_size."""
+    for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise ValueError(
                 f"prompt {number} has no tokens: begin with at least one, the end-of-document token will do"
             )
         if len(prompt) >= num_positions:
             raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens: max_position_embeddings {num_positions} leaves no room for "
-                "a new one, shorten it"
+                f"prompt {number} has {len(prompt)} tokens: the model can hold {num_positions} "
+                f"(max_position_embeddings), with a new one at least; shorten it to {num_positions - 1}"
             )
         wrong = [token for token in prompt if not 0 <= token < vocab_size]
         if wrong:

@@ -2,16 +2,23 @@
 
 import sys
 from collections.abc import Sequence
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from megalith.data.tokenizer import TextStream, Tokenizer
-from megalith.evaluate.generate import Sampling, generate, stream_tokens
+from megalith.evaluate.generate import Sampling, check_prompts, generate, stream_tokens
 from megalith.models.decoder import Decoder
+
+
+class Continuation(NamedTuple):
+    """What follows a prompt. is_cut: fewer tokens than were asked for, because the model can hold no more."""
+
+    text: str
+    is_cut: bool
 
 
 def continuations(
     model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], *, max_new_tokens: int, sampling: Sampling
-) -> list[str]:
+) -> list[Continuation]:
     """The text that follows each prompt. An empty prompt begins a new document."""
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     model.eval()
@@ -23,7 +30,10 @@ def continuations(
         vocab_size=tokenizer.vocab_size,
         eod=eod_of(tokenizer),
     )
-    return [tokenizer.decode(tokens) for tokens in made]
+    return [
+        Continuation(tokenizer.decode(tokens), _is_cut(model, len(prompt), len(tokens), max_new_tokens))
+        for prompt, tokens in zip(ids, made, strict=True)
+    ]
 
 
 def stream_text(
@@ -34,23 +44,38 @@ def stream_text(
     max_new_tokens: int,
     sampling: Sampling,
     stream: TextIO = sys.stdout,
-) -> None:
-    """Write a prompt and what follows it, token by token as it is made."""
-    text = TextStream(tokenizer)
+) -> bool:
+    """Write a prompt and what follows it, token by token as it is made; give whether that is cut (`Continuation`).
+
+    Raises ValueError, before anything is written, for a prompt that the model cannot hold.
+    """
+    text, ids, made = TextStream(tokenizer), prompt_ids(tokenizer, prompt), 0
+    check_prompts([ids], tokens_held(model), tokenizer.vocab_size)
     stream.write(shown(prompt))
     model.eval()
     for _, token in stream_tokens(
         model,
-        [prompt_ids(tokenizer, prompt)],
+        [ids],
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         vocab_size=tokenizer.vocab_size,
         eod=eod_of(tokenizer),
     ):
+        made += 1
         stream.write(shown(text.push(token)))
         stream.flush()
     stream.write(shown(text.finish()) + "\n")
     stream.flush()
+    return _is_cut(model, len(ids), made, max_new_tokens)
+
+
+def tokens_held(model: Decoder) -> int:
+    """How many tokens a model can hold, those of the prompt among them."""
+    return int(model.position_embedding.weight.shape[0])
+
+
+def _is_cut(model: Decoder, num_prompt: int, num_made: int, max_new_tokens: int) -> bool:
+    return num_made < max_new_tokens and num_prompt + num_made == tokens_held(model)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
