@@ -47,14 +47,20 @@ def test_without_words_the_commands_are_listed() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["pretain"], "pretain is not a command"),
+        (["pretain"], "pretain is not a command. Did you mean pretrain?\n"),
+        (["bert"], "bert is not a command. Did you mean megalith pretrain bert?\n"),
+        (["xyzzy"], "xyzzy is not a command. megalith --help lists them.\n"),
+        (["generate", "run", "--promt", "x"], "unrecognized arguments: --promt x. Did you mean --prompt?\n"),
         (["pretrain", "--num-layer", "3"], "--num-layer: is not a known flag. Did you mean --num-layers?"),
         (["pretrain", "gptt"], "gptt: is neither a task"),
         (["pretrain", "--preset", "quickstrat"], "Did you mean quickstart?"),
         (["pretrain", "none.toml"], "none.toml: cannot be read (No such file or directory)"),
         (["pretrain", "--preset", "gpt2-small", "--data-path", "x"], "--vocab-file: is required by GPT2BPETokenizer"),
         (["generate", "nowhere"], "nowhere: is not a run directory"),
-        (["generate", "run", "--temprature", "1"], "unrecognized arguments: --temprature"),
+        (
+            ["generate", "run", "--temprature", "1"],
+            "unrecognized arguments: --temprature 1. Did you mean --temperature?",
+        ),
         (["generate", "run", "--max-new-tokens", "-3"], "--max-new-tokens = -3: must be greater than 0"),
         (["generate", "run", "--seed", "-5"], "--seed = -5: must be 0 or greater"),
         (["evaluate", "nowhere", "--split", "valid"], "nowhere: is not a run directory"),

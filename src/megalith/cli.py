@@ -4,6 +4,7 @@ Nothing heavy is imported before it is known that the words make sense.
 """
 
 import argparse
+import difflib
 import os
 import sys
 import time
@@ -37,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     command = COMMANDS.get(words[0])
     if command is None:
-        print(f"megalith: {printable(words[0])} is not a command.\n\n{usage()}", file=sys.stderr)
+        print(f"megalith: {printable(words[0])} is not a command. {_meant(words[0])}", file=sys.stderr)
         return FAULT
     try:
         return command(words[1:], started)
@@ -74,6 +75,16 @@ def _tell(error: Exception) -> int:
     for line in str(error).splitlines():
         print(f"megalith: {printable(line)}", file=sys.stderr)
     return FAULT
+
+
+def _meant(word: str) -> str:
+    """A remedy for what is not a command: a task is one of pretrain, everything else may be mistyped."""
+    from megalith.config import TASKS
+
+    if word in TASKS:
+        return f"Did you mean megalith pretrain {word}?"
+    near = difflib.get_close_matches(word, COMMANDS, n=1)
+    return f"Did you mean {near[0]}?" if near else "megalith --help lists them."
 
 
 def usage() -> str:

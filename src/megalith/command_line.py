@@ -1,11 +1,23 @@
 """A parser of command lines whose faults are said like all others."""
 
 import argparse
-from typing import NoReturn
+import difflib
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 
 class CommandParser(argparse.ArgumentParser):
     """Raises ValueError, with the command that tells more, where argparse would print its usage and exit."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse's, but a flag that is not known is told with the one that is nearest, if any is near."""
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            word = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
+            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
+            meant = f". Did you mean {near[0]}?" if near else f"; see {self.prog} --help"
+            raise ValueError(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return options
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see {self.prog} --help")
