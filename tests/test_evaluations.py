@@ -12,7 +12,7 @@ import pytest
 from megalith import evaluations
 from megalith.monitor.ledger import FILE_NAME
 from megalith.passes import run_microbatches
-from megalith.train import STOPPED_BY_SIGNAL, STOPPED_UNSAVED
+from megalith.train import STOPPED_BY_SIGNAL
 from tests.layouts.runs import events_of, run_on
 from tests.test_train import assert_same
 
@@ -135,7 +135,7 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_names_no_command_tha
     """The signal comes in the evaluation before the first step, which it cuts short."""
     save = tmp_path / "a run"
     words = ["--train-iters", "20", "--eval-first", "--eval-iters", "2", "--split", "60,20,20"]
-    assert run_on(1, words, save, data, before=signal_at(1)) == STOPPED_UNSAVED
+    assert run_on(1, words, save, data, before=signal_at(1)) == STOPPED_BY_SIGNAL
     told = [line["text"] for line in events_of(save, "line")]
     assert f"the run lies in {save}; it has no checkpoint yet" in told
     assert "  begin:    the same command again" in told and not any("megalith " in text for text in told)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megalith import train
-from megalith.train import STOPPED_BY_SIGNAL, STOPPED_UNSAVED
+from megalith.train import STOPPED_BY_SIGNAL
 from tests.layouts.runs import MODEL, events_of, run_on, steps_of, weights_of
 
 STEPS = ["--train-iters", "20"]
@@ -104,7 +104,7 @@ def test_a_signal_while_a_run_is_being_started_is_answered_at_once_and_ends_the_
         said = process.stderr.readline().decode()
         assert process.poll() is None
         log = process.stdout.read().decode()
-        assert process.wait(timeout=60) == STOPPED_UNSAVED
+        assert process.wait(timeout=60) == STOPPED_BY_SIGNAL
     assert said == "megalith: SIGINT: the run ends before its first step; a second signal ends it at once\n"
     assert "stopped by SIGINT before the first step" in log and "step_done" not in log
 
@@ -125,7 +125,7 @@ def test_a_signal_in_any_part_of_a_start_ends_it_before_the_first_step(
         vars(train)[part] = signalled
 
     new = tmp_path / "new"
-    assert run_on(world_size, STEPS, new, data, before=before) == STOPPED_UNSAVED
+    assert run_on(world_size, STEPS, new, data, before=before) == STOPPED_BY_SIGNAL
     assert steps_of(new) == [] and not any((new / "checkpoints").iterdir())
     old = Path(shutil.copytree(undisturbed, tmp_path / "old"))
     assert (

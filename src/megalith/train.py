@@ -46,8 +46,8 @@ from megalith.watching import Places, collective_timeout, open_watch
 
 # Exit statuses beside 0 (done, or stopped where --exit-interval or --exit-duration-in-mins said) and those of guard.py.
 NOT_SAVED = 74  # the last checkpoint could not be written
-STOPPED_BY_SIGNAL = 75  # saved; the same command goes on
-STOPPED_UNSAVED = 76  # a signal stopped a run that has no checkpoint
+STOPPED_BY_SIGNAL = 75  # saved, or there was nothing to save yet; the same command goes on
+STOPPED_UNSAVED = 76  # a signal stopped a run that has no --save
 
 
 def train(run: Run, *, started: float) -> int:
@@ -119,8 +119,7 @@ def train(run: Run, *, started: float) -> int:
                 spent=job.ledger.seconds(),
             )
         )
-        stopped = stopped_status(run)
-        tell_what_next(job, reason, saved=stopped == STOPPED_BY_SIGNAL)
+        tell_what_next(job, reason, saved=has_checkpoint(run))
         if job.book is not None:
             finished = job.progress.step if reason is None else None
             job.book.write(job.ledger, ended=reason is None or reason.startswith("exit-"), finished=finished)
@@ -130,7 +129,7 @@ def train(run: Run, *, started: float) -> int:
         return 0
     if reason in EXIT_STATUS:
         return EXIT_STATUS[reason]
-    return stopped
+    return stopped_status(run)
 
 
 def was_stopped(signals: StopSignals, log: RunLog) -> bool:
@@ -142,8 +141,8 @@ def was_stopped(signals: StopSignals, log: RunLog) -> bool:
 
 
 def stopped_status(run: Run) -> int:
-    """What a run ends with that a signal stopped. Every rank calls it."""
-    return STOPPED_BY_SIGNAL if has_checkpoint(run) else STOPPED_UNSAVED
+    """What a run ends with that a signal stopped."""
+    return STOPPED_BY_SIGNAL if run.checkpoint.save is not None else STOPPED_UNSAVED
 
 
 def run_steps(job: Job, keeper: Keeper, signals: StopSignals) -> str | None:
