@@ -163,9 +163,45 @@ def test_evaluate_gives_loss_and_perplexity_of_a_split_and_of_files(trained: Pat
     done = megalith("evaluate", str(trained), "--file", str(text), "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tokens"] == 100  # 25 bytes a line, an end of document, the first is not predicted
+    gone = megalith("evaluate", str(trained), "--file", str(tmp_path / "other.txt"))
+    assert gone.returncode == 2
+    assert gone.stderr.startswith(f"megalith: --file {tmp_path / 'other.txt'}: ")
     empty = megalith("evaluate", str(trained), "--split", "test")
     assert empty.returncode == 2
     assert "has no documents" in empty.stderr
+
+
+def test_an_answer_that_goes_nowhere_is_no_success(trained: Path) -> None:
+    command = [sys.executable, "-m", "megalith", "evaluate", str(trained), "--split", "train", "--json"]
+    for where, said in ((">&-", "standard output is closed"), (">/dev/full", "cannot be written to (No space left")):
+        done = subprocess.run(
+            ["bash", "-c", f'"$@" {where}', "bash", *command],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        )
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("megalith: standard output ") and said in line
+
+
+def test_a_model_that_is_looked_at_loses_no_steps(trained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    newest = run / "checkpoints" / "step-0000009"
+    newest.mkdir()
+    done = megalith("generate", str(run), "--prompt", "a", "--max-new-tokens", "1")
+    assert done.returncode == 0
+    damaged, instead = done.stderr.splitlines()
+    assert damaged.startswith(f"warning: {newest} is damaged and was not used: ")
+    assert instead == "warning: step 3 is used instead"
+
+
+def test_the_kinds_of_models_that_can_be_evaluated_are_named(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('task = "bert"\n')
+    done = megalith("evaluate", str(tmp_path))
+    assert done.returncode == 2
+    assert "holds a bert model; those of gpt, vit, classify, ict and retriever can be evaluated" in done.stderr
 
 
 def test_zero_shot_tasks_print_the_lines_of_megatron(trained: Path, tmp_path: Path) -> None:

@@ -128,6 +128,8 @@ def test_a_run_whose_last_checkpoint_is_not_written_ends_with_74(data: Path, tmp
     ended = start(tmp_path, data, disturb=Broken(errno.EIO, ["write"], since=9, until=100))
     assert ended.statuses == (74,)
     assert saved_steps(tmp_path) == [2, 4, 6, 8]
+    (told,) = [text for text in warned(tmp_path) if "was not written" in text]
+    assert "the newest before is of step 8. The run ends without it; the same command takes the steps since" in told
     assert start(tmp_path, data).statuses == (0,)
     assert saved_steps(tmp_path) == [2, 4, 6, 8, 10]
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from megalith.config import Run
 
 FAULT = 2  # exit status of a command that could not start
+MEASURED = ("gpt", "vit", "classify", "ict", "retriever")  # tasks whose runs megalith evaluate takes
+ANSWERING = ("verify", "generate", "evaluate", "bench", "plan")  # commands of which nothing is left but what they print
 OUT_OF_MEMORY = 79  # of one that got no more memory, on the host or on a device
 
 
@@ -41,7 +43,13 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"megalith: {printable(words[0])} is not a command. {_meant(words[0])}", file=sys.stderr)
         return FAULT
     try:
-        return command(words[1:], started)
+        if words[0] not in ANSWERING:
+            return command(words[1:], started)
+        if sys.stdout is None:
+            raise ValueError(f"standard output is closed: megalith {words[0]} has no place for its answer. Open it.")
+        status = command(words[1:], started)
+        _flush()
+        return status
     except KeyboardInterrupt:
         print("megalith: interrupted", file=sys.stderr)
         return 130
@@ -68,6 +76,18 @@ def main(words: Sequence[str] | None = None) -> int:
         return OUT_OF_MEMORY
     except (ValueError, OSError) as error:
         return _tell(error)
+
+
+def _flush() -> None:
+    """Let what was printed arrive while it can be said that it does not. Raises OSError."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is left in the buffer must not complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(f"standard output cannot be written to ({error.strerror}): the answer is lost") from error
 
 
 def _tell(error: Exception) -> int:
@@ -224,6 +244,11 @@ def evaluate(words: Sequence[str], started: float) -> int:
         if options.json:
             print(json.dumps(found))
         return 0
+    if task not in MEASURED:
+        known = f"{', '.join(MEASURED[:-1])} and {MEASURED[-1]}"
+        raise ValueError(
+            f"{options.run}: holds a {task} model; those of {known} can be evaluated. Its log has its losses."
+        )
     if options.qa_data_dev or options.qa_data_test:
         raise ValueError(f"--qa-data-dev, --qa-data-test: {options.run} holds a {task} model; questions are for an ict")
     if options.task is not None:

@@ -46,7 +46,7 @@ def to_megatron(
     loaded = load_latest(run_dir, everything, step=step)
     if loaded is None:
         raise ValueError(f"{run_dir}: holds no checkpoint. Name what --save named.")
-    yield from (f"warning: {message}" for message in loaded.messages())
+    yield from (f"warning: {message}" for message in loaded.messages(goes_on=False))
     grid = grid_of(run, int(loaded.index.state["model"]["padded_vocab_size"]), tensor, stages, layers_per_chunk)
     tokenizer = load_saved_tokenizer(Path(run_dir) / "tokenizer")
     run = cut_like(run, grid, tokenizer.vocab_size)

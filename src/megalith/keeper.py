@@ -93,7 +93,7 @@ class Keeper:
             )
         self._saved_step = job.progress.step
         if not while_training:
-            self.settle(while_training=False)
+            self.settle(while_training=False, is_last=True)
 
     def _timer(self) -> Timer:
         return self._job.timers("checkpoint-stall")
@@ -128,11 +128,11 @@ class Keeper:
             self._lease.check()
         self._settle(wait=False, while_training=True)
 
-    def settle(self, *, while_training: bool = True) -> None:
-        """Wait for the checkpoint that is being written, if any, and say how it went."""
-        self._settle(wait=True, while_training=while_training)
+    def settle(self, *, while_training: bool = True, is_last: bool = False) -> None:
+        """Wait for the checkpoint that is being written, if any, and say how it went. is_last: none will follow."""
+        self._settle(wait=True, while_training=while_training, is_last=is_last)
 
-    def _settle(self, *, wait: bool, while_training: bool) -> None:
+    def _settle(self, *, wait: bool, while_training: bool, is_last: bool = False) -> None:
         if self._saver is None:
             return
         began = time.monotonic()
@@ -140,14 +140,14 @@ class Keeper:
             with self._job.ledger.spend("checkpoint"):
                 saved = self._saver.wait() if wait else self._saver.poll()
         except CheckpointError as error:
-            self._tell_failure(error)
+            self._tell_failure(error, is_last=is_last)
             return
         self._stall += time.monotonic() - began
         for done in saved:
             self.failed = False
             report_saved(self._job, done, self._pace, stall=self._stall if while_training else None)
 
-    def _tell_failure(self, error: CheckpointError) -> None:
+    def _tell_failure(self, error: CheckpointError, *, is_last: bool) -> None:
         """Say that a checkpoint could not be written, what that puts at risk, and what becomes of the run."""
         checkpoint = self._job.run.checkpoint
         self.failed, self._saved_step = True, None
@@ -159,4 +159,7 @@ class Keeper:
         except OSError as unseen:
             kept = f"which there are before it cannot be seen ({unseen.strerror})"
         then = "The run stops" if self.asks_to_stop else "The run goes on; the next checkpoint is tried anew"
-        self._job.log.report(Warned(f"{error}; {kept}. {then} (--on-save-failure {checkpoint.on_save_failure})."))
+        then += f" (--on-save-failure {checkpoint.on_save_failure})"
+        if is_last:
+            then = "The run ends without it; the same command takes the steps since then again"
+        self._job.log.report(Warned(f"{error}; {kept}. {then}."))

@@ -110,7 +110,7 @@ def train(run: Run, *, started: float) -> int:
         reason = run_steps(job, keeper, signals)
         if reason is None:
             reason = finish(job, keeper, signals)
-        keeper.settle()
+        keeper.settle(is_last=True)
         log.report(
             RunEnded(
                 step=job.progress.step,

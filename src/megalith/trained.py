@@ -87,7 +87,7 @@ def load_weights(directory: str, build: Callable[[Index], Model], *, step: int |
     loaded = load_latest(directory, wanted, step=step, may_stay_unread=lambda name: not name.startswith(WEIGHT))
     if loaded is None:
         raise ValueError(f"{directory}: holds no checkpoint yet. Wait for one, or train longer.")
-    for message in loaded.messages():
+    for message in loaded.messages(goes_on=False):
         print(f"warning: {printable(message)}", file=sys.stderr)
     return made[0], loaded.index.step
 
@@ -170,7 +170,7 @@ def text_tokens(trained: TrainedModel, files: Sequence[str]) -> tuple[NDArray[np
     num_bytes = 0
     # A name that does not say otherwise is text.
     marked = all(set(Path(name).suffixes) & {".json", ".jsonl", ".parquet"} for name in files)
-    for block in read_blocks(find_sources(files, "auto" if marked else "text"), rules):
+    for block in read_blocks(find_sources(files, "auto" if marked else "text", flag="--file"), rules):
         for document in parse_block(block, rules):
             if isinstance(document, Fault):
                 raise ValueError(str(document))

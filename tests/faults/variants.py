@@ -159,7 +159,7 @@ def remains_not_removed(rank: int) -> None:
 
 
 def failure_not_told(rank: int) -> None:
-    def tell(keeper: Keeper, error: Exception) -> None:
+    def tell(keeper: Keeper, error: Exception, *, is_last: bool) -> None:
         keeper.failed, keeper._saved_step = True, None
 
     put(Keeper, _tell_failure=tell)
@@ -169,15 +169,15 @@ def failure_is_success(rank: int) -> None:
     """The exit status says that all is well, though the last checkpoint could not be written."""
     tell = Keeper._tell_failure
 
-    def telling(keeper: Keeper, error: Any) -> None:
-        tell(keeper, error)
+    def telling(keeper: Keeper, error: Any, *, is_last: bool) -> None:
+        tell(keeper, error, is_last=is_last)
         keeper.failed = False
 
     put(Keeper, _tell_failure=telling)
 
 
 def failure_ends_the_run(rank: int) -> None:
-    def tell(keeper: Keeper, error: Exception) -> None:
+    def tell(keeper: Keeper, error: Exception, *, is_last: bool) -> None:
         raise error
 
     put(Keeper, _tell_failure=tell)

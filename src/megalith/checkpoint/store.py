@@ -214,14 +214,18 @@ class Loaded:
     index: Index
     refused: tuple[Refused, ...]
 
-    def messages(self) -> list[str]:
-        """What was lost, as sentences to print; none if the newest checkpoint was loaded."""
+    def messages(self, *, goes_on: bool = True) -> list[str]:
+        """What was lost, as sentences to print; none if the newest checkpoint was loaded.
+
+        goes_on: a run goes on from it; else it is only looked at.
+        """
         if not self.refused:
             return []
         lost = int(self.refused[0].path.name.removeprefix("step-")) - self.index.step
+        instead = f"going on from step {self.index.step} instead: {lost} steps are lost and done again"
         return [
             *(f"{path} is damaged and was not used: {reason}" for path, reason in self.refused),
-            f"going on from step {self.index.step} instead: {lost} steps are lost and done again",
+            instead if goes_on else f"step {self.index.step} is used instead",
         ]
 
 

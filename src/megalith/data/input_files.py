@@ -59,8 +59,8 @@ class ByteStream(Protocol):
         """The next size bytes, fewer only at the end."""
 
 
-def find_sources(inputs: Sequence[str], input_format: str = "auto") -> list[Source]:
-    """The files that --input names, in the given order; the matches of a pattern (* ? [ **) in that of their names.
+def find_sources(inputs: Sequence[str], input_format: str = "auto", *, flag: str = "--input") -> list[Source]:
+    """The files that a flag names, in the given order; the matches of a pattern (* ? [ **) in that of their names.
 
     input_format: one of FORMATS, or auto: by suffix, JSON lines where the suffix says nothing. Raises ValueError, with
     all faults at once, for what is not a regular file that can be read.
@@ -72,24 +72,24 @@ def find_sources(inputs: Sequence[str], input_format: str = "auto") -> list[Sour
         if glob.has_magic(given) and not os.path.lexists(given):
             names = sorted(glob.glob(given, recursive=True))
             if not names:
-                faults.append(f"--input {given}: no file matches this pattern")
+                faults.append(f"{flag} {given}: no file matches this pattern")
         for name in names:
             fault = None if name == STANDARD_INPUT else _file_fault(name)
             if fault:
-                faults.append(f"--input {name}: {fault}")
+                faults.append(f"{flag} {name}: {fault}")
                 continue
             size = None if name == STANDARD_INPUT else os.stat(name).st_size
             form = _format_of(name) if input_format == "auto" else input_format
             if input_format == "auto" and form == "text" and size and _begins_as_json(name):
                 rule = "is named as plain text and begins with a line of JSON"
-                faults.append(f"--input {name}: {rule}; say which with --input-format jsonl or text")
+                faults.append(f"{flag} {name}: {rule}; say which with --input-format jsonl or text")
             sources.append(Source(name, form, size))
     if sum(source.is_standard_input for source in sources) > 1:
-        faults.append("--input -: standard input can be read only once")
+        faults.append(f"{flag} -: standard input can be read only once")
     if not inputs:
-        faults.append("--input: needs at least one file, a pattern, or - for standard input")
+        faults.append(f"{flag}: needs at least one file, a pattern, or - for standard input")
     faults += [
-        "--input -: parquet cannot be read from standard input, it has to be a file"
+        f"{flag} -: parquet cannot be read from standard input, it has to be a file"
         for source in sources
         if source.is_standard_input and source.format == "parquet"
     ]
