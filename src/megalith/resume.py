@@ -100,7 +100,7 @@ def resume(job: Job) -> None:
         tell_differences(job.run, job.data, loaded.index.state, loaded.index.notes, job.log)
     if adoption is not None:
         adoption.finish()
-    for message in loaded.messages():
+    for message in loaded.messages(goes_on=not fresh):
         job.log.report(Warned(message))
     if not fresh:
         restore(job, loaded, with_optimizer=with_optimizer, goes_on=source.is_own)
@@ -121,7 +121,7 @@ def begin_with_another(job: Job) -> None:
     loaded = begin_with(job.laid.trained.held, origin, identity=identity_of(job), prefix=WEIGHT)
     # Replicas that share out the optimizer have loaded their own rows only.
     job.laid.reduction.after_update()
-    for message in loaded.messages():
+    for message in loaded.messages(goes_on=False):
         job.log.report(Warned(message))
     seconds = time.monotonic() - started
     job.log.line(f"began with the weights of step {loaded.index.step} of {origin.directory} ({seconds:.1f} s)")
