@@ -20,7 +20,7 @@ MODEL = """
     --biencoder-projection-dim 8 --retriever-score-scaling --retriever-report-topk-accuracies 1 3
     --global-batch-size 8 --lr 3e-3 --lr-warmup-iters 2 --weight-decay 0.1 --make-vocab-size-divisible-by 8
     --log-interval 1 --log-params-norm --eval-interval 10 --eval-iters 1 --save-interval 10 --log-format json
-    --device cpu --train-iters 14 --split 80,10,10
+    --device cpu --train-iters 20 --split 80,10,10
 """.split()
 TP, SHARD = "--tensor-model-parallel-size", "--data-parallel-sharding"
 SHARED = "--biencoder-shared-query-context-model"
@@ -92,7 +92,7 @@ def test_the_run_is_the_same_on_every_layout(layout: str, runs: Runs, request: p
     world_size, words = LAYOUTS[layout]
     reference = runs(1, *micro(4))
     assert_same_run(runs(world_size, *words), reference)
-    assert len(steps_of(reference)) == 14
+    assert len(steps_of(reference)) == 20
 
 
 @pytest.mark.parametrize("layout", sorted(SHARED_TOO))
