@@ -14,7 +14,7 @@ from megalith.optim import compact, compact_fused
 POINTERS = {
     "q": "", "k": "", "v": "", "o": "", "grad_o": "", "grad_q": "", "grad_k": "", "grad_v": "",
     "grad_y": "", "x": "", "grad_x": "", "joined": "",
-    "sums": "fp32", "products": "fp32", "rows": "i32", "words": "i32", "visible": "u8",
+    "sums": "fp32", "largest": "fp32", "products": "fp32", "rows": "i32", "words": "i32", "visible": "u8",
 }  # fmt: skip
 KERNELS = {
     attend_fused._forward: forward_blocks,
@@ -30,6 +30,7 @@ COLUMN_KERNELS: dict[Any, dict[str, Any]] = {
         "ROWS": columns.ROWS,
         "COLUMNS": columns.COLUMNS,
     },
+    columns._look_at: {"STRETCH": columns.STRETCH, "ROWS": columns.ROWS, "COLUMNS": columns.COLUMNS},
     columns._join_heads: {"WIDTH": 64, "PADDED": 64, "STRETCH": columns.STRETCH, "ROWS": 2 * columns.ROWS},
 }
 
