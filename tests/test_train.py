@@ -109,8 +109,16 @@ def test_a_signal_while_a_run_is_being_started_is_answered_at_once_and_ends_the_
     assert "stopped by SIGINT before the first step" in log and "step_done" not in log
 
 
-@pytest.mark.parametrize("part", ["prepare_corpus", "build_job", "resume", "open_data"])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("world_size", "part"),
+    [
+        (1, "prepare_corpus"),
+        (1, "open_data"),
+        (2, "resume"),
+        *(pytest.param(1, part, marks=pytest.mark.slow) for part in ("build_job", "resume")),
+        *(pytest.param(2, part, marks=pytest.mark.slow) for part in ("prepare_corpus", "build_job", "open_data")),
+    ],
+)
 def test_a_signal_in_any_part_of_a_start_ends_it_before_the_first_step(
     world_size: int, part: str, undisturbed: Path, tmp_path: Path, data: Path
 ) -> None:
