@@ -333,9 +333,8 @@ def _checkpoint(run: Run) -> Iterator[Fault]:
     checkpoint = run.checkpoint
     if checkpoint.save is not None and checkpoint.save_interval is None:
         yield fault("save_interval", None, "is required with --save", "Add --save-interval STEPS")
-    load, save = checkpoint.load, checkpoint.save
-    begins = load is not None and save is not None and os.path.realpath(load) == os.path.realpath(save)
-    if load is not None and not begins and not os.path.isdir(load):
+    load = checkpoint.load
+    if load is not None and not checkpoint.loads_own and not os.path.isdir(load):
         yield fault("load", load, "is not a directory", "Correct the path")
     if load is not None and os.path.isfile(os.path.join(load, TRACKER)):
         remedy = f"Make a run directory of them: megalith convert --from megatron {load} --to RUN_DIR"

@@ -10,7 +10,7 @@ from megalith.bench import made_for_measuring
 from megalith.candidates import Candidate, candidates, fits, flags_of
 from megalith.check import check
 from megalith.command_line import CommandParser
-from megalith.config import ConfigError, Fault, Run
+from megalith.config import ConfigError, Fault, Run, flag_of
 from megalith.derived import compute_dtype, global_batch_size
 from megalith.monitor.flops import TERA
 from megalith.plan.job import Job, parameters_on_rank
@@ -111,9 +111,7 @@ def forecast(run: Run, ranks: int, machine: Machine) -> dict[str, Any]:
         "tokens_per_second": tokens / seconds.total,
         "mfu": flops / ranks / seconds.total / machine.flops,
         "sent_bytes": sent_bytes(job),
-        "not_counted": [
-            f"--{name.replace('_', '-')}" for name in NOT_COUNTED if getattr(run.parallel, name) is not None
-        ],
+        "not_counted": [flag_of(name) for name in NOT_COUNTED if getattr(run.parallel, name) is not None],
     }
 
 

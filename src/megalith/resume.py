@@ -1,6 +1,5 @@
 """From where a run goes on: its own newest checkpoint, or the weights of another run."""
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ def source_of(job: Job) -> Source | None:
     """
     checkpoint = job.run.checkpoint
     own = list_checkpoints(checkpoint.save) if checkpoint.save is not None else []
-    is_same = _is_same(checkpoint.load, checkpoint.save)
+    is_same = checkpoint.loads_own
     if own and (checkpoint.auto_resume or is_same):
         _tell_what_is_overruled(job, is_same=is_same)
         return Source(Path(str(checkpoint.save)), is_own=True)
@@ -52,10 +51,6 @@ def source_of(job: Job) -> Source | None:
     # The habit of Megatron-LM's scripts: one directory to save to and load from, empty at the first start.
     job.log.report(CheckpointMissing(str(Path(checkpoint.load) / TRACKER)))
     return None
-
-
-def _is_same(load: str | None, save: str | None) -> bool:
-    return load is not None and save is not None and os.path.realpath(load) == os.path.realpath(save)
 
 
 def _tell_what_is_overruled(job: Job, *, is_same: bool) -> None:
@@ -185,7 +180,7 @@ def wanted(job: Job, index: Index, *, with_optimizer: bool, adoption: Adoption |
     if not with_optimizer:
         return weight_pieces(job)
     pieces = optimizer_pieces(job)
-    if _lacks_optimizer(job, index):
+    if not pieces.keys() <= index.tensors.keys():
         raise ValueError(
             f"the checkpoint of step {index.step} holds no optimizer state for this model and --optimizer "
             f"{job.run.optimizer.optimizer}. Give the optimizer of before, or --no-load-optim"

@@ -1,5 +1,6 @@
 """Settings: what is saved and what a run starts from."""
 
+import os
 from dataclasses import dataclass
 
 from megalith.fields import setting
@@ -67,3 +68,9 @@ class CheckpointConfig:
         section="checkpointing",
         switch="on",
     )
+
+    @property
+    def loads_own(self) -> bool:
+        """Whether --load names the directory of --save, however each is written."""
+        both = self.load is not None and self.save is not None
+        return both and os.path.realpath(str(self.load)) == os.path.realpath(str(self.save))
