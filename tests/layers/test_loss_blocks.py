@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalith.layers import loss as loss_module
+from megalith.layers import loss_blocks
 from megalith.layers.loss import vocabulary_cross_entropy
 from megalith.layers.loss_blocks import BLOCK, losses_and_gradients
 
@@ -106,3 +107,17 @@ def test_in_bf16_loss_and_gradients_are_those_of_float64_but_for_its_rounding(ch
     torch.testing.assert_close(loss.double(), wanted, rtol=rounding / 4, atol=0)
     for grad, expected in ((hidden.grad, grad_hidden), (table.grad, grad_table)):
         torch.testing.assert_close(grad.double(), expected, rtol=0, atol=2 * rounding * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_products_in_16_bits_are_added_some_rows_at_a_time(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(5)
+    # Small whole numbers, so that every sum is exact whatever its order.
+    left, right = (torch.randint(-3, 4, shape, generator=generator).bfloat16() for shape in ((300, 6), (6, 4)))
+    total = torch.randint(-99, 100, (300, 4), generator=generator).float()
+    expected = left.float() @ right.float() + (0 if first else total)
+    monkeypatch.setattr(loss_blocks, "_ADDED_AT_ONCE", 1000)  # bytes: 125 rows
+    loss_blocks.add_product(total, left, right, first=first)
+    assert torch.equal(total, expected)
+    assert loss_blocks.rows_added_at_once(300, 8) == 128
+    assert loss_blocks.rows_added_at_once(99, 8) == 99

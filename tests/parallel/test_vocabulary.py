@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 import tests.early  # noqa: F401 - for its effect
 from megalith.layers.loss import vocabulary_cross_entropy
 from megalith.models.transformer import score_tokens
+from megalith.parallel import vocabulary
 from megalith.parallel.mesh import Layout, make_groups
 from megalith.parallel.vocabulary import cut_cross_entropy, cut_logits
 from tests.ranks import run_ranks
@@ -38,7 +40,7 @@ def on_rank(rank: int, *, sequence: bool) -> dict[str, NDArray[Any]]:
     layout: dict[str, Any] = {"group": groups.tensor, "sequence": sequence}
     with torch.no_grad():
         scores = cut_logits(entering, part, bias_V=part_bias, **layout)
-    loss = cut_cross_entropy(entering, part, labels, weights, bias_V=part_bias, **layout)
+    loss = cut_cross_entropy(entering, part, labels, weights, first=rows.start, bias_V=part_bias, **layout)
     loss.backward()
     found = {"scores": scores, "loss": loss.detach()}
     for name, tensor in {"hidden": entering, "table": part, "bias": part_bias}.items():
@@ -71,3 +73,30 @@ def test_scores_loss_and_gradients_are_those_of_the_whole_vocabulary(sequence: b
     for name, tensor in {"hidden": hidden, "table": table, "bias": bias}.items():
         assert tensor.grad is not None
         torch.testing.assert_close(gradients[name], tensor.grad)
+
+
+def formulas_on_rank(rank: int, *, dtype: torch.dtype) -> dict[str, NDArray[Any]]:
+    groups = make_groups(Layout(RANKS, rank, 0, tensor=RANKS), torch.device("cpu"))
+    hidden, table, _, labels, _ = whole_tensors()
+    share = -(-V // RANKS)
+    logits = (hidden.flatten(0, 1) @ table[rank * share : (rank + 1) * share].t()).bfloat16()
+    labels = labels.flatten()[:, None] - rank * share
+    here = (labels >= 0) & (labels < logits.shape[1])
+    labels = labels.masked_fill(~here, 0)
+    found: dict[str, NDArray[Any]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary, "compiled", lambda formula: formula)
+        for name, score in {
+            "formulas": vocabulary._scored_by_formulas,
+            "in place": vocabulary._scored_in_place,
+        }.items():
+            slopes, losses = score(logits.clone(), labels, here, dtype, groups.tensor, slopes=True)
+            found |= {f"slopes, {name}": slopes.float().numpy(), f"losses, {name}": losses.numpy()}
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_formulas_for_gpus_are_what_the_steps_in_place_give(dtype: torch.dtype) -> None:
+    for found in run_ranks(partial(formulas_on_rank, dtype=dtype), RANKS):
+        for what in ("slopes", "losses"):
+            assert np.array_equal(found[f"{what}, formulas"], found[f"{what}, in place"])

@@ -7,7 +7,7 @@ is projected twice.
 Shape letters: B batch, T token, N rows (B T), C rows of a chunk, D width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -167,7 +167,7 @@ def _slopes_and_losses(
     Where that underflows the row is projected once more.
     """
     if logits_CV.is_cuda:
-        return logits_CV, _compiled_slopes()(logits_CV, labels_C1, softmax_in_16_bit)
+        return logits_CV, compiled(become_slopes)(logits_CV, labels_C1, softmax_in_16_bit)
     minus_one = logits_CV.new_full((1, 1), -1.0).expand_as(labels_C1)
     if logits_CV.dtype != torch.float32:
         logs_CV = torch.log_softmax(logits_CV, -1, dtype=logits_CV.dtype if softmax_in_16_bit else torch.float32)
@@ -184,7 +184,10 @@ def _slopes_and_losses(
 
 
 def become_slopes(logits_CV: Tensor, labels_C1: Tensor, softmax_in_16_bit: bool) -> Tensor:
-    """What `_slopes_and_losses` gives, the slopes in place of the logits, as a formula that the compiler fuses."""
+    """What `_slopes_and_losses` gives, the slopes in place of the logits, as a formula that the compiler fuses.
+
+    Compiled it is two passes over the logits, of which the second writes; uncompiled it is seven.
+    """
     logs_CV = torch.log_softmax(logits_CV, -1, dtype=logits_CV.dtype if softmax_in_16_bit else torch.float32)
     losses_C = -logs_CV.gather(1, labels_C1)[:, 0]
     is_label_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == labels_C1
@@ -193,9 +196,9 @@ def become_slopes(logits_CV: Tensor, labels_C1: Tensor, softmax_in_16_bit: bool)
 
 
 @cache
-def _compiled_slopes() -> Any:
-    """The formula in two passes over the logits, of which the second writes; uncompiled it is seven."""
-    return torch.compile(become_slopes, dynamic=False)
+def compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """A formula over logits as few passes over memory, for a GPU."""
+    return torch.compile(formula, dynamic=False)
 
 
 def _losses(

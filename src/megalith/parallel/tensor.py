@@ -148,16 +148,20 @@ def _cut_block(module: Block, path: str, cutter: Cutter) -> None:
 
 def _cut_language_model(module: LanguageModel, path: str, cutter: Cutter) -> None:
     """The tables, and the scores of tokens: what models of tokens have outside of their blocks."""
+    first = 0
     for name, child in list(module.named_children()):
-        if isinstance(child, Embedding):
-            cut_table = cut_vocabulary if name == "word_embedding" else copy_table
-            cut_table(child, f"{path}.{name}".removeprefix("."), cutter)
-        elif name == "output":
-            cutter.cut_parameter(child, f"{path}.output".removeprefix("."), "weight", 0)
+        child_path = f"{path}.{name}".removeprefix(".")
+        if name == "word_embedding" and isinstance(child, Embedding):
+            first = cut_vocabulary(child, child_path, cutter)
+        elif isinstance(child, Embedding):
+            copy_table(child, child_path, cutter)
+        elif name == "output" and isinstance(child, Linear):
+            first, _ = cutter.rows_of(child.weight.shape[0])
+            cutter.cut_parameter(child, child_path, "weight", 0)
     if cutter.sequence:
         module.cut = partial(scatter_copies, dim=TOKENS, group=cutter.group)
     module.score = partial(cut_logits, group=cutter.group, sequence=cutter.sequence)
-    module.cross_entropy = partial(cut_cross_entropy, group=cutter.group, sequence=cutter.sequence)
+    module.cross_entropy = partial(cut_cross_entropy, first=first, group=cutter.group, sequence=cutter.sequence)
 
 
 def _cut_vision_transformer(module: VisionTransformer, path: str, cutter: Cutter) -> None:
@@ -209,11 +213,12 @@ def _copy_projection(module: Tower, path: str, cutter: Cutter) -> None:
             cutter.cuts[name] = _copy_of(parameter)
 
 
-def cut_vocabulary(table: Embedding, path: str, cutter: Cutter) -> None:
-    """Each rank holds the rows of some tokens; a token's row is summed from the one rank that has it."""
+def cut_vocabulary(table: Embedding, path: str, cutter: Cutter) -> int:
+    """Each rank holds the rows of some tokens; a token's row is summed from the one rank that has it. The first one."""
     first, _ = cutter.rows_of(table.weight.shape[0])
     cutter.cut_parameter(table, path, "weight", 0)
     table.look_up = partial(look_up_cut_table, first=first, group=cutter.group, sequence=cutter.sequence)
+    return first
 
 
 def copy_table(table: Embedding, path: str, cutter: Cutter) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalith.layers.loss import in_type_of, rows_per_chunk, take_gradients
+from megalith.layers.loss import compiled, in_type_of, rows_per_chunk, take_gradients
 from megalith.layers.loss_blocks import add_product
 from megalith.parallel.collectives import (
     Group,
@@ -20,10 +20,8 @@ from megalith.parallel.collectives import (
     all_reduce,
     copy_to_group,
     gather_for_product,
-    rank_in,
     reduce_from_group,
     scatter_sum,
-    size_of,
 )
 
 
@@ -57,6 +55,7 @@ def cut_cross_entropy(
     labels_BT: Tensor,
     loss_weights_BT: Tensor,
     *,
+    first: int,
     group: Group,
     sequence: bool,
     bias_V: Tensor | None = None,
@@ -64,21 +63,16 @@ def cut_cross_entropy(
 ) -> Tensor:
     """The weighted sum of cross entropies as layers/loss.py gives it, from a table cut over the group.
 
-    bias_V: of the rows held here. Every rank gets the whole sum. Per chunk of rows three vectors travel: the largest
-    logit, the sum of exponentials and the label's logit.
+    first: the token of the first row held here. bias_V: of the rows held here. Every rank gets the whole sum. Per chunk
+    of rows three vectors travel: the largest logit, the sum of exponentials and the label's logit.
     """
     hidden_BTD = gather_for_product(hidden_BTD, 1, group) if sequence else copy_to_group(hidden_BTD, group)
-    share = -(-_vocabulary(table_SD, group) // size_of(group))
-    labels_N = labels_BT.flatten() - rank_in(group) * share
+    labels_N = labels_BT.flatten() - first
     dtype = hidden_BTD.dtype if softmax_in_16_bit else torch.float32
     loss: Tensor = _CutCrossEntropy.apply(
         hidden_BTD.flatten(0, -2), table_SD, bias_V, labels_N, loss_weights_BT.flatten().float(), dtype, group
     )
     return loss
-
-
-def _vocabulary(table_SD: Tensor, group: Group) -> int:
-    return int(all_reduce(torch.tensor(table_SD.shape[0], device=table_SD.device), group))
 
 
 class _CutCrossEntropy(torch.autograd.Function):
@@ -107,16 +101,10 @@ class _CutCrossEntropy(torch.autograd.Function):
             hidden, weights = hidden_ND[part], weights_N[part, None]
             labels = labels_N[part, None]
             here = (labels >= 0) & (labels < len(table_SD))
-            labels = labels.masked_fill(~here, 0)
-            scores = F.linear(hidden, table_SD, bias_S).to(dtype)
-            scores -= all_reduce(scores.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
-            wanted_score = scores.gather(1, labels).masked_fill(~here, 0)
-            powers = scores.exp_()
-            sums = torch.stack([powers.sum(-1, keepdim=True), wanted_score])
-            total, score = all_reduce(sums, group).unbind()
-            losses_N[part] = (total.log() - score)[:, 0].float()
+            logits = F.linear(hidden, table_SD, bias_S)
+            score = _scored_by_formulas if hidden.is_cuda else _scored_in_place
+            slopes, losses_N[part] = score(logits, labels.masked_fill(~here, 0), here, dtype, group, slopes=wanted)
             if grad_hidden is not None and grad_table is not None:
-                slopes = powers.div_(total).scatter_add_(1, labels, -here.to(powers.dtype)).to(hidden.dtype)
                 torch.mm(slopes, table_SD, out=grad_hidden[part]).mul_(weights)
                 weighted = (hidden * weights).to(hidden.dtype)
                 add_product(grad_table, slopes.t(), weighted, first=False)
@@ -129,3 +117,52 @@ class _CutCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return *take_gradients(ctx, gradients[0]), None, None, None, None
+
+
+def _scored_in_place(
+    logits_CS: Tensor, labels_C1: Tensor, here_C1: Tensor, dtype: torch.dtype, group: Group, *, slopes: bool
+) -> tuple[Tensor, Tensor]:
+    """The derivatives of the losses by the logits, CS in their type, if slopes are wanted; the losses, C.
+
+    labels: 0 where here says that no row of this rank is the label's.
+    """
+    scores = logits_CS.to(dtype)
+    scores -= all_reduce(scores.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
+    wanted_score = scores.gather(1, labels_C1).masked_fill(~here_C1, 0)
+    powers = scores.exp_()
+    sums = torch.stack([powers.sum(-1, keepdim=True), wanted_score])
+    total, score = all_reduce(sums, group).unbind()
+    if slopes:
+        powers.div_(total).scatter_add_(1, labels_C1, -here_C1.to(dtype))
+    return powers.to(logits_CS.dtype), (total.log() - score)[:, 0].float()
+
+
+def _scored_by_formulas(
+    logits_CS: Tensor, labels_C1: Tensor, here_C1: Tensor, dtype: torch.dtype, group: Group, *, slopes: bool
+) -> tuple[Tensor, Tensor]:
+    """The same on a GPU, by formulas that are compiled: the logits are read three times and written once."""
+    largest_C1 = all_reduce(logits_CS.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
+    sums = compiled(sum_and_score)(logits_CS, largest_C1, labels_C1, here_C1, dtype)
+    total, score = all_reduce(sums, group).unbind()
+    if slopes:
+        compiled(become_cut_slopes)(logits_CS, largest_C1, total, labels_C1, here_C1, dtype)
+    return logits_CS, (total.log() - score)[:, 0].float()
+
+
+def sum_and_score(
+    logits_CS: Tensor, largest_C1: Tensor, labels_C1: Tensor, here_C1: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """2 C 1 in dtype: the sum of exponentials of the columns held here, and the label's logit where it is, each less
+    the largest logit."""
+    largest = largest_C1.to(dtype)
+    score = (logits_CS.gather(1, labels_C1).to(dtype) - largest).masked_fill(~here_C1, 0)
+    return torch.stack([(logits_CS.to(dtype) - largest).exp().sum(-1, keepdim=True), score])
+
+
+def become_cut_slopes(
+    logits_CS: Tensor, largest_C1: Tensor, total_C1: Tensor, labels_C1: Tensor, here_C1: Tensor, dtype: torch.dtype
+) -> None:
+    """The slopes in place of the logits."""
+    p_CS = (logits_CS.to(dtype) - largest_C1.to(dtype)).exp() / total_C1
+    is_label_CS = (torch.arange(logits_CS.shape[1], device=logits_CS.device) == labels_C1) & here_C1
+    logits_CS.copy_(p_CS - is_label_CS.to(dtype))

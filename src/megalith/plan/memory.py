@@ -8,7 +8,7 @@ and an allocator's waste come on top.
 from dataclasses import dataclass
 
 from megalith.layers.loss import chunk_rows
-from megalith.layers.loss_blocks import BLOCK
+from megalith.layers.loss_blocks import BLOCK, rows_added_at_once
 from megalith.layers.products import LEAST
 from megalith.plan.job import FP32, Job, kept_passes, layer_parameters, parameters_in_products, parameters_on_rank
 
@@ -202,10 +202,14 @@ def loss_bytes(job: Job) -> float:
         last, e = vocabulary % BLOCK, job.compute_bytes
         block = max(FP32 * last, FP32 * BLOCK - e * last)
         copies = 1.0 + block / (e * vocabulary) + job.width / rows
+    elif job.compute_bytes == FP32:
+        copies = 1.0
+    elif job.device == "cpu":
+        # The slopes are another chunk, and so are the logarithms, in fp32: nothing is fused.
+        copies = 2.0 + 1.5 * FP32 / job.compute_bytes
     else:
-        # In 16 bits the slopes are another chunk; on the CPU, where nothing is fused, so are the logarithms, in fp32.
-        copies = 1.0 if job.compute_bytes == FP32 and job.device == "cpu" else 2.0
-        if job.compute_bytes < FP32 and job.device == "cpu":
-            copies += 1.5 * FP32 / job.compute_bytes
+        # The slopes take the logits' place; beside them the table in 16 bits, and a part of a product by it.
+        part = rows_added_at_once(int(vocabulary), int(job.width * job.compute_bytes))
+        copies = 1.0 + (job.width / rows) * (1.0 + part / vocabulary)
     chunk = rows * vocabulary * job.compute_bytes * copies
     return chunk + tokens * job.width * job.compute_bytes + FP32 * vocabulary * job.width
