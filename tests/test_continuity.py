@@ -27,10 +27,11 @@ from megalith.data.record import write_record
 from megalith.data.tokenizer import load_tokenizer
 from megalith.files import Disk
 from megalith.monitor.log import RunLog
-from megalith.trained import measure
+from megalith.trained import measure, open_trained
 from megalith.verify import verify_all
 from tests.layouts.runs import MODEL, events_of, run_on, run_rank, weights_of, write_data
 from tests.ranks import watch_ranks
+from tests.sentences import write_vocabulary
 
 FEW = "--eval-iters 0 --save-interval 2 --lr-warmup-iters 0 --use-checkpoint-lr-scheduler".split()
 
@@ -95,6 +96,34 @@ def test_swapped_data_is_refused_unless_it_is_allowed_and_then_told(save: Path, 
 def test_another_seed_and_another_split_are_refused_together(save: Path, data: Path) -> None:
     said = refusal(save, data, "--seed", "5", "--split", "90,10,0")
     assert "--seed was 1234 and is 5" in said and "--split was 969, 30, 1 and is 90,10,0" in said
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_what_is_refused_leaves_run_file_and_tokenizer_as_they_are(save: Path, data: Path, tmp_path: Path) -> None:
+    before = contents_of(save)
+    words = ("--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file", str(write_vocabulary(tmp_path)))
+    refusal(save, data, *words)
+    after = contents_of(save)
+    assert any(name.startswith("tokenizer") for name in after) and "run.toml" in after
+    assert {name for name in before if before[name] != after[name]} == {"log.jsonl"}
+
+
+def test_what_ends_before_training_writes_nothing(save: Path, data: Path, tmp_path: Path) -> None:
+    before = contents_of(save)
+    words = ["--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file", str(write_vocabulary(tmp_path))]
+    assert run_on(1, [*FEW, "--train-iters", "4", *words, "--exit-before-training"], save, data) == 0
+    assert contents_of(save) == before
+
+
+def test_a_model_does_not_meet_another_tokenizer(save: Path, tmp_path: Path) -> None:
+    shutil.rmtree(save / "tokenizer")
+    vocabulary = write_vocabulary(tmp_path)
+    load_tokenizer("BertWordPieceLowerCase", vocab_file=str(vocabulary)).save(save / "tokenizer")
+    with pytest.raises(ValueError, match=r"of step 2 was trained with another tokenizer than .*BertWordPieceLowerCase"):
+        open_trained(str(save), step=None, device="cpu")
 
 
 def test_a_fine_tuning_may_have_other_data(save: Path, data: Path, kept: Path, tmp_path: Path) -> None:

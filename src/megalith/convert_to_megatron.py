@@ -19,7 +19,7 @@ from megalith.derived import compute_dtype, reference_arguments
 from megalith.files import make_directories, open_whole, write_whole
 from megalith.models.shape import shape_of
 from megalith.parallel.mesh import Layout
-from megalith.trained import run_of
+from megalith.trained import refuse_another_tokenizer, run_of
 
 # The kinds of tokenizers that Megatron-LM has.
 TOKENIZERS = ("GPT2BPETokenizer", "BertWordPieceLowerCase", "BertWordPieceCase")
@@ -49,6 +49,7 @@ def to_megatron(
     yield from (f"warning: {message}" for message in loaded.messages(goes_on=False))
     grid = grid_of(run, int(loaded.index.state["model"]["padded_vocab_size"]), tensor, stages, layers_per_chunk)
     tokenizer = load_saved_tokenizer(Path(run_dir) / "tokenizer")
+    refuse_another_tokenizer(run_dir, loaded.index, tokenizer)
     run = cut_like(run, grid, tokenizer.vocab_size)
     dtype: torch.dtype = getattr(torch, compute_dtype(run))
     kept = Kept(tensors, loaded.index.state, run.optimizer, dtype, run.train.seed)

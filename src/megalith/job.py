@@ -115,14 +115,18 @@ class Job:
 
 
 def open_log(run: Run, layout: Layout) -> RunLog:
-    """The log of a run; only the last rank speaks, as in Megatron-LM, for the last stage knows the loss."""
+    """The log of a run; only the last rank speaks, as in Megatron-LM, for the last stage knows the loss.
+
+    What exits before training owns no run directory and writes nothing there.
+    """
     speaks = layout.rank == layout.world_size - 1
+    writes = speaks and not run.train.exit_before_training
     folder = Path(run.checkpoint.save) if run.checkpoint.save is not None else None
-    scalars = Scalars(Path(to), run.monitor) if speaks and (to := scalars_folder(run)) is not None else None
+    scalars = Scalars(Path(to), run.monitor) if writes and (to := scalars_folder(run)) is not None else None
     return RunLog(
         choose_format(run.monitor.log_format, sys.stdout),
         sys.stdout,
-        jsonl_path=folder / "log.jsonl" if folder is not None and speaks else None,
+        jsonl_path=folder / "log.jsonl" if folder is not None and writes else None,
         scalars=scalars,
         is_printing_rank=speaks,
     )
@@ -145,7 +149,7 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
     timers = Timers(torch.cuda.synchronize if device.type == "cuda" and run.monitor.log_interval == 1 else None)
     batch_sizes = make_batch_sizes(run.optimizer, data_parallel=layout.data)
     announce_start(run, layout, device.type, batch_sizes, log)
-    tokenizer, vocab_size = announce_tokenizer(run, task, layout, log)
+    tokenizer, vocab_size = announce_tokenizer(run, task, log)
     if vocab_size and (layout.tensor - 1) * -(-vocab_size // layout.tensor) >= vocab_size:
         raise ValueError(
             f"--make-vocab-size-divisible-by = {run.model.make_vocab_size_divisible_by}: the {vocab_size} rows of the "
@@ -321,7 +325,7 @@ def announce_ranks(run: Run, layout: Layout, log: RunLog, *, started: float) -> 
     log.report(PlaceReached("after megatron is initialized"))
 
 
-def announce_tokenizer(run: Run, task: Task, layout: Layout, log: RunLog) -> tuple[Tokenizer | None, int]:
+def announce_tokenizer(run: Run, task: Task, log: RunLog) -> tuple[Tokenizer | None, int]:
     """The tokenizer and the size of the padded vocabulary, announced; made-up tokens need only the size."""
     if not task.has_tokenizer:
         return None, 0
@@ -329,7 +333,7 @@ def announce_tokenizer(run: Run, task: Task, layout: Layout, log: RunLog) -> tup
         size = MOCK_VOCABULARY if run.data.vocab_size is None else run.data.vocab_size
         return None, padded_vocab_size(size, run.model.make_vocab_size_divisible_by, 1)
     log.line(lines.building_tokenizer(tokenizer_type(run)), detail=True)
-    tokenizer = open_tokenizer(run, layout)
+    tokenizer = open_tokenizer(run)
     # Padded alike for every layout, so that a checkpoint and the loss do not depend on one.
     vocab_size = padded_vocab_size(tokenizer.vocab_size, run.model.make_vocab_size_divisible_by, 1)
     log.report(TokenizerBuilt(tokenizer.name, tokenizer.vocab_size, vocab_size))
@@ -338,16 +342,13 @@ def announce_tokenizer(run: Run, task: Task, layout: Layout, log: RunLog) -> tup
     return tokenizer, vocab_size
 
 
-def open_tokenizer(run: Run, layout: Layout) -> Tokenizer:
-    """The tokenizer of the run's data, kept in the run directory if there is one."""
+def open_tokenizer(run: Run) -> Tokenizer:
+    """The tokenizer of the run's data."""
     data = run.data
-    tokenizer = load_tokenizer(
+    return load_tokenizer(
         tokenizer_type(run),
         vocab_file=data.vocab_file,
         merge_file=data.merge_file,
         tokenizer_model=data.tokenizer_model,
         vocab_extra_ids=data.vocab_extra_ids,
     )
-    if run.checkpoint.save is not None and layout.rank == 0:
-        tokenizer.save(Path(run.checkpoint.save) / "tokenizer")
-    return tokenizer

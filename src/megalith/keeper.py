@@ -1,6 +1,7 @@
 """When a run's checkpoints are written, and what is told of them."""
 
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -8,6 +9,7 @@ from megalith.checkpoint.directory import CheckpointError, list_checkpoints, try
 from megalith.checkpoint.exchange import Ranks
 from megalith.checkpoint.saver import AsyncSaver
 from megalith.config import Run
+from megalith.data.tokenizer import Tokenizer
 from megalith.files import DISK
 from megalith.job import Job
 from megalith.monitor.events import CheckpointStarted, Warned
@@ -16,6 +18,7 @@ from megalith.monitor.timers import Timer
 from megalith.owner import Lease
 from megalith.report import report_saved
 from megalith.run_state import notes_of, state_of, tensors_of
+from megalith.sources import write_run_file
 
 NOTHING_BEFORE = "there is none before it: a kill loses everything"
 
@@ -28,6 +31,17 @@ def try_save_directory(run: Run) -> None:
         try_run_directory(run.checkpoint.save, disk=DISK)
     except CheckpointError as error:
         raise ValueError(f"--save = {run.checkpoint.save}: {error}. Choose another directory.") from error
+
+
+def keep_what_is_trained(run: Run, tokenizer: Tokenizer | None) -> None:
+    """Write what the run's checkpoints are read with into its directory, if there is one: its run file and tokenizer.
+
+    Only once the run may go on from what is there, so that a refused one changes nothing.
+    """
+    if run.checkpoint.save is not None:
+        write_run_file(run)
+        if tokenizer is not None:
+            tokenizer.save(Path(run.checkpoint.save) / "tokenizer")
 
 
 def has_checkpoint(run: Run) -> bool:

@@ -22,7 +22,7 @@ from megalith.corpora import prepare_corpus
 from megalith.evaluations import evaluate_if_owed, is_finished
 from megalith.guard import EXIT_STATUS, leaves_out, may_save, reason_to_give_up, report_slow_ranks
 from megalith.job import Job, build_job, open_log
-from megalith.keeper import Keeper, has_checkpoint, try_save_directory
+from megalith.keeper import Keeper, has_checkpoint, keep_what_is_trained, try_save_directory
 from megalith.launch import STORE_VARIABLE
 from megalith.loaders import open_data
 from megalith.monitor.events import PlaceReached, RunEnded, StepDone, TrainingStarted, Warned
@@ -35,12 +35,11 @@ from megalith.optim.groups import set_learning_rate
 from megalith.optim.schedule import learning_rate
 from megalith.owner import owned
 from megalith.parallel.mesh import choose_device, joined, make_layout
-from megalith.passes import take_passes, with_rows
+from megalith.passes import take_passes
 from megalith.recheck import is_due, take_checked_passes, tell_what_is_compared
 from megalith.report import open_profile, report_interval
 from megalith.resume import resume
 from megalith.room import refuse_what_cannot_fit
-from megalith.sources import write_run_file
 from megalith.threads import leave_threads_of_parent
 from megalith.watching import Places, collective_timeout, open_watch
 
@@ -97,7 +96,7 @@ def train(run: Run, *, started: float) -> int:
             log.line(f"nothing was trained: --exit-before-training ({run.task}, {job.last_step} steps)")
             return 0
         if layout.rank == 0:
-            write_run_file(asked)
+            keep_what_is_trained(asked, job.tokenizer)
         if job.progress.step >= job.last_step and is_finished(job):
             more = f"--train-iters {2 * job.last_step} --override-lr-scheduler goes on"
             log.line(f"the run is finished: all {job.last_step} steps were taken; {more}")
@@ -212,7 +211,7 @@ class Update:
 def take_step(job: Job, keeper: Keeper) -> StepDone:
     """One optimizer step: microbatches forward and backward, one reduction, one update or none."""
     began = time.perf_counter()
-    progress, run, timers = job.progress, job.run, job.timers
+    progress, timers = job.progress, job.timers
     batch_size = job.batch_sizes.batch_size(progress.consumed_train_samples)
     if progress.bad_steps.passes_over(progress.step + 1):
         return step_done(job, Update({}, skipped=True), batch_size, began=began, num_computed=0)
@@ -221,9 +220,6 @@ def take_step(job: Job, keeper: Keeper) -> StepDone:
     num_microbatches = job.batch_sizes.num_microbatches(progress.consumed_train_samples)
     with timers("batch-generator"), job.ledger.spend("data"), job.pace.own():
         microbatches = job.loaders["train"].step_batch(progress.consumed_train_samples, num_microbatches)
-    if run.model.hidden_dropout > 0 or run.model.attention_dropout > 0:
-        num_places = job.task.num_places(run)
-        microbatches = [with_rows(batch, run.train.seed, num_places) for batch in microbatches]
 
     scale = 1.0 if progress.loss_scale is None else progress.loss_scale.scale
     take = take_checked_passes if is_due(job) else take_passes

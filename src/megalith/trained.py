@@ -58,6 +58,7 @@ def open_trained(directory: str, *, step: int | None, device: str) -> TrainedMod
         directory,
         lambda index: empty_model(run, int(index.state["model"]["padded_vocab_size"]), device),
         step=step,
+        tokenizer=tokenizer,
     )
     return TrainedModel(run, found_step, tokenizer, model)
 
@@ -73,10 +74,13 @@ def run_of(directory: str) -> Run:
     return compose(values.pop("task", "gpt"), values)
 
 
-def load_weights(directory: str, build: Callable[[Index], Model], *, step: int | None) -> tuple[Model, int]:
+def load_weights(
+    directory: str, build: Callable[[Index], Model], *, step: int | None, tokenizer: Tokenizer | None = None
+) -> tuple[Model, int]:
     """A model with the weights of the newest checkpoint that verifies, or of a step; and which step it was.
 
-    build: makes the model, with memory for its weights. Raises ValueError if there is no checkpoint.
+    build: makes the model, with memory for its weights. tokenizer: that of the run directory, if texts are read.
+    Raises ValueError if there is no checkpoint, or its model was trained on another tokenizer's tokens.
     """
     made: list[Model] = []
 
@@ -87,9 +91,21 @@ def load_weights(directory: str, build: Callable[[Index], Model], *, step: int |
     loaded = load_latest(directory, wanted, step=step, may_stay_unread=lambda name: not name.startswith(WEIGHT))
     if loaded is None:
         raise ValueError(f"{directory}: holds no checkpoint yet. Wait for one, or train longer.")
+    if tokenizer is not None:
+        refuse_another_tokenizer(directory, loaded.index, tokenizer)
     for message in loaded.messages(goes_on=False):
         print(f"warning: {printable(message)}", file=sys.stderr)
     return made[0], loaded.index.step
+
+
+def refuse_another_tokenizer(directory: str, index: Index, tokenizer: Tokenizer) -> None:
+    """Raise ValueError if a checkpoint's model was trained on the tokens of another tokenizer than this."""
+    digest = index.state["model"].get("tokenizer")
+    if digest not in (None, tokenizer.digest):
+        raise ValueError(
+            f"{directory}: the model of step {index.step} was trained with another tokenizer than "
+            f"{Path(directory) / 'tokenizer'}, which is {tokenizer.name}. Put its own files back there."
+        )
 
 
 def empty_model(run: Run, vocab_size: int, device: str) -> Decoder:

@@ -46,6 +46,7 @@ def measure_pairs(
             device="meta",
         ).to_empty(device=chosen),
         step=step,
+        tokenizer=tokenizer,
     )
     total = np.zeros(2)
     for first in range(0, len(batches), PAIRS_AT_ONCE):

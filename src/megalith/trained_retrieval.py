@@ -55,7 +55,7 @@ def open_retriever(
         vocab_size = int(index.state["model"]["padded_vocab_size"])
         return Retriever(run.model, vocab_size, dtype=dtype, device="meta").to_empty(device=chosen)
 
-    model, found_step = load_weights(directory, build, step=step)
+    model, found_step = load_weights(directory, build, step=step, tokenizer=tokenizer)
     return TrainedRetriever(run, found_step, tokenizer, model.eval(), Marks.of(tokenizer, length))
 
 

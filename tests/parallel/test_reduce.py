@@ -59,3 +59,42 @@ def test_gradients_are_summed_whenever_they_travel(kind: str, overlap: bool) -> 
         assert len(found) == 4
         for gradient, total in zip(found, expected, strict=True):
             torch.testing.assert_close(gradient, total)
+
+
+def with_one_unused(rank: int, kind: str) -> list[tuple[Tensor, Tensor]]:
+    """What was summed and what it should be, where rank 1 has no gradient for what is reduced first."""
+    reduce.BUCKET_BYTES = 64
+    model, batch = made(rank)
+    model.register_parameter("branch", nn.Parameter(torch.ones(3, 2)))
+    parameters = dict(model.named_parameters())
+    # Beside the model's, in the place of what a bucket would be filled with first.
+    parameters["branch"] = parameters.pop("branch")
+    reduction: Replicated | OptimizerSharded
+    if kind == "replicated":
+        reduction = Replicated(list(parameters.values()), dist.group.WORLD, overlap=True)
+    else:
+        reduction = OptimizerSharded(parameters, dist.group.WORLD, overlap=True)
+    out = model(batch)
+    loss = out.square().sum() + (parameters["branch"].sum() * out.sum() if rank == 0 else 0.0)
+    own = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, materialize_grads=True)
+    expected = [gradient.contiguous() for gradient in own]
+    for total in expected:
+        dist.all_reduce(total)
+    reduction.before_last_backward()
+    loss.backward()
+    reduction.finish()
+    if isinstance(reduction, OptimizerSharded):
+        shards = reduction.shards.values()
+        found = [shard.grad for shard, _ in shards]
+        expected = [total[first : first + len(shard)] for total, (shard, first) in zip(expected, shards, strict=True)]
+    else:
+        found = [parameter.grad for parameter in parameters.values()]
+    return [(gradient, total) for gradient, total in zip(found, expected, strict=True) if gradient is not None]
+
+
+@pytest.mark.parametrize("kind", ["replicated", "optimizer"])
+def test_ranks_without_some_gradient_sum_the_same_buckets(kind: str) -> None:
+    for pairs in run_ranks(lambda rank: with_one_unused(rank, kind), RANKS):
+        assert len(pairs) == 5
+        for gradient, total in pairs:
+            torch.testing.assert_close(gradient, total)

@@ -75,6 +75,23 @@ def test_scores_loss_and_gradients_are_those_of_the_whole_vocabulary(sequence: b
         torch.testing.assert_close(gradients[name], tensor.grad)
 
 
+def loss_without_gradients_on_rank(rank: int) -> float:
+    groups = make_groups(Layout(RANKS, rank, 0, tensor=RANKS), torch.device("cpu"))
+    hidden, table, _, labels, weights = whole_tensors()
+    share = -(-V // RANKS)
+    part = table[rank * share : (rank + 1) * share].clone().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.delattr(vocabulary, "add_product")  # gradients by the table are not to be computed
+        layout: dict[str, Any] = {"first": rank * share, "group": groups.tensor, "sequence": False}
+        return float(cut_cross_entropy(hidden, part, labels, weights, **layout))
+
+
+def test_a_loss_without_gradients_computes_none() -> None:
+    hidden, table, _, labels, weights = whole_tensors()
+    expected = float(vocabulary_cross_entropy(hidden, table, labels, weights))
+    assert run_ranks(loss_without_gradients_on_rank, RANKS) == pytest.approx([expected] * RANKS)
+
+
 def formulas_on_rank(rank: int, *, dtype: torch.dtype) -> dict[str, NDArray[Any]]:
     groups = make_groups(Layout(RANKS, rank, 0, tensor=RANKS), torch.device("cpu"))
     hidden, table, _, labels, _ = whole_tensors()

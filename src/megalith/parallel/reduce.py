@@ -62,14 +62,18 @@ def gradient_of(parameter: nn.Parameter) -> Tensor:
 
 
 class _Buckets:
-    """Buckets of gradients that travel while the backward pass goes on, each as soon as it is filled."""
+    """Buckets of gradients that travel while the backward pass goes on, each as soon as it and those before are filled.
+
+    One that some rank cannot fill, for it has no gradient for one of its parameters, would else leave there at another
+    place among the others than elsewhere, and the sums be of different buckets.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter], group: Group, *, overlap: bool) -> None:
         self._group = group
         self._buckets = make_buckets(parameters) if size_of(group) > 1 else []
         self._bucket_of = {id(p): number for number, bucket in enumerate(self._buckets) for p in bucket}
         self._missing: list[int] = []
-        self._travelling: dict[int, tuple[Any, Tensor]] = {}
+        self._travelling: list[tuple[Any, Tensor]] = []
         if overlap:
             for bucket in self._buckets:
                 for parameter in bucket:
@@ -81,14 +85,13 @@ class _Buckets:
     def _filled(self, parameter: Tensor) -> None:
         if not self._missing:
             return
-        number = self._bucket_of[id(parameter)]
-        self._missing[number] -= 1
-        if self._missing[number] == 0:
-            self._send(number)
+        self._missing[self._bucket_of[id(parameter)]] -= 1
+        while len(self._travelling) < len(self._buckets) and self._missing[len(self._travelling)] == 0:
+            self._send_next()
 
-    def _send(self, number: int) -> None:
+    def _send_next(self) -> None:
         with torch.no_grad():
-            self._travelling[number] = self._start(self._buckets[number])
+            self._travelling.append(self._start(self._buckets[len(self._travelling)]))
 
     def _start(self, bucket: Sequence[nn.Parameter]) -> tuple[Any, Tensor]:
         """What to wait for, and what is there then."""
@@ -101,14 +104,12 @@ class _Buckets:
     @torch.no_grad()
     def finish(self) -> None:
         """All gradients that the optimizer will look at are those of the whole step."""
-        # In the same order on all ranks: a bucket that some rank could not fill is sent by all of them here.
-        for number in range(len(self._buckets)):
-            if number not in self._travelling:
-                self._send(number)
-        for number, (work, summed) in sorted(self._travelling.items()):
+        while len(self._travelling) < len(self._buckets):
+            self._send_next()
+        for bucket, (work, summed) in zip(self._buckets, self._travelling, strict=True):
             work.wait()
-            self._arrived(self._buckets[number], summed)
-        self._travelling, self._missing = {}, []
+            self._arrived(bucket, summed)
+        self._travelling, self._missing = [], []
 
 
 class Replicated(_Buckets):

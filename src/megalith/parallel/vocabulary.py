@@ -69,8 +69,10 @@ def cut_cross_entropy(
     hidden_BTD = gather_for_product(hidden_BTD, 1, group) if sequence else copy_to_group(hidden_BTD, group)
     labels_N = labels_BT.flatten() - first
     dtype = hidden_BTD.dtype if softmax_in_16_bit else torch.float32
+    # Inside of a function without gradients needs_input_grad is true all the same.
+    wanted = torch.is_grad_enabled() and (hidden_BTD.requires_grad or table_SD.requires_grad)
     loss: Tensor = _CutCrossEntropy.apply(
-        hidden_BTD.flatten(0, -2), table_SD, bias_V, labels_N, loss_weights_BT.flatten().float(), dtype, group
+        hidden_BTD.flatten(0, -2), table_SD, bias_V, labels_N, loss_weights_BT.flatten().float(), dtype, group, wanted
     )
     return loss
 
@@ -88,9 +90,9 @@ class _CutCrossEntropy(torch.autograd.Function):
         weights_N: Tensor,
         dtype: torch.dtype,
         group: Group,
+        wanted: bool,
     ) -> Tensor:
         table_SD, bias_S = in_type_of(hidden_ND, whole_table_SD, whole_bias_S)
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden_ND) if wanted else None
         grad_table = torch.zeros_like(table_SD, dtype=torch.float32) if wanted else None
         grad_bias = torch.zeros_like(bias_S, dtype=torch.float32) if wanted and bias_S is not None else None
@@ -116,7 +118,7 @@ class _CutCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return *take_gradients(ctx, gradients[0]), None, None, None, None
+        return *take_gradients(ctx, gradients[0]), None, None, None, None, None
 
 
 def _scored_in_place(
