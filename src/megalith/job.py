@@ -139,6 +139,14 @@ def scalars_folder(run: Run) -> str | None:
     return str(Path(run.checkpoint.save) / "tensorboard")
 
 
+def timers_of(run: Run, device: torch.device, log: RunLog) -> Timers:
+    """Timers of each step wait for the device, or they would measure how fast it is given work."""
+    waits = device.type == "cuda" and run.monitor.log_interval == 1
+    if waits:
+        log.line("--log-interval 1: timers wait for the device, so steps are a little longer than with 2 or more")
+    return Timers(torch.cuda.synchronize if waits else None)
+
+
 def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, started: float) -> Job:
     """Build and announce everything up to the first step, but load no checkpoint and open no data.
 
@@ -146,7 +154,7 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
     """
     task = task_of(run)
     ledger = Ledger(age=seconds_of_life())
-    timers = Timers(torch.cuda.synchronize if device.type == "cuda" and run.monitor.log_interval == 1 else None)
+    timers = timers_of(run, device, log)
     batch_sizes = make_batch_sizes(run.optimizer, data_parallel=layout.data)
     announce_start(run, layout, device.type, batch_sizes, log)
     tokenizer, vocab_size = announce_tokenizer(run, task, log)
