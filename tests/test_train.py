@@ -272,11 +272,13 @@ def test_training_by_samples_with_a_ramped_batch(data: Path, tmp_path: Path) -> 
     assert steps_of(tmp_path / "run")[-1]["consumed_samples"] == sum(sizes) <= 64
 
 
-@pytest.mark.parametrize("precision", ["--bf16", "--fp16"])
-def test_sixteen_bit_trainings_follow_fp32(precision: str, data: Path, undisturbed: Path, tmp_path: Path) -> None:
+# bfloat16 keeps 8 bits of a number, float16 11.
+@pytest.mark.parametrize(("precision", "within"), [("--bf16", 4e-3), ("--fp16", 5e-4)])
+def test_sixteen_bit_trainings_follow_fp32(
+    precision: str, within: float, data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     words = [*STEPS, precision, "--initial-loss-scale", "1024"]
     assert run_on(1, words, tmp_path / "run", data) == 0
     for step, want in zip(steps_of(tmp_path / "run"), steps_of(undisturbed), strict=True):
         assert not step["skipped"]
-        # bfloat16 keeps 8 bits of a number, float16 11.
-        assert step["losses"]["lm loss"] == pytest.approx(want["losses"]["lm loss"], rel=2e-2)
+        assert step["losses"]["lm loss"] == pytest.approx(want["losses"]["lm loss"], rel=within)
