@@ -210,12 +210,14 @@ def test_zero_shot_tasks_print_the_lines_of_megatron(trained: Path, tmp_path: Pa
     words = ["evaluate", str(trained), "--task", "WIKITEXT103", "--valid-data", str(text), "--overlapping-eval", "4"]
     done = megalith(*words)
     assert done.returncode == 0, done.stderr
-    rule, line, _ = done.stdout.splitlines()
+    form, rule, line, _ = done.stdout.splitlines()
+    assert form.endswith("wikitext.tokens is read with the tokenization of wikitext undone")
     assert line.startswith(" validation results on WIKITEXT103 | avg loss: ") and len(rule) == len(line) + 1
     report = json.loads(megalith(*words, "--json").stdout)
     assert report["detokenized"] == "wikitext" and f"ppl: {report['perplexity']:.4E}" in line
     passages = tmp_path / "lambada.jsonl"
-    passages.write_text('{"text": "one two three"}\n{"text": "four five six"}\n')
+    # A byte order mark in front; in a text what some take for the end of a line.
+    passages.write_text('\ufeff{"text": "one \u2028 two three"}\n{"text": "four five six"}\n', encoding="utf-8")
     words = ["evaluate", str(trained), "--task", "LAMBADA", "--strict-lambada", "--valid-data", str(passages)]
     done = megalith(*words)
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +192,10 @@ def test_data_without_tokens_is_refused_at_once(documents: list[list[int]], mess
 
 def test_a_checkpoint_that_records_neither_data_nor_samples_is_not_compared() -> None:
     data = [{"name": "a", "idx_sha256": "1", "bin_size": 1}]
-    check_same_samples(Run(), data, {"step": 1})
+    samples = decisive(Run(), contrasted=None)
+    check_same_samples(Run(), data, samples, {"step": 1})
     with io.StringIO() as stream, RunLog("reference", stream) as log:
-        tell_differences(Run(), data, {"step": 1}, {}, log)
+        tell_differences(Run(), data, samples, {"step": 1}, {}, log)
         assert stream.getvalue() == ""
 
 
@@ -290,5 +292,19 @@ def test_every_setting_that_decides_is_a_known_one() -> None:
     assert set(DECIDE_SAMPLES) <= set(known) and set(CHANGE_NOTHING) <= set(known)
     assert not set(DECIDE_SAMPLES) & set(CHANGE_NOTHING)
     assert all(known[name].part in PARTS for name in (*DECIDE_SAMPLES, *CHANGE_NOTHING))
-    state: Any = decisive(Run())
-    assert json.loads(json.dumps(state)) == state
+    state: Any = decisive(Run(), contrasted=8)
+    assert json.loads(json.dumps(state)) == state and state["contrasted"] == 8
+
+
+def test_what_another_task_uses_decides_nothing() -> None:
+    of_gpt, of_t5 = (decisive(replace(Run(), task=task), contrasted=None) for task in ("gpt", "t5"))
+    assert "decoder_seq_length" in of_t5 and "decoder_seq_length" not in of_gpt
+    assert "contrasted" not in of_gpt
+
+
+def test_another_number_of_compared_pairs_is_refused() -> None:
+    run = replace(Run(), task="ict")
+    state = {"step": 3, "samples": decisive(run, contrasted=8)}
+    check_same_samples(run, [], decisive(run, contrasted=8), state)
+    with pytest.raises(ValueError, match="a loss compared 8 pairs and would compare 16"):
+        check_same_samples(run, [], decisive(run, contrasted=16), state)

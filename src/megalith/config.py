@@ -110,6 +110,11 @@ class Known:
     def flags(self) -> list[str]:
         return [self.flag, *describe(self.field)["also"]]
 
+    def concerns(self, task: str) -> bool:
+        """Whether a task uses the setting."""
+        tasks = describe(self.field)["task"]
+        return not tasks or task in tasks.split(", ")
+
 
 def known_settings() -> dict[str, Known]:
     """Every setting by its name. The names of all parts together are unique."""

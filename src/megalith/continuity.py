@@ -34,7 +34,8 @@ CHANGE_NOTHING = (
     "num_workers verify_data max_epochs train_iters train_samples exit_interval exit_duration_in_mins "
     "exit_before_training"
 ).split()
-PARTS = ("model", "data", "optimizer", "train")  # whose settings change what a run computes
+PARTS = ("model", "data", "optimizer", "train", "evaluate")  # whose settings change what a run computes or says
+CONTRASTED = "contrasted"  # among what decides samples: how many pairs a loss compares
 
 
 def data_of(run: Run, task: Task, tokenizer: Tokenizer | None, vocab_size: int, log: RunLog) -> list[dict[str, Any]]:
@@ -67,36 +68,48 @@ def verify_data(run: Run, vocab_size: int, log: RunLog) -> None:
         log.line(f"--verify-data: {prefix}: {num_bytes:,} bytes are {compared}, {seconds:.1f} s")
 
 
-def decisive(run: Run) -> dict[str, Any]:
-    """The settings that decide which samples the run sees, by name."""
+def decisive(run: Run, *, contrasted: int | None) -> dict[str, Any]:
+    """What decides which samples the run sees and what they are compared with: the settings by name.
+
+    contrasted: pairs among which a loss tells the right ones, on all replicas together; None for a task without such.
+    """
     known = known_settings()
-    values = {name: getattr(getattr(run, known[name].part), name) for name in DECIDE_SAMPLES}
-    return {**values, "dataloader_type": dataloader_type(run)}
+    concerned = (name for name in DECIDE_SAMPLES if known[name].concerns(run.task))
+    values = {name: getattr(getattr(run, known[name].part), name) for name in concerned}
+    compared = {} if contrasted is None else {CONTRASTED: contrasted}
+    return {**values, "dataloader_type": dataloader_type(run), **compared}
 
 
-def check_same_samples(run: Run, data: list[dict[str, Any]], state: Mapping[str, Any]) -> None:
+def check_same_samples(
+    run: Run, data: list[dict[str, Any]], samples: Mapping[str, Any], state: Mapping[str, Any]
+) -> None:
     """Raise ValueError if a run would go on from a checkpoint on other samples.
 
-    state: of the checkpoint. Not if --allow-changed-data says that this is meant. What a checkpoint does not record (of
-    an older version, or converted) is not compared.
+    samples: what is `decisive` now. state: of the checkpoint. Not if --allow-changed-data says that this is meant. What
+    a checkpoint does not record (of an older version, or converted) is not compared.
     """
-    if (others := _other_samples(run, data, state)) and not run.checkpoint.allow_changed_data:
+    if (others := _other_samples(data, samples, state)) and not run.checkpoint.allow_changed_data:
         raise ValueError(
             f"the checkpoint of step {state['step']} is of a run on other samples: {'; '.join(others)}. Restore them, "
             "start a new run with --finetune --load, or go on nevertheless with --allow-changed-data"
         )
 
 
-def tell_differences(run: Run, data: list[dict[str, Any]], state: Mapping[str, Any], notes: Any, log: RunLog) -> None:
-    """Say what differs between a run and the checkpoint that it goes on from. state, notes: of the checkpoint."""
-    for text in _other_samples(run, data, state):
+def tell_differences(
+    run: Run, data: list[dict[str, Any]], samples: Mapping[str, Any], state: Mapping[str, Any], notes: Any, log: RunLog
+) -> None:
+    """Say what differs between a run and the checkpoint that it goes on from.
+
+    samples: what is `decisive` now. state, notes: of the checkpoint.
+    """
+    for text in _other_samples(data, samples, state):
         log.report(Warned(f"--allow-changed-data: the run goes on although {text}"))
     if changed := _setting_differences(run, notes.get("run")):
         log.line(f"settings that differ from the checkpoint's: {'; '.join(changed)}")
 
 
-def _other_samples(run: Run, data: list[dict[str, Any]], state: Mapping[str, Any]) -> list[str]:
-    return [*_data_differences(data, state.get("data")), *_sample_differences(run, state.get("samples"))]
+def _other_samples(data: list[dict[str, Any]], samples: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+    return [*_data_differences(data, state.get("data")), *_sample_differences(samples, state.get("samples"))]
 
 
 def _data_differences(data: list[dict[str, Any]], saved: object) -> list[str]:
@@ -120,16 +133,18 @@ def _unlike(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [name for name in new if name not in ("name", "weight") and old.get(name) != new[name]]
 
 
-def _sample_differences(run: Run, saved: object) -> list[str]:
+def _sample_differences(samples: Mapping[str, Any], saved: object) -> list[str]:
     if not isinstance(saved, dict):
         return []
     known = known_settings()
-    now = decisive(run)
-    return [
-        f"{known[name].flag} was {saved[name]} and is {value}"
-        for name, value in now.items()
-        if name in saved and saved[name] != value
-    ]
+    changed = {name: (saved[name], now) for name, now in samples.items() if name in saved and saved[name] != now}
+    pairs = changed.pop(CONTRASTED, None)
+    differences = [f"{known[name].flag} was {before} and is {now}" for name, (before, now) in changed.items()]
+    if pairs is not None:
+        differences.append(
+            f"a loss compared {pairs[0]} pairs and would compare {pairs[1]} (--micro-batch-size on all replicas)"
+        )
+    return differences
 
 
 def _setting_differences(run: Run, text: object) -> list[str]:

@@ -57,7 +57,7 @@ def notes(run: Run) -> Iterator[str]:
     for name, setting in known.items():
         tasks = describe(setting.field)["task"]
         value = getattr(getattr(run, setting.part), name)
-        if tasks and run.task not in tasks.split(", ") and name not in REPLACED and value != setting.field.default:
+        if not setting.concerns(run.task) and name not in REPLACED and value != setting.field.default:
             yield f"note: {setting.flag} belongs to the task {tasks}; it changes nothing for {run.task}."
     if run.parallel.deterministic:
         yield "note: --deterministic adds gradients in a fixed order and computes with one CPU thread a rank: slower."

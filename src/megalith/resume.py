@@ -15,7 +15,7 @@ from megalith.job import Job
 from megalith.monitor.events import CheckpointLoaded, CheckpointMissing, LoadStarted, Warned
 from megalith.monitor.ledger import LedgerFile
 from megalith.optim.groups import take_optimizer_tensors
-from megalith.run_state import WEIGHT, identity_of, optimizer_pieces, restore, weight_pieces
+from megalith.run_state import WEIGHT, identity_of, optimizer_pieces, restore, samples_of, weight_pieces
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def resume(job: Job) -> None:
         raise ValueError(str(error)) from error
     with_optimizer = with_optimizer and not (may_lack and _lacks_optimizer(job, loaded.index))
     if not fresh:
-        tell_differences(job.run, job.data, loaded.index.state, loaded.index.notes, job.log)
+        tell_differences(job.run, job.data, samples_of(job), loaded.index.state, loaded.index.notes, job.log)
     if adoption is not None:
         adoption.finish()
     for message in loaded.messages(goes_on=not fresh):
@@ -145,7 +145,7 @@ def load(
         asked = with_optimizer and not (may_lack and _lacks_optimizer(job, index))
         pieces.update(wanted(job, index, with_optimizer=asked, adoption=adoption))
         if not fresh:
-            check_same_samples(job.run, job.data, index.state)
+            check_same_samples(job.run, job.data, samples_of(job), index.state)
         return pieces
 
     loaded = load_latest(

@@ -57,8 +57,14 @@ def state_of(job: Job) -> dict[str, Any]:
         "schedule": schedule_to_json(job.schedule),
         "model": identity_of(job),
         "data": job.data,
-        "samples": decisive(job.run),
+        "samples": samples_of(job),
     }
+
+
+def samples_of(job: Job) -> dict[str, Any]:
+    """What decides the run's samples, and how many pairs a loss compares if it does."""
+    pairs = (job.run.optimizer.micro_batch_size or 1) * job.layout.data if job.task.contrasts else None
+    return decisive(job.run, contrasted=pairs)
 
 
 def notes_of(job: Job) -> dict[str, Any]:

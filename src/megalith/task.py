@@ -134,6 +134,7 @@ class Task:
     causal_flops: Callable[[Run, int, int], float] | None = None
     entering: str = "tokens"  # the entry of a batch that enters the first part
     has_tokenizer: bool = True
+    contrasts: bool = False  # a loss tells the right pairs among those of a microbatch on all replicas
     is_tied: Callable[[Run], bool] = lambda run: not run.model.untie_embeddings_and_output_weights
     baseline: Callable[[Run, BatchSource], Baseline | None] = no_baseline
     # What a checkpoint's weights depend on beside the sizes of the transformer, by name of the setting.

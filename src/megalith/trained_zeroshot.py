@@ -37,7 +37,7 @@ def measure_zeroshot(
     """The figures of a task on one file, and the line that Megatron-LM prints of them.
 
     overlap: tokens that are new in each window. strict: the whole last word is to be told, not its last token.
-    detokenize: a name of `FORMS`, or None to go by the file's name. Raises ValueError naming what is wrong.
+    detokenize: a name of `FORMS`, or None to go by the file's path. Raises ValueError naming what is wrong.
     """
     if len(files) != 1:
         raise ValueError(f"--valid-data: {len(files)} files were given; --task {task} reads one")
@@ -52,7 +52,7 @@ def measure_zeroshot(
         accuracy = right / len(passages)
         line = f"number correct: {right:.4E} | total examples: {len(passages):.4E} | avg accuracy: {accuracy:.4E}"
         return {**figures, "examples": len(passages), "correct": right, "accuracy": accuracy}, _framed(task, line)
-    form = form_of(path.name) if detokenize is None else detokenize
+    form = form_of(files[0]) if detokenize is None else detokenize
     found = text_figures(path, trained, form=form, overlap=overlap)
     line = (
         f"avg loss: {found.loss.mean:.4E} | ppl: {found.loss.perplexity:.4E} | "
@@ -67,7 +67,8 @@ def measure_zeroshot(
         "adjusted_perplexity": found.adjusted_perplexity,
         "token_ratio": found.token_ratio,
     }
-    return figures, _framed(task, line)
+    told = "as it is" if form == "none" else f"with the tokenization of {form} undone"
+    return figures, f" {path} is read {told}\n{_framed(task, line)}"
 
 
 def _framed(task: str, figures: str) -> str:
@@ -93,7 +94,7 @@ def text_figures(path: Path, trained: TrainedModel, *, form: str, overlap: int) 
 def read_passages(path: Path, trained: TrainedModel, *, strict: bool) -> list[Cloze]:
     """The passages of a file of JSON lines. Raises ValueError naming the line that is none."""
     passages = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -115,7 +116,7 @@ def read_passages(path: Path, trained: TrainedModel, *, strict: bool) -> list[Cl
 def read_text(path: Path) -> str:
     """A file's text. Raises ValueError for what is no UTF-8 or cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is no UTF-8 text (byte {error.start})") from error
     except OSError as error:

@@ -58,6 +58,14 @@ def test_questions_are_read_with_their_answers(tmp_path: Path) -> None:
     assert found == [("who?", ("A", "B's")), ("when?", ("1969",))]
 
 
+@pytest.mark.parametrize("answer", ["AC/DC", "\U0001d4b3 and \u00e9", 'say "x"'])
+def test_answers_in_the_notation_of_json_are_what_it_says(answer: str, tmp_path: Path) -> None:
+    path = tmp_path / "questions.tsv"
+    notation = json.dumps([answer]).replace("/", "\\/").replace('"', '""')
+    path.write_text(f'who?\t"{notation}"\n', encoding="utf-8")
+    assert read_questions(path)[0].answers == (answer,)
+
+
 @pytest.mark.parametrize(
     ("answers", "said"),
     [

@@ -98,6 +98,7 @@ def test_an_answer_is_right_if_every_token_of_it_is_the_likeliest(model: Decoder
         ("wikitext", "a 10 @-@ year , 1 @,@ 000 @.@ 5 km", "a 10-year, 1,000.5 km"),
         ("wikitext", 'the " big " ( and small ) dogs \' bones', 'the "big" (and small) dogs\' bones'),
         ("wikitext", " \n = = Name = = \n It 's here . \n", "\n== Name ==\nIt's here.\n"),
+        ("wikitext", "Acme Inc . , which ? ! he : . y", "Acme Inc., which ?! he:. y"),
         ("ptb", "it 's N $ N", "it's1 $ N"),
         ("none", "as it 's , \n", "as it 's , \n"),
     ],
@@ -106,9 +107,6 @@ def test_tokenization_is_undone(form: str, written: str, meant: str) -> None:
     assert detokenized(written, form) == meant
 
 
-def test_the_form_is_told_by_the_name() -> None:
-    assert [form_of(name) for name in ("wikitext-103.tokens", "ptb.valid.txt", "book.txt")] == [
-        "wikitext",
-        "ptb",
-        "none",
-    ]
+def test_the_form_is_told_by_the_path() -> None:
+    paths = ("wikitext-103.tokens", "wikitext-103/wiki.test.tokens", "ptb.valid.txt", "book.txt")
+    assert [form_of(path) for path in paths] == ["wikitext", "wikitext", "ptb", "none"]

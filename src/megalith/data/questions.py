@@ -52,7 +52,7 @@ def read_questions(path: Location) -> list[Question]:
         try:
             if len(row[1]) > LONGEST_LIST:
                 raise ValueError("it is too long")
-            answers = ast.literal_eval(row[1].strip())
+            answers = _list_of(row[1].strip())
         except UNREADABLE as error:
             raise ValueError(f"{path}, line {line}: {row[1][:60]!r} is no list of answers") from error
         if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
@@ -61,6 +61,14 @@ def read_questions(path: Location) -> list[Question]:
     if not questions:
         raise ValueError(f"{path}: holds no question")
     return questions
+
+
+def _list_of(text: str) -> Any:
+    """What stands there in JSON's notation; else in Python's, in which some escapes of JSON mean something else."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return ast.literal_eval(text)
 
 
 def read_training_questions(paths: Sequence[Location]) -> list[TrainingQuestion]:

@@ -114,12 +114,13 @@ def count_right(model: Decoder, passages: Sequence[Cloze], *, window: int, at_on
     return right
 
 
-# Files of these two corpora have white space around marks, and signs for what was inside words.
+# Files of these two corpora have white space around marks, and signs for what was inside words. What is undone, and in
+# which order, is as Megatron-LM has it, for its figures to be comparable.
 _WIKITEXT = (
     # Marks inside numbers and words stand between at signs.
     (r" @([-,.])@ ", r"\1"),
-    # No blank before a mark; one after it stays.
-    (r" ([:;.!?,]) ", r"\1 "),
+    # No blank before a mark; one after it stays, unless the next mark takes it. Each mark has its turn, in this order.
+    *((rf" \{mark} ", f"{mark} ") for mark in ":;.!?,"),
     # No blanks inside brackets and quotes.
     (r"\(\s*([^)]*?)\s*\)", r"(\1)"),
     (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
@@ -148,9 +149,9 @@ _PENN = (
 FORMS = {"wikitext": (("s '", "s'"), *_WIKITEXT), "ptb": _PENN, "none": ()}
 
 
-def form_of(name: str) -> str:
-    """Which tokenization a file has by its name, as Megatron-LM tells it: wikitext, ptb or none."""
-    return next((form for form in ("ptb", "wikitext") if form in name.lower()), "none")
+def form_of(path: str) -> str:
+    """Which tokenization a file has, by its path with its folders, as Megatron-LM tells it: wikitext, ptb or none."""
+    return next((form for form in ("ptb", "wikitext") if form in path.lower()), "none")
 
 
 def detokenized(text: str, form: str) -> str:

@@ -240,6 +240,7 @@ TASK = Task(
     build_mock=build_mock,
     entering="queries",
     is_tied=lambda run: False,
+    contrasts=True,
     baseline=chance_baseline,
     identity=identity,
     identify_data=identify_data,

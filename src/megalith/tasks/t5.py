@@ -142,13 +142,14 @@ def unigram_baseline(run: Run, source: BatchSource) -> Baseline:
 def identity(run: Run) -> dict[str, Any]:
     """What the weights depend on beside the sizes of the transformer."""
     model = run.model
+    relative = {"relative_attention_max_distance": model.relative_attention_max_distance}
     return {
         "ffn_hidden_size": shape_of(model).inner,
         "normalization": model.normalization,
         "activation_function": model.activation_function,
         "position_embedding_type": model.position_embedding_type,
         "softmax_scale": model.softmax_scale,
-        "relative_attention_max_distance": model.relative_attention_max_distance,
+        **(relative if model.position_embedding_type == "relative" else {}),
         "scale_decoder_outputs": model.scale_decoder_outputs,
     }
 
