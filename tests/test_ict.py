@@ -84,10 +84,18 @@ def test_titles_are_asked_for_and_a_pipeline_is_refused(folder: Path) -> None:
     assert beside == ["--titles-data-path = p: stands beside --mock-data, which brings its own. Leave one out."]
 
 
-def test_titles_of_other_documents_are_refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    words = [*data_of(folder), "--titles-data-path", str(folder / "texts_sentence")]
-    assert main(["pretrain", *MODEL, *micro(4), *words]) == 2
-    assert re.search(r"--titles-data-path = .*: has \d+ titles, and .* has 60 documents\.", capfd.readouterr().err)
+def test_titles_of_other_documents_are_refused(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fewer = tmp_path / "fewer"
+    with IndexedWriter(fewer, np.uint16) as writer:
+        writer.add_document([[5], [6]])
+    said = r"--titles-data-path = .*: "
+    for titles, reason in (
+        (folder / "texts_sentence", "is the text itself"),
+        (fewer, "has 1 titles, and .* has 60 doc"),
+    ):
+        words = [*data_of(folder), "--titles-data-path", str(titles)]
+        assert main(["pretrain", *MODEL, *micro(4), *words]) == 2
+        assert re.search(said + reason, capfd.readouterr().err)
 
 
 def test_a_run_does_not_go_on_with_other_titles(folder: Path, tmp_path: Path) -> None:

@@ -11,10 +11,17 @@ from numpy.typing import NDArray
 from megalith.config import Run
 from megalith.data.blend import blend_order
 from megalith.data.causal import SampleRows
-from megalith.data.indexed import open_indexed
-from megalith.data.sentence_maps import SentencePlan, build_sentence_map
+from megalith.data.indexed import IndexedWriter, open_indexed
+from megalith.data.sentence_maps import (
+    LONGEST_SENTENCE,
+    DocumentUse,
+    SentencePlan,
+    build_sentence_map,
+    document_use,
+    usable_documents,
+)
 from megalith.data.sentence_rows import SentenceRows
-from megalith.monitor.events import Event, SentenceMapLoaded
+from megalith.monitor.events import Event, SentenceMapLoaded, Warned
 from megalith.sentence_datasets import build_sentence_rows
 from tests.sentences import write_sentences
 
@@ -67,6 +74,24 @@ def test_parts_have_documents_of_their_own_and_the_maps_of_the_plan(tmp_path: Pa
         "text_sentence_train_indexmap_50mns_14msl_0.10ssp_1234s.npy",
         "text_sentence_valid_indexmap_10mns_14msl_0.10ssp_1234s.npy",
     ]
+
+
+def test_documents_that_give_no_samples_are_counted_and_told(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "long_sentence", np.uint16) as writer:
+        for number in range(10):
+            writer.add_document([[1] * 20, [2] * (LONGEST_SENTENCE + (1 if number < 3 else 0))])
+        writer.add_document([[1] * (LONGEST_SENTENCE + 1)])  # of a single sentence its length does not matter
+        writer.add_document([[3]])
+        writer.add_document([])
+    indexed = open_indexed(tmp_path / "long_sentence")
+    assert document_use(indexed.document_index, indexed.lengths, 2) == DocumentUse(used=7, short=3, spoilt=3)
+    assert len(usable_documents(indexed.document_index, indexed.lengths, 2)) == 7
+    said: list[Event] = []
+    build(run_of(str(indexed.prefix), split="100,0,0"), said)
+    (loaded,) = (event for event in said if isinstance(event, SentenceMapLoaded))
+    assert (loaded.num_used, loaded.num_documents) == (9, 13)
+    (told,) = (event.text for event in said if isinstance(event, Warned))
+    assert "samples are made of 9 of 13 documents; 3 hold a sentence of more than 512 tokens, 1 have too few" in told
 
 
 def test_maps_are_kept_and_made_anew_for_other_data(tmp_path: Path) -> None:

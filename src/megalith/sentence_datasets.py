@@ -1,6 +1,7 @@
 """The parts of a run's data for tasks that read sentences: opened, split, mapped and blended as its settings say."""
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
@@ -9,11 +10,20 @@ from megalith.config import Run
 from megalith.data.blend import parse_data_path
 from megalith.data.causal import SampleRows
 from megalith.data.index_cache import digest_of_lengths, load_or_build_sentence_map
-from megalith.data.sentence_maps import SentencePlan, build_sentence_map
+from megalith.data.indexed import IndexedDataset
+from megalith.data.sentence_maps import (
+    LONGEST_SENTENCE,
+    DocumentUse,
+    SentencePlan,
+    build_sentence_map,
+    document_use,
+)
 from megalith.data.sentence_rows import SentenceRows
 from megalith.data.split import PARTS
 from megalith.datasets import SPOKEN, Corpus, Report, blend_rows, no_documents, open_corpus, samples_wanted
-from megalith.monitor.events import SentenceMapLoaded
+from megalith.monitor.events import SentenceMapLoaded, Warned
+
+MOST_USED = 0.9  # the share of the documents below which it is said why
 
 
 def build_sentence_rows(
@@ -81,5 +91,21 @@ def _sentences(
         build,
         cache_path=run.data.data_cache_path,
     )
-    report(SentenceMapLoaded(SPOKEN[name], str(path), kept.seconds["load"], len(rows)))
+    use = document_use(document_index, indexed.lengths, plan.least)
+    tell_map(SPOKEN[name], path, kept.seconds["load"], len(rows), use, indexed, report)
     return SentenceRows(indexed, rows, seed=plan.seed, vocab_size=vocab_size)
+
+
+def tell_map(
+    part: str, path: Path, seconds: float, num_samples: int, use: DocumentUse, indexed: IndexedDataset, report: Report
+) -> None:
+    """Say what a map of sentences is, and warn where samples are made of much less than all documents."""
+    report(SentenceMapLoaded(part, str(path), seconds, num_samples, use.used, use.total))
+    if use.used < MOST_USED * use.total:
+        report(
+            Warned(
+                f"{indexed.prefix}, {part} part: samples are made of {use.used:,} of {use.total:,} documents; "
+                f"{use.spoilt:,} hold a sentence of more than {LONGEST_SENTENCE} tokens, {use.short:,} have too few "
+                "sentences"
+            )
+        )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from megalith.data.block_maps import build_block_map, list_blocks
 from megalith.data.indexed import IndexedWriter, open_indexed
-from megalith.data.inverse_cloze import ClozeBatches
+from megalith.data.inverse_cloze import ClozeBatches, title_bounds, title_lengths
 from megalith.data.marked import Marks
 
 CLS, SEP, PAD = 101, 102, 0
@@ -147,12 +147,28 @@ def test_a_sample_follows_from_its_number_alone(tmp_path: Path) -> None:
     assert (others["queries"] != source.read(np.arange(50), np.arange(50))["queries"]).any()
 
 
+def test_a_title_of_several_sentences_is_one(tmp_path: Path) -> None:
+    sentences, _ = write_files(tmp_path)
+    with IndexedWriter(tmp_path / "split_sentence", np.uint16) as writer:
+        writer.add_document([[91, 94], [95]])
+        writer.add_document([[92, 93]])
+    titles = open_indexed(tmp_path / "split_sentence")
+    assert title_lengths(titles, title_bounds(open_indexed(sentences), titles)).tolist() == [3, 2]
+    rows = np.array([[0, 3, 0, 0], [3, 4, 1, 1]], np.uint32)
+    source = open_batches(sentences, titles.prefix, rows, Marks(20, CLS, SEP, PAD))
+    assert source.sample(0).block.tolist()[:5] == [CLS, 91, 94, 95, SEP]
+    assert source.sample(1).block.tolist()[:4] == [CLS, 92, 93, SEP]
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="token 91 at position 0 of sentence 0 is not in the vocabulary of 80"):
         batches(tmp_path, kept_share=0.5, vocab_size=80).sample(0)
     sentences, titles, marks = tmp_path / "text_sentence", tmp_path / "title_document", Marks(12, CLS, SEP, PAD)
-    with pytest.raises(ValueError, match=r"has 4 titles, and .* has 2 documents"):
-        open_batches(sentences, sentences, np.zeros((1, 4), np.uint32), marks)
+    with IndexedWriter(tmp_path / "three", np.uint16) as writer:
+        for number in range(3):
+            writer.add_document([[91 + number]])
+    with pytest.raises(ValueError, match=r"has 3 titles, and .* has 2 documents"):
+        open_batches(sentences, tmp_path / "three", np.zeros((1, 4), np.uint32), marks)
     for row in ([0, 9, 0, 0], [0, 3, 2, 0], [3, 3, 0, 0]):
         source = open_batches(sentences, titles, np.array([row], np.uint32), marks)
         with pytest.raises(ValueError, match="the block map does not fit"):

@@ -99,12 +99,24 @@ def test_sentences_without_tokens_are_dropped(tmp_path: Path, golden: Path) -> N
 
 
 def test_every_key_has_files_of_its_own(tmp_path: Path) -> None:
-    rows = [{"title": "A", "text": "first"}, {"title": "", "text": "second"}]
+    rows = [{"title": "A", "text": "first"}, {"title": "", "text": "second"}, {"title": "C", "text": ""}]
+    rows.append({"title": "D", "text": "last"})
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = prepare(config_for(tmp_path, str(tmp_path / "in.jsonl"), json_keys=("title", "text")))
-    assert documents_in(tmp_path / "out_title_document") == as_bytes("A")
-    assert documents_in(tmp_path / "out_text_document") == as_bytes("first", "second")
+    # Documents of one key are those of the other.
+    assert documents_in(tmp_path / "out_title_document") == as_bytes("A", "D")
+    assert documents_in(tmp_path / "out_text_document") == as_bytes("first", "last")
     assert [made.key for made in report.sets] == ["title", "text"]
+    assert "2 documents that have not a token under each key left out" in "\n".join(report.lines())
+
+
+def test_keys_that_are_split_and_ended_have_the_same_documents(tmp_path: Path) -> None:
+    rows = [{"a": "One. Two.", "b": "First"}, {"a": " ", "b": "Second. Third."}, {"a": "Three.", "b": "Last."}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = {"json_keys": ("a", "b"), "split_sentences": True, "append_eod": True}
+    prepare(config_for(tmp_path, str(tmp_path / "in.jsonl"), **words))
+    assert documents_in(tmp_path / "out_a_sentence") == [[list(b"One."), [*b"Two.", EOD]], [[*b"Three.", EOD]]]
+    assert documents_in(tmp_path / "out_b_sentence") == [[[*b"First", EOD]], [[*b"Last.", EOD]]]
 
 
 def test_files_of_all_formats_follow_each_other_in_the_given_order(tmp_path: Path) -> None:

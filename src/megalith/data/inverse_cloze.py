@@ -28,7 +28,7 @@ class ClozeSample:
 class ClozeBatches:
     """The samples of a block map as batches; see `ClozeBatches.sample`.
 
-    rows: [N, 4], from `build_block_map`. titles: a token file with one item per document of the sentences' file.
+    rows: [N, 4], from `build_block_map`. titles: a token file with the title of each document of the sentences' file.
     kept_share: the chance that the sentence stays in its block. vocab_size: the token ids allowed are those below.
     Raises ValueError if titles and documents differ in number.
     """
@@ -44,7 +44,7 @@ class ClozeBatches:
         seed: int,
         vocab_size: int,
     ) -> None:
-        check_titles(sentences, titles)
+        self._title_bounds = title_bounds(sentences, titles)
         self._sentences = SentenceRows(sentences, rows, seed=seed, vocab_size=vocab_size)
         self._titles = SentenceRows(titles, rows, seed=seed, vocab_size=vocab_size)
         self.marks = marks
@@ -71,7 +71,12 @@ class ClozeBatches:
         if random.random_sample() >= self.kept_share:
             del block[chosen]
         text = np.concatenate(block) if block else query[:0]
-        return ClozeSample(self.marks.mark(query), self.marks.mark(self._titles.sentence(document), text))
+        return ClozeSample(self.marks.mark(query), self.marks.mark(self._title_of(document), text))
+
+    def _title_of(self, document: int) -> NDArray[Any]:
+        first, last = (int(bound) for bound in self._title_bounds[document : document + 2])
+        items = [self._titles.sentence(number) for number in range(first, last)]
+        return items[0] if len(items) == 1 else np.concatenate(items)
 
     def read(self, indices: NDArray[np.int64], samples: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """queries BT and contexts B1T, for each which tokens are real; loss_mask B."""
@@ -88,11 +93,25 @@ class ClozeBatches:
         }
 
 
-def check_titles(sentences: IndexedDataset, titles: IndexedDataset) -> None:
-    """Raise ValueError unless there is a title for each document."""
-    if titles.num_items != sentences.num_documents:
-        raise ValueError(
-            f"--titles-data-path = {titles.prefix}: has {titles.num_items} titles, and {sentences.prefix} has "
-            f"{sentences.num_documents} documents. Prepare both keys of the same file together, each document with a "
-            "title and a text"
-        )
+def title_bounds(sentences: IndexedDataset, titles: IndexedDataset) -> NDArray[np.int64]:
+    """[documents + 1]: the item of the titles' file at which the title of each document starts, and the last one's end.
+
+    An item is a title, as in Megatron-LM; or a document is, where titles have been split into sentences. Raises
+    ValueError unless there is a title for each document.
+    """
+    if titles.prefix == sentences.prefix:
+        raise ValueError(f"--titles-data-path = {titles.prefix}: is the text itself. Name the token file of its titles")
+    if titles.num_items == sentences.num_documents:
+        return np.arange(titles.num_items + 1)
+    if titles.num_documents == sentences.num_documents and (np.diff(titles.document_index) > 0).all():
+        return titles.document_index
+    raise ValueError(
+        f"--titles-data-path = {titles.prefix}: has {titles.num_documents} titles, and {sentences.prefix} has "
+        f"{sentences.num_documents} documents. Prepare both at once, of the same file: --json-keys text title"
+    )
+
+
+def title_lengths(titles: IndexedDataset, bounds: NDArray[np.int64]) -> NDArray[np.int32]:
+    """The tokens of each title. bounds: from `title_bounds`."""
+    before = np.concatenate([[0], np.cumsum(titles.lengths, dtype=np.int64)])
+    return np.diff(before[bounds]).astype(np.int32)

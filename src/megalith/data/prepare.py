@@ -130,7 +130,8 @@ class PrepareReport:
         yield f"{self.documents:,} documents, {self.num_bytes:,} bytes in {self.seconds:.1f} s ({rate:.1f} MB/s)"
         for made in self.sets:
             left_out = self.documents - made.documents
-            note = f"; {left_out:,} documents without tokens left out" if left_out else ""
+            lacking = "without tokens" if len(self.sets) == 1 else "that have not a token under each key"
+            note = f"; {left_out:,} documents {lacking} left out" if left_out else ""
             items = f"{made.sentences:,} sentences, " if made.sentences != made.documents else ""
             yield f"{made.prefix}: {made.documents:,} documents, {items}{made.tokens:,} tokens{note}"
         if self.skipped:

@@ -80,16 +80,42 @@ def usable_documents(document_index: NDArray[np.int64], lengths: NDArray[np.int3
 
     They have at least least sentences and, if they have two or more, none longer than LONGEST_SENTENCE.
     """
+    short, spoilt = _unusable(document_index, lengths, least)
+    kept = ~(short | spoilt)
+    return np.stack([document_index[:-1][kept], document_index[1:][kept]], axis=1).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class DocumentUse:
+    """Of how many documents samples are made, and of how many not: too few sentences, or one that is too long."""
+
+    used: int
+    short: int
+    spoilt: int
+
+    @property
+    def total(self) -> int:
+        return self.used + self.short + self.spoilt
+
+
+def document_use(document_index: NDArray[np.int64], lengths: NDArray[np.int32], least: int) -> DocumentUse:
+    """What becomes of the documents by the rules of `usable_documents`."""
+    short, spoilt = _unusable(document_index, lengths, least)
+    return DocumentUse(int((~(short | spoilt)).sum()), int(short.sum()), int((spoilt & ~short).sum()))
+
+
+def _unusable(
+    document_index: NDArray[np.int64], lengths: NDArray[np.int32], least: int
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """For each document whether it has too few sentences, and whether one of several is too long."""
     firsts, lasts = document_index[:-1], document_index[1:]
     counts = lasts - firsts
-    if not len(firsts):
-        return np.empty((0, 2), np.int64)
-    too_long = np.flatnonzero(lengths[firsts[0] : lasts[-1]] > LONGEST_SENTENCE) + firsts[0]
-    # The document of a sentence is the last one that starts at or before it: empty ones before it start there too.
     spoilt = np.zeros(len(firsts), bool)
-    spoilt[np.searchsorted(firsts, too_long, side="right") - 1] = True
-    kept = (counts >= max(least, 1)) & ~(spoilt & (counts > 1))
-    return np.stack([firsts[kept], lasts[kept]], axis=1).astype(np.int64)
+    if len(firsts):
+        too_long = np.flatnonzero(lengths[firsts[0] : lasts[-1]] > LONGEST_SENTENCE) + firsts[0]
+        # The document of a sentence is the last one that starts at or before it: empty ones before it start there too.
+        spoilt[np.searchsorted(firsts, too_long, side="right") - 1] = True
+    return counts < max(least, 1), spoilt & (counts > 1)
 
 
 class _Targets:

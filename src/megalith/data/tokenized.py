@@ -1,7 +1,8 @@
 """One block of documents to tokens: what a worker does, and nothing that depends on which worker does it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -67,12 +68,20 @@ def tokenize_block(block: Block, rules: TokenRules, tokenizer: Tokenizer) -> Tok
         if not rules.skip_bad:
             break
     columns = list(zip(*documents, strict=True)) if documents else [()] * len(rules.documents.keys)
-    keys = tuple(_tokenize_texts(texts, rules, tokenizer) for texts in columns)
+    keys = tuple(_with_tokens([_items_of(texts, rules, tokenizer) for texts in columns], rules, tokenizer))
     return TokenizedBlock(keys, len(documents), len(block.content), block.num_read, num_bad, tuple(faults))
 
 
-def _tokenize_texts(texts: Sequence[str], rules: TokenRules, tokenizer: Tokenizer) -> Tokens:
-    """Empty items are dropped; documents without any item are left out."""
+@dataclass(frozen=True)
+class _Items:
+    """Texts under one key: all their tokens, the length of each item that has some, the number of its document."""
+
+    ids: NDArray[Any]
+    lengths: NDArray[Any]
+    owners: NDArray[Any]
+
+
+def _items_of(texts: Sequence[str], rules: TokenRules, tokenizer: Tokenizer) -> _Items:
     owners = np.arange(len(texts))
     if rules.split_sentences:
         split = [split_sentences(text, keep_newlines=rules.keep_newlines) for text in texts]
@@ -80,10 +89,21 @@ def _tokenize_texts(texts: Sequence[str], rules: TokenRules, tokenizer: Tokenize
         texts = [sentence for sentences in split for sentence in sentences]
     ids, lengths = tokenizer.encode_flat(texts)
     kept = lengths > 0
-    lengths, owners = lengths[kept], owners[kept]
-    items = np.bincount(owners)
-    if rules.append_eod and len(owners):
-        last = np.flatnonzero(np.diff(owners, append=-1))
-        ids = np.insert(ids, np.cumsum(lengths)[last], tokenizer.eod)
-        lengths[last] += 1
-    return Tokens(lengths.astype(np.int32), items[items > 0].astype(np.int32), ids.astype(rules.dtype))
+    return _Items(ids, lengths[kept], owners[kept])
+
+
+def _with_tokens(keys: Sequence[_Items], rules: TokenRules, tokenizer: Tokenizer) -> Iterator[Tokens]:
+    """The documents that have tokens under every key, so that those of one key are those of all."""
+    whole = reduce(np.intersect1d, [items.owners for items in keys])
+    for items in keys:
+        ids, lengths, owners = items.ids, items.lengths, items.owners
+        stays = np.isin(owners, whole)
+        if not stays.all():
+            ids = ids[np.repeat(stays, lengths)]
+            lengths, owners = lengths[stays], owners[stays]
+        counts = np.bincount(owners)
+        if rules.append_eod and len(owners):
+            last = np.flatnonzero(np.diff(owners, append=-1))
+            ids = np.insert(ids, np.cumsum(lengths)[last], tokenizer.eod)
+            lengths[last] += 1
+        yield Tokens(lengths.astype(np.int32), counts[counts > 0].astype(np.int32), ids.astype(rules.dtype))

@@ -49,7 +49,8 @@ def maps_loaded(event: events.MapsLoaded) -> list[str]:
 
 
 def sentence_map_loaded(event: events.SentenceMapLoaded) -> list[str]:
-    return [f"{event.part}: {event.num_samples:,} samples of sentences"]
+    used = f"{event.num_used:,} of {counted(event.num_documents, 'document')}"
+    return [f"{event.part}: {event.num_samples:,} samples of sentences from {used}"]
 
 
 def training_started(event: events.TrainingStarted) -> list[str]:

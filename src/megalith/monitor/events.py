@@ -161,6 +161,8 @@ class SentenceMapLoaded:
     path: str
     seconds: float
     num_samples: int
+    num_used: int  # documents of which samples are made
+    num_documents: int
 
 
 @dataclass(frozen=True)

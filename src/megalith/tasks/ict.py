@@ -16,18 +16,20 @@ from megalith.config import Run
 from megalith.data.block_maps import build_block_map
 from megalith.data.index_cache import digest_of_lengths, load_or_build_sentence_map
 from megalith.data.indexed import IndexedDataset, open_indexed
-from megalith.data.inverse_cloze import ClozeBatches, check_titles
+from megalith.data.inverse_cloze import ClozeBatches, title_bounds, title_lengths
 from megalith.data.loader import BatchSource
 from megalith.data.marked import Marks
 from megalith.data.mock import MockRows
+from megalith.data.sentence_maps import document_use
 from megalith.data.tokenizer import Tokenizer
-from megalith.datasets import Report, identify_token_files, open_corpus
+from megalith.datasets import SPOKEN, Report, identify_token_files, open_corpus
 from megalith.derived import sequence_length
 from megalith.models.retrieval import Retriever, num_candidates
 from megalith.models.shape import shape_of
 from megalith.parallel.apply import BuildPart
 from megalith.parallel.mesh import ranks_in
 from megalith.parallel.step import Batch
+from megalith.sentence_datasets import tell_map
 from megalith.task import Baseline, Fit, Origin, Task, made_up, stack_flops
 
 MARKS_AROUND = 3  # [CLS] and two [SEP] beside title and block
@@ -61,7 +63,7 @@ def build_parts(
     corpus = open_corpus(run.data.data_path[0], run, report, sentences=True)
     sentences, documents = corpus.indexed, corpus.parts
     titles = open_indexed(run.data.titles_data_path, run.data.data_impl)
-    check_titles(sentences, titles)
+    lengths = title_lengths(titles, title_bounds(sentences, titles))
     if targets["train"] and not documents["train"]:
         raise ValueError(f"--split = {run.data.split}: leaves no document for training. Give the first share more.")
     marks = Marks.of(tokenizer, sequence_length(run))
@@ -69,7 +71,7 @@ def build_parts(
         name: ClozeBatches(
             sentences,
             titles,
-            _map_of(run, name, sentences, titles, documents[name], num_samples),
+            _map_of(run, name, sentences, lengths, documents[name], num_samples, report),
             marks=marks,
             kept_share=run.data.query_in_block_prob,
             seed=run.train.seed,
@@ -81,12 +83,18 @@ def build_parts(
 
 
 def _map_of(
-    run: Run, name: str, sentences: IndexedDataset, titles: IndexedDataset, documents: range, num_samples: int
+    run: Run,
+    name: str,
+    sentences: IndexedDataset,
+    lengths_of_titles: NDArray[np.int32],
+    documents: range,
+    num_samples: int,
+    report: Report,
 ) -> NDArray[Any]:
     """The block map of a part, from its file beside the data or built and kept there."""
     length, seed = sequence_length(run), run.train.seed
     bounds = sentences.document_index[documents.start : documents.stop + 1]
-    title_lengths = titles.lengths[documents.start : documents.stop]
+    of_titles = lengths_of_titles[documents.start : documents.stop]
     least = 1 if run.data.use_one_sent_docs else 2
     one = "_1sentok" if run.data.use_one_sent_docs else ""
 
@@ -94,7 +102,7 @@ def _map_of(
         rows = build_block_map(
             bounds,
             sentences.lengths,
-            title_lengths,
+            of_titles,
             num_samples=num_samples,
             longest=length - MARKS_AROUND,
             least=least,
@@ -108,16 +116,18 @@ def _map_of(
         "documents": [documents.start, documents.stop],
         "bounds_sha256": digest_of_lengths(bounds),
         "lengths_sha256": digest_of_lengths(sentences.lengths[int(bounds[0]) : int(bounds[-1])]),
-        "titles_sha256": digest_of_lengths(title_lengths),
+        "titles_sha256": digest_of_lengths(of_titles),
         "num_samples": num_samples,
         "sequence_length": length,
         "least": least,
         "seed": seed,
     }
     file = f"{name}_indexmap_{num_samples}mns_{length}msl_{seed}s{one}"
-    rows, _, _ = load_or_build_sentence_map(
+    rows, path, kept = load_or_build_sentence_map(
         sentences.prefix, file, made_from, build, cache_path=run.data.data_cache_path
     )
+    use = document_use(bounds, sentences.lengths, least)
+    tell_map(SPOKEN[name], path, kept.seconds["load"], len(rows), use, sentences, report)
     return rows
 
 
