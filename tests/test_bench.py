@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ import pytest
 import tests.early  # noqa: F401 - for its effect
 from megalith.bench import made_for_measuring, measure
 from megalith.check import check
+from megalith.cli import main
 from megalith.data.mock import MockRows
+from megalith.data.tokenizer import load_tokenizer
+from megalith.planned import vocabulary_of
 from megalith.sources import read_command_line
 from tests.layouts.runs import configured
 from tests.ranks import run_ranks
@@ -21,6 +25,8 @@ MODEL = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --micro-batch-size 2 --vocab-size 60
     --make-vocab-size-divisible-by 8 --device cpu
 """.split()
+
+SMALL = [word for word in MODEL if word not in ("--vocab-size", "60")]
 
 
 def test_one_json_object_is_printed() -> None:
@@ -90,3 +96,29 @@ def test_made_up_tokens_are_the_same_for_the_same_seed_and_evenly_distributed() 
     assert ((counts - 2000) ** 2 / 2000).sum() < 90
     other = MockRows(1000, sequence_length=99, vocab_size=50, seed=4)
     assert (other.batch(np.arange(10)) != tokens[:10]).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        ("--corpus python --corpus-vocab-size 700", 700),
+        ("--tokenizer-type ByteLevelTokenizer", 257),
+        ("--tokenizer-type ByteLevelTokenizer --vocab-size 300", 300),
+        ("", 50257),
+    ],
+)
+def test_what_is_measured_has_the_vocabulary_of_the_run(words: str, size: int) -> None:
+    run = read_command_line([*SMALL, *words.split()])
+    assert vocabulary_of(run).size == size
+    assert made_for_measuring(run, steps=3).data.vocab_size == size
+
+
+def test_the_vocabulary_of_a_run_directory_is_its_tokenizers(tmp_path: Path) -> None:
+    load_tokenizer("ByteLevelTokenizer").save(tmp_path / "run" / "tokenizer")
+    found = vocabulary_of(read_command_line([*SMALL, "--save", str(tmp_path / "run")]))
+    assert found == (257, str(tmp_path / "run" / "tokenizer"))
+
+
+def test_bench_says_that_it_traces_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *SMALL, "--profile"]) == 2
+    assert "--profile: bench traces nothing" in capsys.readouterr().err

@@ -33,7 +33,9 @@ from megalith.monitor.log import RunLog
 from megalith.monitor.memory import memory_use
 from megalith.monitor.timers import STEP_TIMERS, Timers
 from megalith.parallel.mesh import Layout, choose_device, joined, make_layout, ranks_in
+from megalith.planned import vocabulary_of
 from megalith.sources import read_command_line
+from megalith.task_rows import TASK_ROWS
 from megalith.train import take_step
 
 # What the timers of a step are called in the split; the optimizer's contains those of its parts.
@@ -87,6 +89,11 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def made_for_measuring(run: Run, *, steps: int) -> Run:
     """The run on made-up tokens, so many steps long, that reads and writes no files."""
     optimizer, model = run.optimizer, run.model
+    if run.monitor.profile:
+        raise ValueError("--profile: bench traces nothing. megalith pretrain --mock-data --profile ... does")
+    has_words = run.task in TASK_ROWS and TASK_ROWS[run.task].has_tokenizer
+    # That of the run's own tokenizer, for the table of words may be the larger part of a model.
+    vocab_size = vocabulary_of(run).size if has_words else run.data.vocab_size
     length = run.data.seq_length if run.data.seq_length is not None else run.data.encoder_seq_length
     if run.task == "t5" and length is not None:
         length = max(length, run.data.decoder_seq_length or 0)
@@ -94,7 +101,7 @@ def made_for_measuring(run: Run, *, steps: int) -> Run:
     return dataclasses.replace(
         run,
         model=dataclasses.replace(model, max_position_embeddings=model.max_position_embeddings or places),
-        data=dataclasses.replace(run.data, mock_data=True, data_path=None, corpus=None),
+        data=dataclasses.replace(run.data, mock_data=True, data_path=None, corpus=None, vocab_size=vocab_size),
         optimizer=dataclasses.replace(
             optimizer,
             lr=LEARNING_RATE if optimizer.lr is None else optimizer.lr,
@@ -219,6 +226,7 @@ def _conditions(run: Run, layout: Layout, device: torch.device) -> dict[str, Any
         "task": run.task,
         "num_layers": run.model.num_layers,
         "hidden_size": run.model.hidden_size,
+        "vocab_size": run.data.vocab_size,
         "sequence_length": run.data.seq_length or run.data.encoder_seq_length,
         "micro_batch_size": run.optimizer.micro_batch_size,
         "global_batch_size": global_batch_size(run, layout.data),

@@ -18,7 +18,7 @@ from megalith.plan.machine import GIB, GIGA, MACHINES, Machine, this_cpu
 from megalith.plan.memory import predict
 from megalith.plan.time import predict_time, program_of
 from megalith.plan.traffic import transfers
-from megalith.planned import padded_vocabulary, planned, without_layout
+from megalith.planned import padded_vocabulary, planned, vocabulary_of, without_layout
 from megalith.sources import read_command_line
 from megalith.task_rows import TASK_ROWS
 
@@ -94,6 +94,8 @@ def forecast(run: Run, ranks: int, machine: Machine) -> dict[str, Any]:
     return {
         "parameters": parameters_on_rank(whole),
         "parameters_on_a_rank": parameters_on_rank(job),
+        "vocabulary": job.vocab_size,
+        "vocabulary_of": vocabulary_of(run).known_by,
         "layout": {"data": job.data, "tensor": job.tensor, "pipeline": job.pipeline, "context": job.context},
         "global_batch_size": batch,
         "tokens_per_step": tokens,
@@ -137,6 +139,7 @@ def table(figures: dict[str, Any]) -> str:
     sent = [(f"  {name}", f"{value / GIGA:8.3f} GB") for name, value in figures["sent_bytes"].items()]
     rows = [
         ("parameters", f"{figures['parameters']:,.0f}"),
+        ("  vocabulary", f"{figures['vocabulary']:,} rows ({figures['vocabulary_of']})"),
         ("layout", layout),
         ("  parameters of a rank", f"{figures['parameters_on_a_rank']:,.0f}"),
         ("step", f"{figures['tokens_per_step']:,} tokens in {figures['microbatches']} microbatches of a rank"),

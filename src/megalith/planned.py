@@ -1,10 +1,18 @@
 """A checked run of a GPT in numbers, from which its forecasts are made."""
 
 import dataclasses
+from pathlib import Path
+from typing import NamedTuple
 
-from megalith.config import Run
-from megalith.data.tokenizer import padded_vocab_size
-from megalith.derived import compute_dtype, global_batch_size, recompute_granularity, sequence_length
+from megalith.config import Run, flag_of
+from megalith.data.tokenizer import load_saved_tokenizer, load_tokenizer, padded_vocab_size
+from megalith.derived import (
+    compute_dtype,
+    global_batch_size,
+    recompute_granularity,
+    sequence_length,
+    tokenizer_type,
+)
 from megalith.job import MOCK_VOCABULARY
 from megalith.models.shape import shape_of
 from megalith.parallel.apply import num_chunks, schedule_of
@@ -12,10 +20,38 @@ from megalith.parallel.mesh import Layout
 from megalith.plan.job import Job
 
 
+class Vocabulary(NamedTuple):
+    """Tokens of a tokenizer, and by what that is known."""
+
+    size: int
+    known_by: str
+
+
+def vocabulary_of(run: Run) -> Vocabulary:
+    """The vocabulary that a run would have, as far as its settings and files tell; else GPT-2's."""
+    data = run.data
+    if data.vocab_size is not None:
+        return Vocabulary(data.vocab_size, flag_of("vocab_size"))
+    if run.checkpoint.save is not None and (kept := Path(run.checkpoint.save) / "tokenizer").is_dir():
+        return Vocabulary(load_saved_tokenizer(kept).vocab_size, str(kept))
+    if data.corpus is not None:
+        extra = data.vocab_extra_ids if run.task == "t5" else 0
+        return Vocabulary(data.corpus_vocab_size + extra, flag_of("corpus_vocab_size"))
+    if data.tokenizer_type == "ByteLevelTokenizer" or data.vocab_file or data.tokenizer_model:
+        tokenizer = load_tokenizer(
+            tokenizer_type(run),
+            vocab_file=data.vocab_file,
+            merge_file=data.merge_file,
+            tokenizer_model=data.tokenizer_model,
+            vocab_extra_ids=data.vocab_extra_ids,
+        )
+        return Vocabulary(tokenizer.vocab_size, tokenizer.name)
+    return Vocabulary(MOCK_VOCABULARY, f"GPT-2's, for no tokenizer is named; {flag_of('vocab_size')} gives another")
+
+
 def padded_vocabulary(run: Run) -> int:
-    """Rows of the table; of GPT-2's vocabulary where the command line names none."""
-    size = MOCK_VOCABULARY if run.data.vocab_size is None else run.data.vocab_size
-    return padded_vocab_size(size, run.model.make_vocab_size_divisible_by, 1)
+    """Rows of the table of a run."""
+    return padded_vocab_size(vocabulary_of(run).size, run.model.make_vocab_size_divisible_by, 1)
 
 
 def planned(run: Run, ranks: int, *, vocab_size: int, device: str) -> Job:
