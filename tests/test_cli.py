@@ -63,6 +63,8 @@ def test_without_words_the_commands_are_listed() -> None:
         ),
         (["generate", "run", "--max-new-tokens", "-3"], "--max-new-tokens = -3: must be greater than 0"),
         (["generate", "run", "--seed", "-5"], "--seed = -5: must be 0 or greater"),
+        (["generate", "run", "--greedy", "--temperature", "0.5"], "--temperature = 0.5: --greedy draws nothing"),
+        (["generate", "run", "--prompt", "a\udcff"], "--prompt = 'a\\udcff': is no text in UTF-8"),
         (["evaluate", "nowhere", "--split", "valid"], "nowhere: is not a run directory"),
         (["preprocess", "--inptu", "x"], "did you mean --input?"),
     ],
@@ -163,6 +165,14 @@ def test_evaluate_gives_loss_and_perplexity_of_a_split_and_of_files(trained: Pat
     done = megalith("evaluate", str(trained), "--file", str(text), "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tokens"] == 100  # 25 bytes a line, an end of document, the first is not predicted
+    prefix = write_data(tmp_path)
+    lost = [
+        json.loads(megalith("evaluate", str(trained), "--file", name, "--json").stdout)["loss"]
+        for name in (str(prefix), f"{prefix}.bin")
+    ]
+    assert lost[0] == lost[1]
+    mixed = megalith("evaluate", str(trained), "--file", str(prefix), "--file", str(text))
+    assert mixed.returncode == 2 and "Give files of one kind" in mixed.stderr
     gone = megalith("evaluate", str(trained), "--file", str(tmp_path / "other.txt"))
     assert gone.returncode == 2
     assert gone.stderr.startswith(f"megalith: --file {tmp_path / 'other.txt'}: ")

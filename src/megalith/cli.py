@@ -176,7 +176,7 @@ def generate(words: Sequence[str], started: float) -> int:
         "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be repeated"
     )
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="[tokens; default 100]")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="[default 0.8]")
+    parser.add_argument("--temperature", type=float, metavar="X", help="[default 0.8]")
     parser.add_argument("--top-k", type=int, default=0, metavar="N", help="only the N likeliest tokens [0: all]")
     parser.add_argument(
         "--top-p", type=float, default=0.95, metavar="X", help="only the likeliest tokens that make up X"
@@ -192,12 +192,18 @@ def generate(words: Sequence[str], started: float) -> int:
         )
     if options.seed < 0:
         raise ValueError(f"--seed = {options.seed}: must be 0 or greater. Give another number.")
+    if options.greedy and options.temperature is not None:
+        raise ValueError(f"--temperature = {options.temperature}: --greedy draws nothing. Leave one of them out.")
+    for prompt in options.prompt:
+        if any(0xD800 <= ord(character) < 0xE000 for character in prompt):  # of bytes that are none
+            raise ValueError(f"--prompt = {prompt!a}: is no text in UTF-8. Correct it.")
+    temperature = 0.8 if options.temperature is None else options.temperature
 
     from megalith.evaluate.generate import Sampling
     from megalith.trained import talk
 
     sampling = Sampling(
-        temperature=0.0 if options.greedy else options.temperature,
+        temperature=0.0 if options.greedy else temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
@@ -221,6 +227,7 @@ def evaluate(words: Sequence[str], started: float) -> int:
     what.add_argument(
         "--file",
         nargs="+",
+        action="extend",
         default=[],
         metavar="FILE",
         help="text, JSON lines, or prefixes of token files; for a vit a folder of images",
@@ -270,7 +277,14 @@ def _add_zeroshot_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of zero-shot tasks, Megatron-LM's where it has them."""
     add = parser.add_argument_group("zero-shot tasks of a gpt").add_argument
     add("--task", choices=("WIKITEXT103", "LAMBADA"), help="perplexity per word, or the last words of passages")
-    add("--valid-data", nargs="+", default=[], metavar="FILE", help="a text, or JSON lines with passages as text")
+    add(
+        "--valid-data",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="a text, or JSON lines with passages as text",
+    )
     add("--overlapping-eval", type=int, default=32, metavar="N", help="new tokens in each window [32]")
     add("--strict-lambada", action="store_true", help="the whole last word is to be told, not its last token")
     add("--detokenize", choices=("wikitext", "ptb", "none"), help="tokenization to undo [by the file's name]")

@@ -249,7 +249,7 @@ def notes_for(joined: Joined, files: Files) -> dict[str, Any]:
     """What a checkpoint of ours keeps besides: nothing measured yet, and where this one comes from."""
     return {
         "interval": Interval(0.0, last_step=0, num_devices=1, peak_flops=None).state(0.0),
-        "ledger": Ledger(clock=lambda: 0, calendar=time.time_ns).state(),
+        "ledger": Ledger(clock=lambda: 0, calendar=time.time_ns).state(ended=True),
         "run": as_toml(joined.run),
         "megalith": __version__,
         "converted_from": str(files.folder),

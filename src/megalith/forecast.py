@@ -160,7 +160,9 @@ def search(run: Run, ranks: int, machine: Machine, *, as_json: bool) -> int:
     found = sorted(candidates(run, ranks, machine), key=lambda candidate: candidate.seconds)
     fitting = [candidate for candidate in found if fits(candidate.peak_bytes, machine)]
     if not found:
-        raise ValueError(f"--ranks = {ranks}: no layout suits the model and its --global-batch-size")
+        batch, micro = run.optimizer.global_batch_size, run.optimizer.micro_batch_size
+        held = f"--global-batch-size {batch}" + (f" in microbatches of {micro}" if micro is not None else "")
+        raise ValueError(f"--ranks = {ranks}: no layout suits the model and {held}. Change one of them")
     if not fitting:
         least = min(found, key=lambda candidate: candidate.peak_bytes)
         raise ValueError(

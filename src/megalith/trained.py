@@ -175,12 +175,23 @@ def split_tokens(trained: TrainedModel, split: str) -> NDArray[np.int64]:
     return np.concatenate(parts).astype(np.int64)
 
 
+def _prefix_of(name: str) -> Path | None:
+    """The prefix of the token file that a name means: its own, or one of its two files; None for any other file."""
+    try:
+        return find_prefix(name)
+    except ValueError:
+        return None
+
+
 def text_tokens(trained: TrainedModel, files: Sequence[str]) -> tuple[NDArray[np.int64], int]:
     """The tokens of token files (named by their prefix) or text files, and the bytes of the text (0 if not known)."""
-    if all(Path(f"{name}.idx").exists() for name in files):
-        for name in files:
-            check_prepared(find_prefix(name), trained.tokenizer.digests)
-        return np.concatenate([open_indexed(name).tokens for name in files]).astype(np.int64), 0
+    prefixes = [prefix for name in files if (prefix := _prefix_of(name)) is not None]
+    if prefixes and len(prefixes) < len(files):
+        raise ValueError(f"--file: {prefixes[0]} is a token file, and others are text. Give files of one kind.")
+    if prefixes:
+        for prefix in prefixes:
+            check_prepared(prefix, trained.tokenizer.digests)
+        return np.concatenate([open_indexed(prefix).tokens for prefix in prefixes]).astype(np.int64), 0
     rules = DocumentRules(keys=("text",))
     pieces: list[NDArray[np.int32]] = []
     num_bytes = 0
