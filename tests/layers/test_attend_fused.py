@@ -86,6 +86,35 @@ def test_the_kernels_give_what_the_plain_form_gives(
 
 
 @runs_kernels
+def test_what_lies_far_apart_in_memory_is_found() -> None:
+    # Beyond what 32 bits count from the first token on. Memory that nothing touches takes no room on a CPU.
+    apart, tokens, width = 1 << 26, 34, 16
+
+    def far(near: Tensor) -> Tensor:
+        room = torch.empty((tokens - 1) * apart + near.shape[-1], dtype=near.dtype, device=DEVICE)
+        spread = room.as_strided(near.shape, (0, 0, apart, 1))
+        return spread.copy_(near)
+
+    near = [x.detach() for x in draw(1, 1, tokens, tokens, width, torch.float16)]
+    visible = rule("documents", 1, tokens, tokens).visible
+    assert visible is not None
+    rows, words = dropout_of(1, 1, tokens).rows, number_words(tokens).to(DEVICE)
+
+    def run(given: list[Tensor]) -> list[Tensor]:
+        mask = Mask(False, visible=given[3])
+        numbers: dict[str, Any] = {"scale": 0.3, "rows_BHT": rows, "words_S": words, "probability": PROBABILITY}
+        inputs = [x.detach().requires_grad_() for x in given[:3]]
+        output = attend_fused.attend_fused(inputs[0], inputs[1], inputs[2], mask, **numbers)
+        return [output.detach(), *torch.autograd.grad(output.square().sum(), inputs)]
+
+    expected = run([*near, visible])
+    for of_them in range(4):
+        chosen = [far(x) if number == of_them else x for number, x in enumerate([*near, visible])]
+        for found, want in zip(run(chosen), expected, strict=True):
+            assert torch.equal(found, want)
+
+
+@runs_kernels
 def test_the_very_same_probabilities_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     # With values that are unit vectors the output shows each probability.
     q, k, _ = draw(1, 2, 16, 16, 16, torch.float32)

@@ -73,7 +73,9 @@ def attend_fused(
     rows_BHT, words_S: int32, what `keep_mask` takes. mask: causal, or visible, not blocks. Scores are fp32 throughout.
     """
     assert mask.blocks is None
-    visible = None if mask.visible is None else mask.visible.contiguous()
+    visible = mask.visible
+    if visible is not None and visible.stride(-1) != 1:
+        visible = visible.contiguous()
     rows = rows_BHT.contiguous()
     output: Tensor = _attend(q_BHTK, k_BHSK, v_BHSK, visible, rows, words_S, mask.causal, scale, probability)[0]
     return output
@@ -231,7 +233,7 @@ def _seen(visible, stride_mb, stride_mt, b, t, s, num_queries, num_keys, CAUSAL,
     """Which keys these queries see; asked only where they may not see all."""
     inside = (t[:, None] < num_queries) & (s[None, :] < num_keys)
     if MASKED:
-        at = visible + b * stride_mb + t[:, None] * stride_mt + s[None, :]
+        at = visible + b * stride_mb + t[:, None].to(tl.int64) * stride_mt + s[None, :]
         seen = inside & (tl.load(at, mask=inside, other=0) != 0)
     elif CAUSAL:
         seen = inside & (s[None, :] <= t[:, None])
@@ -257,14 +259,14 @@ def _within(n, count, features, WIDTH, PADDED):
 def _rows_at(x, stride_b, stride_h, stride_n, b, h, n, count, WIDTH, PADDED):
     """The rows n of a head, with zeros beyond the end and the width."""
     features = tl.arange(0, PADDED)
-    at = x + b * stride_b + h * stride_h + n[:, None] * stride_n + features[None, :]
+    at = x + b * stride_b + h * stride_h + n[:, None].to(tl.int64) * stride_n + features[None, :]
     return tl.load(at, mask=_within(n, count, features, WIDTH, PADDED), other=0.0)
 
 
 @triton.jit
 def _put_rows(x, value, stride_b, stride_h, stride_n, b, h, n, count, WIDTH, PADDED):
     features = tl.arange(0, PADDED)
-    at = x + b * stride_b + h * stride_h + n[:, None] * stride_n + features[None, :]
+    at = x + b * stride_b + h * stride_h + n[:, None].to(tl.int64) * stride_n + features[None, :]
     tl.store(at, value.to(x.dtype.element_ty), mask=_within(n, count, features, WIDTH, PADDED))
 
 
