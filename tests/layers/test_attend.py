@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megalith.layers import attend as attending
 from megalith.layers.attend import AttentionDropout, attend
 from megalith.layers.mask import Mask, document_blocks, make_mask, with_bias
 from megalith.layers.random import dropout_rows, keep_mask, mix, number_words
@@ -31,6 +32,12 @@ def drop_some(probability: float, keys: int = T) -> tuple[AttentionDropout, Tens
     rows = dropout_rows(1234, torch.arange(B), T)[:, None] ^ number_words(H)[:, None]
     dropout = AttentionDropout(probability, mix(rows))
     return dropout, keep_mask(dropout.rows, number_words(keys), probability) / (1 - probability)
+
+
+def draw_last(num_queries: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries that are the last of the keys."""
+    q, k, v = draw()
+    return q.detach()[:, :, T - num_queries :].requires_grad_(), k, v
 
 
 def rule(name: str) -> tuple[Mask, Tensor]:
@@ -64,6 +71,49 @@ def test_attention_and_its_gradients_are_the_formula(name: str, probability: flo
     expected_grads = torch.autograd.grad((expected * weights).sum(), inputs)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, expected_grad, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+@pytest.mark.parametrize("scores_at_once", [3 * T, 1 << 19])
+def test_in_causal_order_fewer_queries_are_the_last_of_the_keys(
+    monkeypatch: pytest.MonkeyPatch, probability: float, scores_at_once: int
+) -> None:
+    monkeypatch.setattr("megalith.layers.attend._SCORES_AT_ONCE", {"cpu": scores_at_once})
+    dropout, kept = drop_some(probability) if probability else (None, None)
+    if dropout is not None and kept is not None:
+        dropout, kept = AttentionDropout(probability, dropout.rows[:, :, T - 5 :]), kept[:, :, T - 5 :]
+    inputs = draw_last(5)
+    output = attend(*inputs, make_mask(5, causal=True), scale=0.3, dropout=dropout)
+    expected = plainly(*inputs, rule("causal")[1][:, :, T - 5 :], 0.3, kept)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=2e-6)
+    grads = torch.autograd.grad(output.square().sum(), inputs)
+    for grad, expected_grad in zip(grads, torch.autograd.grad(expected.square().sum(), inputs), strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=0, atol=5e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says which of its kernels are for GPUs only
+def test_the_order_that_a_gpus_kernels_are_told_is_the_same_and_takes_no_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = draw_last(5)
+    expected = attend(*inputs, make_mask(5, causal=True), scale=0.3)
+    assert attending._lower_right(5, T).untyped_storage().nbytes() == 0
+    monkeypatch.setattr(attending, "_as_the_last", lambda q, k, v: attending._lower_right(q.shape[2], k.shape[2]))
+    for way in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True)):
+        assert torch.equal(way(*inputs, make_mask(5, causal=True), scale=0.3), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_fewer_queries_are_the_last_of_the_keys(dtype: torch.dtype) -> None:
+    inputs = [x.detach().to("cuda", dtype).requires_grad_() for x in draw_last(5)]
+    output = attend(inputs[0], inputs[1], inputs[2], make_mask(5, causal=True), scale=0.3)
+    expected = plainly(inputs[0], inputs[1], inputs[2], rule("causal")[1][:, :, T - 5 :].cuda(), 0.3)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=3e-2)
+    grads = torch.autograd.grad(output.float().sum(), inputs)
+    for grad, expected_grad in zip(grads, torch.autograd.grad(expected.sum(), inputs), strict=True):
+        torch.testing.assert_close(grad.float(), expected_grad.float(), rtol=0, atol=6e-2)
 
 
 @pytest.mark.parametrize("name", RULES)

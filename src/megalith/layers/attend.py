@@ -55,8 +55,36 @@ def attend(
         return attended
     if mask.bias is not None:
         return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask.bias.to(q_BHTK.dtype), scale=scale)
-    causal = mask.causal and mask.visible is None
-    return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask.visible, is_causal=causal, scale=scale)
+    causal, visible = mask.causal and mask.visible is None, mask.visible
+    if causal and q_BHTK.shape[2] < k_BHSK.shape[2]:
+        # torch's is_causal takes the queries for the first of the keys.
+        causal, visible = False, _as_the_last(q_BHTK, k_BHSK, v_BHSK)
+    return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=visible, is_causal=causal, scale=scale)
+
+
+def _as_the_last(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor) -> Tensor:
+    """What tells torch's attention that the queries are the last of the keys, in causal order."""
+    if q_BHTK.is_cuda:
+        from torch.backends.cuda import SDPAParams, can_use_flash_attention
+
+        # First, for what it imports lets the compiler trace what is asked then.
+        order = _lower_right(q_BHTK.shape[2], k_BHSK.shape[2])
+        # Not for the other kernel that knows the order: torch (2.11) cannot compile its backward pass.
+        if can_use_flash_attention(SDPAParams(q_BHTK, k_BHSK, v_BHSK, None, 0.0, False, False)):
+            return order
+    return causal_order(q_BHTK.shape[2], k_BHSK.shape[2], q_BHTK.device)
+
+
+def _lower_right(num_queries: int, num_keys: int) -> Tensor:
+    """The order as torch's flash attention is told it.
+
+    It is what torch's causal_lower_right gives, which takes memory for two floats of every score without a use.
+    """
+    from torch.nn.attention.bias import CausalBias, CausalVariant
+
+    bias = torch.empty(0).as_subclass(CausalBias)
+    bias.variant, bias.seq_len_q, bias.seq_len_kv = CausalVariant.LOWER_RIGHT, num_queries, num_keys
+    return bias
 
 
 def _attend_with_dropout(
@@ -176,10 +204,10 @@ def _parts(q_BHTK: Tensor, k_BHSK: Tensor, mask: Mask) -> Iterator[_Part]:
     plain = mask.causal and mask.visible is None
     for first in range(0, num_queries, queries):
         rows = slice(first, min(first + queries, num_queries))
-        seen = slice(0, rows.stop) if plain else slice(0, num_keys)
+        seen = slice(0, num_keys - num_queries + rows.stop) if plain else slice(0, num_keys)
         blocked = None
         if plain:
-            blocked = ~causal_order(num_queries, num_keys, q_BHTK.device)[None, rows, seen]
+            blocked = ~causal_order(rows.stop - rows.start, seen.stop, q_BHTK.device)[None]
         for b in range(batch):
             if mask.visible is not None:
                 blocked = ~mask.visible[b if len(mask.visible) > 1 else 0, :, rows]

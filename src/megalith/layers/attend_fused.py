@@ -72,7 +72,7 @@ def attend_fused(
 
     rows_BHT, words_S: int32, what `keep_mask` takes. mask: causal, or visible, not blocks. Scores are fp32 throughout.
     """
-    assert mask.blocks is None
+    assert mask.blocks is None and not (mask.causal and q_BHTK.shape[2] > k_BHSK.shape[2])
     visible = mask.visible
     if visible is not None and visible.stride(-1) != 1:
         visible = visible.contiguous()
@@ -236,17 +236,18 @@ def _seen(visible, stride_mb, stride_mt, b, t, s, num_queries, num_keys, CAUSAL,
         at = visible + b * stride_mb + t[:, None].to(tl.int64) * stride_mt + s[None, :]
         seen = inside & (tl.load(at, mask=inside, other=0) != 0)
     elif CAUSAL:
-        seen = inside & (s[None, :] <= t[:, None])
+        seen = inside & (s[None, :] <= t[:, None] + (num_keys - num_queries))
     else:
         seen = inside
     return seen
 
 
 @triton.jit
-def _stretches(first, count, num_keys, BLOCK_S, CAUSAL, MASKED):
+def _stretches(first, count, num_queries, num_keys, BLOCK_S, CAUSAL, MASKED):
     """Of the keys that these queries see: where those end that all of them see, in whole blocks; where all end."""
-    end = tl.minimum(first + count, num_keys) if CAUSAL else num_keys
-    whole = 0 if MASKED else (tl.minimum(first + 1, num_keys) if CAUSAL else num_keys) // BLOCK_S * BLOCK_S
+    place = first + (num_keys - num_queries)  # of the first query among the keys, in causal order
+    end = tl.minimum(place + count, num_keys) if CAUSAL else num_keys
+    whole = 0 if MASKED else (place + 1 if CAUSAL else num_keys) // BLOCK_S * BLOCK_S
     return whole, end
 
 
@@ -289,7 +290,7 @@ def _forward(
     largest = tl.full([BLOCK_T], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     o_TK = tl.zeros([BLOCK_T, PADDED], tl.float32)
-    whole, end = _stretches(first, BLOCK_T, num_keys, BLOCK_S, CAUSAL, MASKED)
+    whole, end = _stretches(first, BLOCK_T, num_queries, num_keys, BLOCK_S, CAUSAL, MASKED)
     # The keys that all see, then those of which some are hidden: two loops, of which only one asks.
     for hides in tl.static_range(2):
         for start in range(whole if hides else 0, end if hides else whole, BLOCK_S):
@@ -363,9 +364,12 @@ def _backward_keys(
     column_words = tl.load(words + s, mask=s < num_keys, other=0)
     dk_SK = tl.zeros([BLOCK_S, PADDED], tl.float32)
     dv_SK = tl.zeros([BLOCK_S, PADDED], tl.float32)
-    begin = first // BLOCK_T * BLOCK_T if CAUSAL else 0
+    # The queries that stand at the first and at the last of these keys, in causal order.
+    at_first = tl.maximum(first - (num_keys - num_queries), 0)
+    at_last = tl.maximum(first + BLOCK_S - 1 - (num_keys - num_queries), 0)
+    begin = at_first // BLOCK_T * BLOCK_T if CAUSAL else 0
     # From here on queries see all of these keys; queries beyond the end are zeros and add nothing.
-    seen_by_all = ((first + BLOCK_S - 2) // BLOCK_T + 1) * BLOCK_T if CAUSAL else 0
+    seen_by_all = tl.cdiv(at_last, BLOCK_T) * BLOCK_T if CAUSAL else 0
     seen_by_all = num_queries if MASKED else tl.minimum(seen_by_all, num_queries)
     for hides in tl.static_range(2):
         for start in range(begin if hides else seen_by_all, seen_by_all if hides else num_queries, BLOCK_T):
@@ -409,7 +413,7 @@ def _backward_queries(
     product = tl.load(products + row, mask=t < num_queries, other=0.0) / kept_scale
     row_words = tl.load(rows + row, mask=t < num_queries, other=0)
     dq_TK = tl.zeros([BLOCK_T, PADDED], tl.float32)
-    whole, end = _stretches(first, BLOCK_T, num_keys, BLOCK_S, CAUSAL, MASKED)
+    whole, end = _stretches(first, BLOCK_T, num_queries, num_keys, BLOCK_S, CAUSAL, MASKED)
     for hides in tl.static_range(2):
         for start in range(whole if hides else 0, end if hides else whole, BLOCK_S):
             s = start + tl.arange(0, BLOCK_S)

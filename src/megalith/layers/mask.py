@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """What `attend` needs to know. causal alone means: query t sees keys 0 to t.
+    """What `attend` needs to know. causal: the queries are the last of the keys, and none sees keys after itself.
 
     visible: bool B1TS, True where the key may be seen; then it holds the causal order too and causal is only a hint.
     blocks: the same for FlexAttention, which skips blocks where nothing is visible. bias: float, 1 or B by HTS, what is
@@ -83,5 +83,5 @@ def document_blocks(queries_BT: Tensor, keys_BS: Tensor, *, causal: bool) -> "Bl
 
 
 def causal_order(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """bool TS: True where key s is not after query t, both counted from 0."""
-    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril()
+    """bool TS: True where a key is not after a query, if the queries are the last of the keys."""
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
