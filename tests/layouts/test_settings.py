@@ -74,10 +74,10 @@ def test_compiled_blocks_with_a_memory_budget_give_the_same_run(layout: str, run
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("layout", ["one", "tp2"])
+@pytest.mark.parametrize("layout", ["one", "tp2", "cp2"])
 def test_compiled_blocks_that_are_computed_again_give_the_same_run(layout: str, runs: Runs) -> None:
     # Without dropout the CPU's blocks are compiled whole; on one rank they are computed again inside.
-    world_size, words = {"one": (1, []), "tp2": (2, [TP, "2"])}[layout]
+    world_size, words = {"one": (1, []), "tp2": (2, [TP, "2"]), "cp2": LAYOUTS["cp2"]}[layout]
     words = ["--train-iters", "5", "--hidden-dropout", "0", "--attention-dropout", "0", *words]
     compiled = runs(world_size, *words, "--compile", "on", "--checkpoint-activations")
     assert_same_run(compiled, runs(world_size, *words))

@@ -9,6 +9,7 @@ it would free, and torch's profiler hangs.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ _CROSSING = {
     aten._index_put_impl_.default,
     aten._foreach_copy_.default,
 }
-# Times that the host has waited for the device to read a value.
+# Times that the host has waited for the device: to read a value, or to have one copied there.
 waits = 0
 
 
@@ -103,7 +104,10 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     comes_here = _is_cuda(wanted) if wanted is not None else bool(here)
     if func is aten.copy_.default:
         comes_here = isinstance(args[0], OnDevice)
+    comes_across = func in (aten._to_copy.default, aten.copy_.default) and comes_here
     if func is aten._local_scalar_dense.default or (here and not comes_here):
+        _wait()
+    if comes_across and not _is_on_its_way(func, args, kwargs):
         _wait()
     if func in (aten._softmax.default, aten._log_softmax.default) and args[2]:
         # From 16 bits to fp32 at once: a GPU's operation that the CPU lacks.
@@ -138,6 +142,13 @@ def _refuse_mixtures(func: Any, here: list[OnDevice], elsewhere: list[Tensor]) -
 
 def _beneath(value: Any) -> Any:
     return tree_map(lambda leaf: leaf.beneath if isinstance(leaf, OnDevice) else leaf, value)
+
+
+def _is_on_its_way(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the host goes on while numbers are copied: from one place of the device to another, or if it is told."""
+    source = args[1] if func is aten.copy_.default else args[0]
+    asked = args[2:] if func is aten.copy_.default else ()
+    return isinstance(source, OnDevice) or bool(kwargs.get("non_blocking", *asked[:1] or (False,)))
 
 
 def _is_cuda(device: Any) -> bool:
@@ -220,6 +231,7 @@ def stand_in() -> Iterator[None]:
         "current_device": 0,
         "get_device_name": "NVIDIA H100 80GB HBM3",
         "get_device_capability": (9, 0),
+        "get_device_properties": SimpleNamespace(total_memory=80 << 30),
         "current_stream": _Stream(),
         "memory_stats": {"allocation.all.current": 1},
         "mem_get_info": (80 << 30, 80 << 30),

@@ -112,11 +112,20 @@ def test_a_run_is_saved_from_the_device_and_goes_on_there(library: Path, tmp_pat
     assert [*first, *last] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_step_waits_for_the_device_once(library: Path, tmp_path: Path) -> None:
-    words = [*MODEL, "--log-interval", "100", "--eval-iters", "0", "--lr-decay-iters", "9"]
+@pytest.mark.parametrize(
+    ("words", "ranks"),
+    [
+        ("", 1),
+        ("--context-parallel-size 2", 2),
+        ("--context-parallel-size 2 --reset-attention-mask --attention-dropout 0", 2),
+        ("--context-parallel-size 2 --context-exchange all-to-all", 2),
+    ],
+)
+def test_a_step_waits_for_the_device_once(words: str, ranks: int, library: Path, tmp_path: Path) -> None:
+    all_words = [*MODEL, "--log-interval", "100", "--eval-iters", "0", "--lr-decay-iters", "9", *words.split()]
     waits = []
     for steps in (3, 9):
-        _, said = run(library, "cuda", [*words, "--train-iters", str(steps)], folder=tmp_path)
+        _, said = run(library, "cuda", [*all_words, "--train-iters", str(steps)], folder=tmp_path, ranks=ranks)
         (told,) = re.findall(r"^waits: (\d+)$", said, re.MULTILINE)
         waits.append(int(told))
     assert waits[1] - waits[0] == 6

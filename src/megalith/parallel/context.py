@@ -4,14 +4,14 @@ The sequence is cut into 2 x ranks chunks and rank r holds chunks r and 2 x rank
 ranks have the same work. Everything that has one entry per token is cut alike, dropout words among them, so masks are
 those of the whole sequence.
 
-Two ways to attend: `gather`, every rank collects all keys and values and attends from its own queries; `all-to-all`
-(Jacobs et al. 2023, arXiv:2309.14509), ranks trade tokens for heads, attend over the whole sequence with some of the
-heads, and trade back.
+Two ways to attend: `gather`, every rank collects all keys and values and attends from its own queries, in causal order
+a chunk of them over the keys up to its end; `all-to-all` (Jacobs et al. 2023, arXiv:2309.14509), ranks trade tokens for
+heads, attend over the whole sequence with some of the heads, and trade back.
 
 Shape letters: B batch, H heads, T tokens held here, S all tokens, K head width.
 """
 
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,24 +28,29 @@ from megalith.parallel.journal import JOURNAL
 TRADED = "what ranks trade"
 
 
-def places_held(num_tokens: int, rank: int, ranks: int) -> Tensor:
-    """int64: which of a sequence's num_tokens tokens a rank holds, in the order in which it holds them.
+def chunks_held(num_tokens: int, rank: int, ranks: int) -> tuple[slice, slice]:
+    """The two stretches of a sequence of num_tokens tokens that a rank holds, in the order in which it holds them.
 
     num_tokens must be divisible by 2 x ranks.
     """
     chunk = num_tokens // (2 * ranks)
     first, second = rank * chunk, (2 * ranks - 1 - rank) * chunk
-    return torch.cat([torch.arange(first, first + chunk), torch.arange(second, second + chunk)])
+    return slice(first, first + chunk), slice(second, second + chunk)
 
 
-@cache
-def natural_order(num_tokens: int, ranks: int) -> Tensor:
-    """int64: where each token of the sequence stands once the parts of all ranks are joined in rank order.
+def by_place(joined: Tensor, dim: int, ranks: int) -> Tensor:
+    """The tokens along dim in the order of the sequence, of the parts of all ranks joined in rank order.
 
-    Kept, since every attention of every microbatch asks for it; only to be read.
+    By whole chunks, since numbers of places would be copied to a GPU, for which the host waits.
     """
-    joined = torch.cat([places_held(num_tokens, rank, ranks) for rank in range(ranks)])
-    return joined.argsort()
+    first, second = joined.unflatten(dim, (ranks, 2, -1)).unbind(dim + 1)
+    return torch.cat([first, second.flip(dim)], dim).flatten(dim, dim + 1)
+
+
+def by_rank(whole: Tensor, dim: int, ranks: int) -> Tensor:
+    """What `by_place` was given."""
+    first, second = whole.unflatten(dim, (2, ranks, -1)).unbind(dim)
+    return torch.stack([first, second.flip(dim)], dim + 1).flatten(dim, dim + 2)
 
 
 def cut_tokens(batch: dict[str, Tensor], group: Group) -> dict[str, Tensor]:
@@ -54,7 +59,7 @@ def cut_tokens(batch: dict[str, Tensor], group: Group) -> dict[str, Tensor]:
     if ranks == 1:
         return batch
     held = {
-        name: entry[:, places_held(entry.shape[1], rank_in(group), ranks).to(entry.device)]
+        name: torch.cat([entry[:, chunk] for chunk in chunks_held(entry.shape[1], rank_in(group), ranks)], 1)
         for name, entry in batch.items()
         if entry.dim() >= 2
     }
@@ -69,7 +74,7 @@ def cut_context(model: nn.Module, group: Group, *, exchange: str) -> None:
     if size_of(group) == 1:
         return
     if exchange == "gather":
-        model.mask_for = partial(mask_over_all_keys, group=group, model=model)  # type: ignore[assignment]
+        model.mask_for = partial(mask_over_all_keys, group=group)  # type: ignore[assignment]
     else:
         model.mask_for = partial(mask_of_whole_sequence, group=group)  # type: ignore[assignment]
     for module in model.modules():
@@ -79,23 +84,17 @@ def cut_context(model: nn.Module, group: Group, *, exchange: str) -> None:
 
 
 def mask_over_all_keys(
-    num_tokens: int,
-    *,
-    causal: bool,
-    query_documents_BT: Tensor | None = None,
-    dense: bool = True,
-    group: Group,
-    model: nn.Module,
+    num_tokens: int, *, causal: bool, query_documents_BT: Tensor | None = None, dense: bool = True, group: Group
 ) -> Mask:
-    """What this rank's queries see of all keys in their natural order. num_tokens: held here."""
-    ranks = size_of(group)
-    device = next(model.parameters()).device
-    places_S = torch.arange(num_tokens * ranks, device=device)
-    places_T = places_held(num_tokens * ranks, rank_in(group), ranks).to(device)
-    visible_B1TS = ((places_T[:, None] >= places_S) | (not causal))[None, None]
-    if query_documents_BT is not None:
-        keys_BS = in_natural_order(query_documents_BT, 1, group)
-        visible_B1TS = visible_B1TS & (query_documents_BT[:, None, :, None] == keys_BS[:, None, None, :])
+    """What this rank's queries see of all keys in their natural order, for `attend_gathered`. num_tokens: held here."""
+    if query_documents_BT is None:
+        return Mask(causal)
+    keys_BS, device = in_natural_order(query_documents_BT, 1, group), query_documents_BT.device
+    visible_B1TS = query_documents_BT[:, None, :, None] == keys_BS[:, None, None, :]
+    if causal:
+        chunks = chunks_held(keys_BS.shape[1], rank_in(group), size_of(group))
+        places_T = torch.cat([torch.arange(chunk.start, chunk.stop, device=device) for chunk in chunks])
+        visible_B1TS = visible_B1TS & (places_T[:, None] >= torch.arange(keys_BS.shape[1], device=device))
     return Mask(causal, visible=visible_B1TS)
 
 
@@ -110,8 +109,7 @@ def mask_of_whole_sequence(
 
 def in_natural_order(local: Tensor, dim: int, group: Group) -> Tensor:
     """The parts of all ranks, in the order of the sequence; no gradient."""
-    joined = all_gather(local, dim, group)
-    return joined.index_select(dim, natural_order(joined.shape[dim], size_of(group)).to(joined.device))
+    return by_place(all_gather(local, dim, group), dim, size_of(group))
 
 
 def attend_gathered(
@@ -127,11 +125,30 @@ def attend_gathered(
     dropout: AttentionDropout | None = None,
 ) -> Tensor:
     """BHTK: attention of this rank's queries over the keys of all ranks."""
+    ranks = size_of(group)
     # One collective for both, since each costs a latency.
     gathered = gather_for_product(torch.stack([k_BHTK, v_BHTK]), 3, group)
-    order = natural_order(gathered.shape[3], size_of(group)).to(gathered.device)
-    k_BHSK, v_BHSK = gathered.index_select(3, order).unbind()
-    return inner(q_BHTK, k_BHSK, v_BHSK, mask, scale=scale, divisor=divisor, dropout=dropout)
+    k_BHSK, v_BHSK = by_place(gathered, 3, ranks).unbind()
+    if not mask.causal:
+        return inner(q_BHTK, k_BHSK, v_BHSK, mask, scale=scale, divisor=divisor, dropout=dropout)
+    # The queries of a chunk are the last of the keys that they see.
+    attended, start = [], 0
+    for chunk in chunks_held(k_BHSK.shape[2], rank_in(group), ranks):
+        held, seen = slice(start, start + chunk.stop - chunk.start), slice(0, chunk.stop)
+        visible = None if mask.visible is None else mask.visible[:, :, held, seen]
+        dropped = None if dropout is None else AttentionDropout(dropout.probability, dropout.rows[:, :, held])
+        o_BHTK = inner(
+            q_BHTK[:, :, held],
+            k_BHSK[:, :, seen],
+            v_BHSK[:, :, seen],
+            Mask(mask.causal, visible),
+            scale=scale,
+            divisor=divisor,
+            dropout=dropped,
+        )
+        attended.append(o_BHTK.transpose(1, 2))  # heads inside tokens in memory, as the projection wants them
+        start = held.stop
+    return torch.cat(attended, 1).transpose(1, 2)
 
 
 def attend_traded(
@@ -148,14 +165,13 @@ def attend_traded(
 ) -> Tensor:
     """BHTK: attention over the whole sequence by some of the heads on each rank. Heads must divide over the ranks."""
     ranks = size_of(group)
-    order = natural_order(q_BHTK.shape[2] * ranks, ranks).to(q_BHTK.device)
     traded = trade(torch.cat([q_BHTK, k_BHTK, v_BHTK], -1), give=1, take=2, group=group)
-    q, k, v = traded.index_select(2, order).chunk(3, -1)
+    q, k, v = by_place(traded, 2, ranks).chunk(3, -1)
     if dropout is not None:
-        rows = trade(dropout.rows, give=1, take=2, group=group).index_select(2, order)
+        rows = by_place(trade(dropout.rows, give=1, take=2, group=group), 2, ranks)
         dropout = AttentionDropout(dropout.probability, rows)
     attended = inner(q, k, v, mask, scale=scale, divisor=divisor, dropout=dropout)
-    return trade(attended.index_select(2, order.argsort()), give=2, take=1, group=group)
+    return trade(by_rank(attended, 2, ranks), give=2, take=1, group=group)
 
 
 class _Trade(torch.autograd.Function):
