@@ -1,5 +1,7 @@
 """All forms of attention against one plain formula in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from megalith.layers import attend as attending
 from megalith.layers.attend import AttentionDropout, attend
 from megalith.layers.mask import Mask, document_blocks, make_mask, with_bias
 from megalith.layers.random import dropout_rows, keep_mask, mix, number_words
+from tests.largest import Largest
 
 B, H, T, K = 2, 3, 12, 8
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 7, [0, 1] + [2] * 10], dtype=torch.int32)
@@ -229,6 +232,45 @@ def test_flex_attention_by_blocks_sees_what_the_dense_mask_shows() -> None:
         blocks = document_blocks(DOCUMENTS, DOCUMENTS, causal=causal)
         dense = create_mask(blocks.mask_mod, B, 1, T, T, device="cpu")
         assert torch.equal(dense, rule("causal documents" if causal else "documents")[1])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [128, 1000, 1280])
+@pytest.mark.parametrize("numbering", ["one after the other", "at random"])
+def test_blocks_are_those_of_the_dense_mask(numbering: str, length: int, causal: bool) -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    generator = torch.Generator().manual_seed(length)
+    numbers = (torch.rand(3, length, generator=generator) < torch.tensor([[0.0], [0.003], [0.03]])).cumsum(1)
+    if numbering == "at random":
+        numbers = torch.randint(-9, 9, (1000,), generator=generator)[numbers]
+    found = document_blocks(numbers, numbers, causal=causal)
+    expected = create_block_mask(found.mask_mod, 3, None, length, length, device="cpu")
+    assert found.shape == expected.shape and found.BLOCK_SIZE == expected.BLOCK_SIZE
+    for blocks, dense in zip(pieces_of(found), pieces_of(expected), strict=True):
+        if numbering == "one after the other":
+            assert torch.equal(blocks["partial"], dense["partial"])
+        assert torch.equal(blocks["full"], dense["full"])
+        assert not (dense["partial"] & ~blocks["partial"]).any(), "all that is seen is looked at"
+
+
+def pieces_of(blocks: Any) -> list[dict[str, Tensor]]:
+    """bool B1XY, for keys by queries and for queries by keys: which blocks are looked into, which are seen whole."""
+
+    def dense(of: str) -> Tensor:
+        count, numbers = getattr(blocks, f"{of}_num_blocks"), getattr(blocks, f"{of}_indices")
+        assert count.dtype == numbers.dtype == torch.int32
+        chosen = torch.arange(numbers.shape[-1]) < count[..., None]
+        return torch.zeros_like(numbers, dtype=torch.bool).scatter(-1, numbers.long(), chosen)
+
+    return [{"partial": dense(of), "full": dense(f"full_{of}")} for of in ("kv", "q")]
+
+
+def test_blocks_of_documents_take_no_number_for_every_query_and_key() -> None:
+    documents = torch.zeros(2, 2048, dtype=torch.int32)
+    with Largest() as noted:
+        document_blocks(documents, documents, causal=True)
+    assert noted.elements <= documents.numel()
 
 
 @pytest.mark.gpu

@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import tests.early  # noqa: F401 - for its effect
 from megalith.layers.attend import AttentionDropout, attend
@@ -28,6 +26,7 @@ from megalith.parallel.context import (
 from megalith.plan.job import Job
 from megalith.plan.machine import H100
 from megalith.plan.time import COMPILED, attention_passes
+from tests.largest import Largest
 from tests.ranks import run_ranks
 
 B, H, S, K = 2, 4, 256, 4
@@ -90,18 +89,6 @@ def test_the_order_by_rank_is_that_of_the_chunks_that_ranks_hold(ranks: int) -> 
     joined = torch.cat([whole[:, chunk] for rank in range(ranks) for chunk in chunks_held(12, rank, ranks)], 1)
     assert torch.equal(by_place(joined, 1, ranks), whole)
     assert torch.equal(by_rank(whole, 1, ranks), joined)
-
-
-class Largest(TorchDispatchMode):
-    """While entered, notes the most elements of a tensor that an operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
-        self.elements = max(self.elements, *sizes, 0)
-        return made
 
 
 def largest_on_rank(rank: int, *, dropped: bool) -> int:

@@ -4,7 +4,7 @@ A mask is built once per batch and handed to all layers. Documents express every
 the keys of its own document number. Separate documents in a sample, padding (a number of its own) and the encoder's
 padding in cross-attention are all this one rule.
 
-Shape letters: B batch, T query, S key.
+Shape letters: B batch, T query, S key, X block of queries, Y block of keys.
 """
 
 from dataclasses import dataclass, replace
@@ -15,6 +15,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+
+BLOCK = 128  # tokens of FlexAttention's blocks, by queries and by keys
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,18 +71,53 @@ def with_bias(mask: Mask, bias_1HTS: Tensor) -> Mask:
 
 
 def document_blocks(queries_BT: Tensor, keys_BS: Tensor, *, causal: bool) -> "BlockMask":
-    """The block mask of FlexAttention for these documents."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    """The block mask of FlexAttention for these documents, without a number for every query and key.
+
+    A block is looked at by the least and the largest number in it. So where numbers do not follow on one another it may
+    count as one with something to see though it has nothing; what is seen inside of it is asked anyway.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    num_queries, num_keys = queries_BT.shape[1], keys_BS.shape[1]
+    ahead = num_keys - num_queries
 
     def same_document(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
         return queries_BT[b, t] == keys_BS[b, s]
 
     def same_document_before(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return (queries_BT[b, t] == keys_BS[b, s]) & (t >= s)
+        return (queries_BT[b, t] == keys_BS[b, s]) & (t + ahead >= s)
 
-    batch, num_queries = queries_BT.shape
-    rule = same_document_before if causal else same_document
-    return create_block_mask(rule, batch, None, num_queries, keys_BS.shape[1], device=str(queries_BT.device))
+    least_BX1, most_BX1 = (bound[:, :, None] for bound in _bounds(queries_BT))
+    least_B1Y, most_B1Y = (bound[:, None] for bound in _bounds(keys_BS))
+    some_BXY = (least_BX1 <= most_B1Y) & (least_B1Y <= most_BX1)
+    all_BXY = (least_BX1 == most_B1Y) & (least_B1Y == most_BX1)
+    first_X1 = torch.arange(0, num_queries, BLOCK, device=queries_BT.device)[:, None]
+    first_Y = torch.arange(0, num_keys, BLOCK, device=queries_BT.device)
+    all_BXY &= (first_X1 + BLOCK <= num_queries) & (first_Y + BLOCK <= num_keys)
+    if causal:
+        some_BXY &= (first_X1 + BLOCK).clamp(max=num_queries) - 1 + ahead >= first_Y
+        all_BXY &= first_X1 + ahead >= first_Y + BLOCK - 1
+    return BlockMask.from_kv_blocks(
+        *_numbers_of(some_BXY & ~all_BXY),
+        *_numbers_of(all_BXY),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=same_document_before if causal else same_document,
+        seq_lengths=(num_queries, num_keys),
+    )
+
+
+def _bounds(documents_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest number in each block of tokens."""
+    missing = -documents_BN.shape[1] % BLOCK
+    filled_BN = torch.cat([documents_BN, documents_BN[:, -1:].expand(-1, missing)], 1)
+    least_BX, most_BX = filled_BN.unflatten(1, (-1, BLOCK)).aminmax(dim=2)
+    return least_BX, most_BX
+
+
+def _numbers_of(blocks_BXY: Tensor) -> tuple[Tensor, Tensor]:
+    """int32: how many blocks of keys each block of queries has, B1X; and all numbers of blocks, those first, B1XY."""
+    numbers_BXY = blocks_BXY.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks_BXY.sum(-1, dtype=torch.int32)[:, None], numbers_BXY.int()[:, None]
 
 
 def causal_order(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
