@@ -130,6 +130,21 @@ def _slope(x, TANH):
 
 
 @triton.jit
+def _tile(start, c, num_rows, num_columns, STRETCH, ROWS: tl.constexpr):
+    """Where some rows of the program's stretch have these columns in memory, and which of them there are."""
+    n = tl.program_id(1) * STRETCH + start + tl.arange(0, ROWS)
+    at = n[:, None].to(tl.int64) * num_columns + c[None, :]
+    return at, (n[:, None] < num_rows) & (c[None, :] < num_columns)
+
+
+@triton.jit
+def _put_seen(sums, largest, total, most, c, num_columns):
+    """What the program has seen of its stretch of these columns."""
+    tl.store(sums + tl.program_id(1).to(tl.int64) * num_columns + c, tl.sum(total, 0), mask=c < num_columns)
+    tl.store(largest + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.max(tl.max(most, 1), 0))
+
+
+@triton.jit
 def _gelu_backward(
     grad_y, x, grad_x, sums, largest, num_rows, num_columns,
     TANH: tl.constexpr, STRETCH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -137,16 +152,13 @@ def _gelu_backward(
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total, most = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, STRETCH, ROWS):
-        n = tl.program_id(1) * STRETCH + start + tl.arange(0, ROWS)
-        at = n[:, None].to(tl.int64) * num_columns + c[None, :]
-        inside = (n[:, None] < num_rows) & (c[None, :] < num_columns)
+        at, inside = _tile(start, c, num_rows, num_columns, STRETCH, ROWS)
         slope = _slope(tl.load(x + at, mask=inside, other=0.0).to(tl.float32), TANH)
         made = (tl.load(grad_y + at, mask=inside, other=0.0).to(tl.float32) * slope).to(grad_x.dtype.element_ty)
         tl.store(grad_x + at, made, mask=inside)
         total += made.to(tl.float32)
         most = tl.maximum(most, tl.abs(made.to(tl.float32)))
-    tl.store(sums + tl.program_id(1).to(tl.int64) * num_columns + c, tl.sum(total, 0), mask=c < num_columns)
-    tl.store(largest + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.max(tl.max(most, 1), 0))
+    _put_seen(sums, largest, total, most, c, num_columns)
 
 
 @triton.jit
@@ -156,14 +168,11 @@ def _look_at(
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total, most = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, STRETCH, ROWS):
-        n = tl.program_id(1) * STRETCH + start + tl.arange(0, ROWS)
-        at = n[:, None].to(tl.int64) * num_columns + c[None, :]
-        inside = (n[:, None] < num_rows) & (c[None, :] < num_columns)
+        at, inside = _tile(start, c, num_rows, num_columns, STRETCH, ROWS)
         taken = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         total += taken
         most = tl.maximum(most, tl.abs(taken))
-    tl.store(sums + tl.program_id(1).to(tl.int64) * num_columns + c, tl.sum(total, 0), mask=c < num_columns)
-    tl.store(largest + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.max(tl.max(most, 1), 0))
+    _put_seen(sums, largest, total, most, c, num_columns)
 
 
 @triton.jit
