@@ -63,12 +63,12 @@ STAGES = {
 
 
 def measured_and_predicted(
-    words: Sequence[str], rank: int = 0, world_size: int = 1, *, tensor: int = 1, stages: int = 1
+    words: Sequence[str], rank: int = 0, world_size: int = 1, *, tensor: int = 1, stages: int = 1, context: int = 1
 ) -> tuple[int, float]:
     """Peak bytes of the tensors of a step that is not the first, and what `predict` says."""
     run = made_for_measuring(read_command_line([*MODEL, *words]), steps=4)
     assert not check(run, world_size)
-    device, layout = torch.device("cpu"), Layout(world_size, rank, rank, tensor, stages)
+    device, layout = torch.device("cpu"), Layout(world_size, rank, rank, tensor, stages, context)
     with open(os.devnull, "w") as nowhere, RunLog("json", nowhere, is_printing_rank=False) as log:
         job = build_job(run, layout, device, log, started=0.0)
         with Keeper(job) as keeper:
@@ -112,6 +112,22 @@ def test_tensor_ranks_hold_what_is_predicted(words: str) -> None:
     def on_rank(rank: int) -> tuple[int, float]:
         os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
         return measured_and_predicted([*given, *words.split()], rank, 2, tensor=2)
+
+    found = run_ranks(on_rank, 2, timeout=120)
+    measured, predicted = max(measured for measured, _ in found), found[0][1]
+    assert predicted == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "words", ["", "--attention-dropout 0.1", "--recompute-granularity selective", "--context-exchange all-to-all"]
+)
+def test_context_ranks_hold_what_is_predicted(words: str) -> None:
+    given = "--context-parallel-size 2 --global-batch-size 4 --micro-batch-size 2 --seq-length 512".split()
+    given += "--num-layers 8 --max-position-embeddings 512".split()
+
+    def on_rank(rank: int) -> tuple[int, float]:
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+        return measured_and_predicted([*given, *words.split()], rank, 2, context=2)
 
     found = run_ranks(on_rank, 2, timeout=120)
     measured, predicted = max(measured for measured, _ in found), found[0][1]

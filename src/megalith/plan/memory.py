@@ -128,7 +128,18 @@ def layer_activations(job: Job) -> float:
     masks = (2 * job.width / job.cut) if job.dropout else 0.0
     statistics = FP32 * (4 / job.cut + job.num_heads / job.tensor)
     words = FP32 * (job.num_heads / job.tensor + 1) if job.attention_dropout else 0.0
-    return tokens * (between + kept + masks + statistics + words) + copies
+    return tokens * (between + kept + masks + statistics + words) + copies + context_activations(job)
+
+
+def context_activations(job: Job) -> float:
+    """What attention over gathered keys keeps of a layer besides: the keys and values of all ranks, what comes out a
+    chunk at a time; and the masks of its two chunks where no kernel does without (megalith.layers.attend)."""
+    if job.context == 1 or job.context_exchange != "gather" or job.recompute == "selective":
+        return 0.0
+    heads, chunk = job.num_heads * job.head_width / job.tensor, job.sequence_length / (2 * job.context)
+    is_written = (job.device == "cpu" or job.compute_bytes == FP32) and not job.attention_dropout
+    pairs = chunk**2 * (2 * job.context + 1) if is_written else 0.0
+    return job.compute_bytes * (job.tokens * heads * (2 * job.context + 1) + pairs)
 
 
 def copy_bytes(job: Job) -> float:
