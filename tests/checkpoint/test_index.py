@@ -10,6 +10,7 @@ import pytest
 
 from megalith.checkpoint.index import Index, parse, plain_json, render
 from megalith.checkpoint.pieces import Place, Stored, StoredPiece
+from megalith.checkpoint.repeats import folded
 from megalith.checkpoint.shards import DamagedError
 from megalith.files import Written, digest_of_bytes
 
@@ -129,7 +130,7 @@ def test_a_hostile_file_name_is_refused(name: Any) -> None:
     [
         ([], "not JSON"),
         ({"a": 1}, "format is not"),
-        ({**fields(), "format": "megalith checkpoint 2"}, "format is not"),
+        ({**fields(), "format": "megalith checkpoint 3"}, "format is not"),
         ({**fields(), "more": 1}, "its fields are"),
         ({name: value for name, value in fields().items() if name != "notes"}, "its fields are"),
         ({**fields(), "step": -1}, "step=-1 is not a count"),
@@ -166,6 +167,22 @@ def test_a_hostile_file_name_is_refused(name: Any) -> None:
         (with_piece([0, [0], [0]]), "is empty"),
         (with_piece([0, [0]]), "not a list of 3"),
         ({**fields(), "tensors": {"w": ["F32", [4], [[0, [0], [2]], [0, [2], [2]]]]}}, "stand once"),
+        (with_piece([0, [0], [2], [2, 0, [2]]]), "stand once"),
+        (with_piece([0, [0], [2], [2, 1, [1]]]), "overlap"),
+        (with_piece([0, [0], [2], [2, 1, [4]]]), "outside of shape"),
+        (with_piece([0, [0], [2], [2, 1, [-1]]]), "outside of shape"),
+        (with_piece([0, [0], [2], [2, 2, [2]]]), "file number 2"),
+        (with_piece([0, [0], [2], [2, -1, [2]]]), "file number -1"),
+        (with_piece([0, [0], [2], [2, 1]]), "not a list of 3"),
+        (with_piece([0, [0], [2], [2, 1, 2]]), "not a list"),
+        (with_piece([0, [0], [2], [2, 1, [2, 0]]]), "another number of dimensions"),
+        (with_piece([0, [0], [2], [1, 1, [2]]]), "no repeat of a piece"),
+        (with_piece([0, [0], [2], [2.0, 1, [2]]]), "no repeat of a piece"),
+        (with_piece([0, [0], [2], [2, True, [2]]]), "no repeat of a piece"),
+        (with_piece([0, [0], [2], [2, 1, ["2"]]]), "no repeat of a piece"),
+        (with_piece([0, [0], [2], [2, 1, [1 << 62]]]), "no repeat of a piece"),
+        (with_piece([0, [0], [2], [1 << 61, 1, [2]]]), "more often than there are files"),
+        (with_piece([0, [0], [2], *[[2, 1, [2]]] * 1000]), "more often than there are files"),
         ({**fields(), "tensors": {"w": ["F32", [4], [[0, [0], [3]], [1, [2], [2]]]]}}, "overlap"),
     ],
 )  # fmt: skip
@@ -216,3 +233,60 @@ def test_an_index_too_long_to_be_read_is_not_written(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("megalith.checkpoint.index.INDEX_LIMIT", 300)
     with pytest.raises(ValueError, match="more than 300"):
         render(INDEX)
+
+
+def test_an_index_of_more_pieces_than_are_read_is_neither_written_nor_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = render(INDEX)
+    monkeypatch.setattr("megalith.checkpoint.index.PIECES_LIMIT", 2)
+    with pytest.raises(ValueError, match=r"has 3 pieces, more than .* or 2 pieces"):
+        render(INDEX)
+    with pytest.raises(DamagedError, match="more than 2 pieces"):
+        parse(PATH, text)
+
+
+# What was written before pieces were folded.
+FIRST_FORMAT = b"""{
+"format":"megalith checkpoint 1",
+"step":7,
+"state":{"consumed_samples":448},
+"notes":{},
+"files":[
+["rank-00000.safetensors",100,"%(digest)s"],
+["rank-00003.safetensors",101,"%(digest)s"]],
+"tensors":{
+"empty":["BF16",[0,2],[]],
+"model.w":["F32",[4,6],[[0,[0,0],[4,3]],[1,[0,3],[4,3]]]],
+"step":["I64",[],[[1,[],[]]]]},
+""" % {b"digest": b"0" * 64}
+
+
+def test_an_index_of_the_first_format_is_read() -> None:
+    text = FIRST_FORMAT + f'"sha256":"{digest_of_bytes(FIRST_FORMAT)}"\n}}\n'.encode()
+    read = parse(PATH, text)
+    assert read.tensors == INDEX.tensors
+    assert read.files == {name: Written(100 + number, "0" * 64) for number, name in enumerate(FILES)}
+    assert parse(PATH, render(read)) == read
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_pieces_unfold_in_the_order_in_which_they_were_folded(seed: int) -> None:
+    random.seed(seed)
+    for _ in range(100):
+        rows, columns = random.randint(1, 6), random.randint(1, 6)
+        pieces = [
+            (row + 7 * column, Place((3 * row, 2 * column), (min(3, 16 - 3 * row), 2)))
+            for row in range(rows)
+            for column in range(columns)
+        ]
+        # Some follow no pattern.
+        for number in random.sample(range(len(pieces)), random.choice([0, 0, min(2, len(pieces))])):
+            pieces[number] = (random.randint(0, 99), pieces[number][1])
+        blocks = folded(pieces)
+        assert [piece for block in blocks for piece in block.unfolded()] == pieces
+        assert len(blocks) <= len(pieces)
+
+
+def test_a_grid_of_equal_pieces_is_one_block() -> None:
+    grid = [(8 * row + column, Place((row, column), (1, 1))) for row in range(100) for column in range(8)]
+    (block,) = folded(grid)
+    assert block.to_json() == [0, [0, 0], [1, 1], [8, 1, [0, 1]], [100, 8, [1, 0]]]

@@ -7,7 +7,7 @@ anywhere is noticed. This catches accidents; whoever can write the files can als
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,18 +15,22 @@ from typing import Any, NoReturn
 from megalith.checkpoint.pieces import (
     TENSOR_NAME,
     TORCH_DTYPES,
-    Place,
     Stored,
     StoredPiece,
     Table,
     check_cover,
 )
+from megalith.checkpoint.repeats import Block, Repeat, folded
 from megalith.checkpoint.shards import DamagedError
 from megalith.files import Written, digest_of_bytes
 
-FORMAT = "megalith checkpoint 1"
+FORMAT = "megalith checkpoint 2"
+# The first lists every piece by itself, which in the second is a block without repeats.
+READ_FORMATS = ("megalith checkpoint 1", FORMAT)
 INDEX_NAME = "index.json"
 INDEX_LIMIT = 64 << 20  # bytes
+STATE_ROOM = 4 << 20  # bytes of these that are left to state and notes when a table's size is looked at beforehand
+PIECES_LIMIT = 1 << 24  # pieces in memory; tensors of which the same files hold the same places count once
 DEPTH_LIMIT = 64  # nested JSON values
 # Names that a checkpoint's files may have; nothing else from an index ever becomes a path.
 FILE_NAME = re.compile(r"rank-[0-9]{5,9}\.safetensors")
@@ -78,18 +82,21 @@ def plain_json(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def render(index: Index) -> bytes:
+def render(index: Index, *, spare: int = 0) -> bytes:
     """The text of the index file: one line per setting, file and tensor.
 
-    Raises ValueError if it is longer than what is read.
+    spare: bytes by which it must be shorter than what is read. Raises ValueError if it is longer, or lists more pieces.
     """
     numbers = {name: number for number, name in enumerate(sorted(index.files))}
     files = [[name, index.files[name].size, index.files[name].digest] for name in sorted(index.files)]
     tensors = []
+    blocks: dict[tuple[StoredPiece, ...], str] = {}
     for name in sorted(index.tensors):
-        stored = index.tensors[name]
-        pieces = [[numbers[file], list(place.offset), list(place.extent)] for file, place in stored.pieces]
-        tensors.append(f"{_compact(name)}:{_compact([stored.dtype, list(stored.shape), pieces])}")
+        dtype, shape, pieces = index.tensors[name].dtype, index.tensors[name].shape, index.tensors[name].pieces
+        if pieces not in blocks:
+            found = folded((numbers[file], place) for file, place in pieces)
+            blocks[pieces] = _compact([block.to_json() for block in found])
+        tensors.append(f"{_compact(name)}:[{_compact(dtype)},{_compact(list(shape))},{blocks[pieces]}]")
     lines = [
         f'"format":{_compact(FORMAT)}',
         f'"step":{index.step}',
@@ -100,9 +107,20 @@ def render(index: Index) -> bytes:
     ]
     body = ("{\n" + ",\n".join(lines) + ",\n").encode()
     text = body + f'"sha256":"{digest_of_bytes(body)}"\n}}\n'.encode()
-    if len(text) > INDEX_LIMIT:
-        raise ValueError(f"the index of the checkpoint takes {len(text)} bytes, more than {INDEX_LIMIT}")
+    num_pieces, limit = sum(map(len, blocks)), INDEX_LIMIT - spare
+    if len(text) > limit or num_pieces > PIECES_LIMIT:
+        raise ValueError(
+            f"the index of the checkpoint takes {len(text)} bytes and has {num_pieces} pieces, more than {limit} bytes "
+            f"or {PIECES_LIMIT} pieces"
+        )
     return text
+
+
+def check_size(table: Table) -> None:
+    """Raise ValueError if a checkpoint of such tensors would have an index too large to be read."""
+    largest = Written((1 << 62) - 1, "0" * 64)
+    files = {piece.file: largest for stored in table.values() for piece in stored.pieces}
+    render(Index(0, {}, {}, files, table), spare=STATE_ROOM)
 
 
 def _compact(value: Any) -> str:
@@ -136,8 +154,8 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _index_from(fields: Any) -> Index:
     """The index in parsed JSON; ValueError if a field is missing or of a wrong kind."""
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise ValueError(f"format is not {FORMAT!r}")
+    if not isinstance(fields, dict) or fields.get("format") not in READ_FORMATS:
+        raise ValueError(f"format is not {' or '.join(map(repr, READ_FORMATS))}")
     if fields.keys() != {"format", "step", "state", "notes", "files", "tensors", "sha256"}:
         raise ValueError(f"its fields are {', '.join(sorted(fields))}")
     step, state, notes = fields["step"], fields["state"], fields["notes"]
@@ -166,6 +184,9 @@ def _tensors_from(listed: Any, files: list[str]) -> dict[str, Stored]:
     if not isinstance(listed, dict):
         raise ValueError("tensors is not a JSON object")
     tensors = {}
+    # Most tensors of a model are cut as many others: what was found sound once is shared, in memory too.
+    known: dict[tuple[tuple[int, ...], tuple[Block, ...]], tuple[StoredPiece, ...]] = {}
+    num_pieces = 0
     for name, entry in listed.items():
         if TENSOR_NAME.fullmatch(name) is None:
             raise ValueError(f"tensor name {name[:100]!r} must match {TENSOR_NAME.pattern}")
@@ -173,26 +194,61 @@ def _tensors_from(listed: Any, files: list[str]) -> dict[str, Stored]:
         if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
             raise ValueError(f"{name}: number type {str(dtype)[:100]!r} must be one of {', '.join(TORCH_DTYPES)}")
         whole_shape = _counts(shape, name)
-        places = tuple(_pieces_from(pieces, name, whole_shape, files))
-        check_cover(name, whole_shape, [piece.place for piece in places])
-        tensors[name] = Stored(dtype, whole_shape, places)
+        blocks = tuple(_block_from(piece, name, len(files)) for piece in _list(pieces, name))
+        key = (whole_shape, blocks)
+        if key not in known:
+            num_pieces += sum(math.prod(repeat.times for repeat in block.repeats) for block in blocks)
+            if num_pieces > PIECES_LIMIT:
+                raise ValueError(f"{name}: more than {PIECES_LIMIT} pieces up to it")
+            known[key] = tuple(_pieces_from(blocks, name, whole_shape, files))
+            check_cover(name, whole_shape, [piece.place for piece in known[key]])
+        tensors[name] = Stored(dtype, whole_shape, known[key])
     return tensors
 
 
-def _pieces_from(listed: Any, name: str, shape: tuple[int, ...], files: list[str]) -> Iterator[StoredPiece]:
+def _block_from(listed: Any, name: str, num_files: int) -> Block:
+    number, offset, extent = _list(_list(listed, name)[:3], name, 3)
+    _check_file(number, name, num_files)
+    block = Block(number, _counts(offset, name), _counts(extent, name), tuple(_repeats_from(listed[3:], name)))
+    if any(len(repeat.offset_step) != len(block.offset) for repeat in block.repeats):
+        raise ValueError(f"{name}: a repeat of a piece has another number of dimensions than the piece")
+    # Each is in a file of its own, so no hostile index unfolds to more.
+    if math.prod(repeat.times for repeat in block.repeats) > num_files:
+        raise ValueError(f"{name}: a piece is repeated more often than there are files ({num_files})")
+    return block
+
+
+def _repeats_from(listed: list[Any], name: str) -> Iterator[Repeat]:
+    for entry in listed:
+        times, file_step, offset_step = _list(entry, name, 3)
+        steps = (file_step, *_list(offset_step, name))
+        if not _is_count(times) or times < 2 or not all(type(step) is int and abs(step) < 1 << 62 for step in steps):
+            raise ValueError(f"{name}: {str(entry)[:100]} is no repeat of a piece")
+        yield Repeat(times, file_step, tuple(offset_step))
+
+
+def _pieces_from(blocks: Sequence[Block], name: str, shape: tuple[int, ...], files: list[str]) -> Iterator[StoredPiece]:
     seen = set()
-    for entry in _list(listed, name):
-        number, offset, extent = _list(entry, name, 3)
-        if not _is_count(number) or number >= len(files) or number in seen:
-            raise ValueError(f"{name}: file number {number!r} must be below {len(files)} and stand once")
-        seen.add(number)
-        place = Place(_counts(offset, name), _counts(extent, name))
-        inside = len(shape) == len(place.offset) == len(place.extent) and all(
-            start + size <= limit for start, size, limit in zip(place.offset, place.extent, shape, strict=True)
-        )
-        if not inside or place.volume == 0:
-            raise ValueError(f"{name}: the piece {tuple(place)} (offset, extent) is empty or outside of shape {shape}")
-        yield StoredPiece(files[number], place)
+    for block in blocks:
+        for number, place in block.unfolded():
+            _check_file(number, name, len(files))
+            if number in seen:
+                raise ValueError(f"{name}: file number {number} must stand once")
+            seen.add(number)
+            inside = len(shape) == len(place.offset) == len(place.extent) and all(
+                0 <= start <= start + size <= limit
+                for start, size, limit in zip(place.offset, place.extent, shape, strict=True)
+            )
+            if not inside or place.volume == 0:
+                raise ValueError(
+                    f"{name}: the piece {tuple(place)} (offset, extent) is empty or outside of shape {shape}"
+                )
+            yield StoredPiece(files[number], place)
+
+
+def _check_file(number: Any, name: str, num_files: int) -> None:
+    if not _is_count(number) or number >= num_files:
+        raise ValueError(f"{name}: file number {number!r} must be below {num_files}")
 
 
 def _list(value: Any, name: str, length: int | None = None) -> list[Any]:
