@@ -52,13 +52,19 @@ class Ranks:
         """The JSON values of all ranks, in order."""
         if self.size == 1:
             return [json.loads(json.dumps(value))]
-        payload = _to_bytes(value)
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([payload.numel()]), group=self.group)
-        longest = max(int(length) for length in lengths)
-        received = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
-        dist.all_gather(received, torch.cat([payload, payload.new_zeros(longest - payload.numel())]), group=self.group)
-        return [_from_bytes(data[: int(length)]) for data, length in zip(received, lengths, strict=True)]
+        payload = self._as_long_as_all(_to_bytes(value))
+        received = [torch.empty_like(payload) for _ in range(self.size)]
+        dist.all_gather(received, payload, group=self.group)
+        return [_from_bytes(data) for data in received]
+
+    def to_first(self, value: Any) -> list[Any]:
+        """The JSON values of all ranks, in order, on rank 0; nothing on the others. For values that are large."""
+        if self.size == 1:
+            return [json.loads(json.dumps(value))]
+        payload = self._as_long_as_all(_to_bytes(value))
+        received = [torch.empty_like(payload) for _ in range(self.size if self.rank == 0 else 0)]
+        dist.gather(payload, received or None, group=self.group, group_dst=0)
+        return [_from_bytes(data) for data in received]
 
     def from_first(self, value: Any) -> Any:
         """The JSON value of rank 0; that of the others is not looked at."""
@@ -72,20 +78,54 @@ class Ranks:
         dist.broadcast(payload, group=self.group, group_src=0)
         return _from_bytes(payload)
 
+    def part_from_first(self, values: Sequence[Any]) -> Any:
+        """The JSON value that rank 0 has for this rank. values: one for each rank; looked at on rank 0 only."""
+        if self.size == 1:
+            return json.loads(json.dumps(values[0]))
+        parts = [_to_bytes(value) for value in values] if self.rank == 0 else []
+        longest = self.from_first(max((part.numel() for part in parts), default=0))
+        payload = torch.empty(longest, dtype=torch.uint8)
+        padded = [_padded(part, longest) for part in parts]
+        dist.scatter(payload, padded or None, group=self.group, group_src=0)
+        return _from_bytes(payload)
+
     def together(self, work: Callable[[], Value]) -> list[Value]:
         """Do the work on every rank and give the JSON values of all.
 
         An OSError or ValueError on any rank raises RanksError on all: none goes on alone, none waits for ever.
         """
-        try:
-            outcome: list[Any] = [True, work()]
-        except (OSError, ValueError) as error:
-            outcome = [False, str(error), getattr(error, "errno", None)]
-        outcomes = self.gather(outcome)
-        failures = [RankFailure(rank, *said) for rank, (done, *said) in enumerate(outcomes) if not done]
-        if failures:
-            raise RanksError(failures)
+        outcomes = self.gather(_outcome_of(work))
+        _raise_any(_failures_in(outcomes))
         return [said for _, said in outcomes]
+
+    def together_to_first(self, work: Callable[[], Value]) -> list[Value]:
+        """As `together`, but the values reach rank 0 alone, as with `to_first`."""
+        outcomes = self.to_first(_outcome_of(work))
+        _raise_any([RankFailure(*failure) for failure in self.from_first(_failures_in(outcomes))])
+        return [said for _, said in outcomes]
+
+    def _as_long_as_all(self, payload: Tensor) -> Tensor:
+        """The bytes, padded to as many as the rank with the most has."""
+        longest = torch.tensor([payload.numel()])
+        dist.all_reduce(longest, dist.ReduceOp.MAX, group=self.group)
+        return _padded(payload, int(longest))
+
+
+def _outcome_of(work: Callable[[], Any]) -> list[Any]:
+    """Whether the work was done, and what it gave or what went wrong; as JSON."""
+    try:
+        return [True, work()]
+    except (OSError, ValueError) as error:
+        return [False, str(error), getattr(error, "errno", None)]
+
+
+def _failures_in(outcomes: Sequence[Any]) -> list[RankFailure]:
+    return [RankFailure(rank, *said) for rank, (done, *said) in enumerate(outcomes) if not done]
+
+
+def _raise_any(failures: Sequence[RankFailure]) -> None:
+    if failures:
+        raise RanksError(failures)
 
 
 def _to_bytes(value: Any) -> Tensor:
@@ -94,3 +134,8 @@ def _to_bytes(value: Any) -> Tensor:
 
 def _from_bytes(data: Tensor) -> Any:
     return json.loads(data.numpy().tobytes())
+
+
+def _padded(payload: Tensor, length: int) -> Tensor:
+    # With blanks, which JSON may end with.
+    return torch.cat([payload, payload.new_full((length - payload.numel(),), ord(" "))])

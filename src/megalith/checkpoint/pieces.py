@@ -6,7 +6,7 @@ copies are written once, shared out so that all ranks write about the same amoun
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -149,16 +149,37 @@ def share_out(announced: Sequence[Mapping[str, Any]]) -> dict[str, Stored]:
                 places.setdefault(Place(tuple(offset), tuple(extent)), []).append(rank)
     load = [0] * len(announced)
     table = {}
+    # Most tensors of a model are cut as many others: what is equal is looked at, and kept in memory, once.
+    covers: set[tuple[tuple[int, ...], tuple[Place, ...]]] = set()
+    layouts: dict[tuple[StoredPiece, ...], tuple[StoredPiece, ...]] = {}
     for name in sorted(holders):
         dtype, shape = kinds[name]
-        check_cover(name, shape, list(holders[name]))
+        cells = tuple(sorted(holders[name]))
+        if (shape, cells) not in covers:
+            check_cover(name, shape, cells)
+            covers.add((shape, cells))
         pieces = []
-        for place, ranks in sorted(holders[name].items()):
-            writer = min(ranks, key=lambda rank: (load[rank], rank))
+        for place in cells:
+            writer = min(holders[name][place], key=lambda rank: (load[rank], rank))
             load[writer] += place.volume * TORCH_DTYPES[dtype].itemsize
             pieces.append(StoredPiece(file_of(writer), place))
-        table[name] = Stored(dtype, shape, tuple(pieces))
+        table[name] = Stored(dtype, shape, layouts.setdefault(tuple(pieces), tuple(pieces)))
     return table
+
+
+def num_bytes_of(table: Table) -> int:
+    """Bytes of all tensors."""
+    return sum(math.prod(stored.shape) * TORCH_DTYPES[stored.dtype].itemsize for stored in table.values())
+
+
+def by_file(table: Table, files: Container[str]) -> dict[str, dict[str, Place]]:
+    """The table from the other side: for each of the files the tensors of which it holds a piece, and which."""
+    held: dict[str, dict[str, Place]] = {}
+    for name, stored in table.items():
+        for file, place in stored.pieces:
+            if file in files:
+                held.setdefault(file, {})[name] = place
+    return held
 
 
 def check_cover(name: str, shape: tuple[int, ...], places: Sequence[Place]) -> None:

@@ -21,9 +21,10 @@ from torch import Tensor
 from megalith.checkpoint.directory import CheckpointError, folder_of
 from megalith.checkpoint.exchange import Ranks
 from megalith.checkpoint.index import plain_json
-from megalith.checkpoint.pieces import Piece, Table, announce
+from megalith.checkpoint.pieces import Piece, announce
 from megalith.checkpoint.retention import delete_old
-from megalith.checkpoint.store import Contents, names_to_write, plan, write
+from megalith.checkpoint.store import Contents, write
+from megalith.checkpoint.writers import Plan, plan
 from megalith.files import DISK, Disk, Location
 
 # For a rank whose disk does not return, while steps go on beside that: the watch ends it, and says where it was.
@@ -45,18 +46,17 @@ class Saved:
 class HostCopy:
     """What a rank writes, in host memory: pinned if it comes from a CUDA device."""
 
-    def __init__(self, table: Table, tensors: Mapping[str, Piece], rank: int) -> None:
-        self.table = table
+    def __init__(self, planned: Plan, tensors: Mapping[str, Piece]) -> None:
+        self.plan = planned
         self.tensors: dict[str, Tensor] = {}
         self._announced = announce(tensors)
-        self._names = names_to_write(table, rank)
         self._stream: torch.cuda.Stream | None = None
 
     def sources(self, tensors: Mapping[str, Piece]) -> dict[str, Tensor]:
         """Those that are to be copied. Raises ValueError if the pieces are not those that the plan was made for."""
         if announce(tensors) != self._announced:
             raise ValueError("the pieces differ from those of the first save: make a new saver for another layout")
-        return {name: tensors[name].local.detach() for name in self._names}
+        return {name: tensors[name].local.detach() for name in self.plan.own}
 
     def copy(self, sources: Mapping[str, Tensor], ready: torch.cuda.Event | None) -> None:
         """Copy the tensors; in the thread. Returns when they may change again. ready: they are not computed before."""
@@ -128,7 +128,7 @@ class AsyncSaver:
 
         Called by all ranks alike, before the first save or between two; raises ValueError as `save` does.
         """
-        need = Contents(0, self._planned(tensors).table, {}, {}).num_bytes
+        need = self._planned(tensors).plan.num_bytes
         free: int | None = None
         if self._ranks.rank == 0:
             with suppress(OSError):
@@ -137,7 +137,7 @@ class AsyncSaver:
 
     def _planned(self, tensors: Mapping[str, Piece]) -> HostCopy:
         if self._host is None:
-            self._host = HostCopy(plan(self._ranks, tensors), tensors, self._ranks.rank)
+            self._host = HostCopy(plan(self._ranks, tensors), tensors)
         return self._host
 
     @property
@@ -165,7 +165,7 @@ class AsyncSaver:
         started = time.monotonic()
         self._finish()
         host = self._planned(tensors)
-        contents = Contents(step, host.table, plain_json("state", state), plain_json("notes", notes or {}))
+        contents = Contents(step, host.plan, plain_json("state", state), plain_json("notes", notes or {}))
         sources = host.sources(tensors)
         self._copied = self._thread.submit(host.copy, sources, computed(sources))
         self._writing = self._thread.submit(self._write, contents, host, self._copied, started)

@@ -29,10 +29,12 @@ from megalith.checkpoint.directory import (
     step_name,
 )
 from megalith.checkpoint.exchange import Ranks, RanksError
+from megalith.checkpoint.fit import UnfitError, check_fit, fill
 from megalith.checkpoint.index import INDEX_NAME, Index, plain_json, render
-from megalith.checkpoint.pieces import DTYPES, TORCH_DTYPES, Piece, Place, Stored, Table, announce, file_of, share_out
-from megalith.checkpoint.shards import DamagedError, open_shard, write_shard
+from megalith.checkpoint.pieces import Piece, file_of
+from megalith.checkpoint.shards import DamagedError, write_shard
 from megalith.checkpoint.verify import check_together, index_together, verify, why_unread
+from megalith.checkpoint.writers import Plan, plan
 from megalith.files import DISK, Disk, Location, Written, make_directories, sync_directory, write_whole
 
 
@@ -55,30 +57,13 @@ def save(
     untouched, and training can go on. Raises ValueError if the pieces, the state or the step cannot be stored.
     """
     ranks = Ranks(group)
-    table = plan(ranks, tensors)
-    own = {name: tensors[name].local for name in names_to_write(table, ranks.rank)}
+    planned = plan(ranks, tensors)
+    own = {name: tensors[name].local for name in planned.own}
     try:
         kept = ranks.together(lambda: [plain_json("state", state), plain_json("notes", notes or {})])[0]
     except RanksError as failed:
         raise ValueError(str(failed)) from failed
-    return write(ranks, run_dir, Contents(step, table, *kept), lambda: own, disk=disk)
-
-
-def plan(ranks: Ranks, tensors: Mapping[str, Piece]) -> dict[str, Stored]:
-    """Which rank writes which piece, found by all ranks together; it stays the same as long as the layout does.
-
-    Raises ValueError on all ranks if the pieces do not make up whole tensors.
-    """
-    try:
-        return share_out(ranks.together(lambda: announce(tensors)))
-    except RanksError as failed:
-        raise ValueError(str(failed)) from failed
-
-
-def names_to_write(table: Table, rank: int) -> list[str]:
-    """The tensors of which a rank writes its piece."""
-    file = file_of(rank)
-    return [name for name, stored in table.items() if any(piece.file == file for piece in stored.pieces)]
+    return write(ranks, run_dir, Contents(step, planned, *kept), lambda: own, disk=disk)
 
 
 @dataclass(frozen=True)
@@ -86,7 +71,7 @@ class Contents:
     """What is to be written. state and notes matter on rank 0 only. Raises ValueError if the step has no name."""
 
     step: int
-    table: Table
+    plan: Plan
     state: Mapping[str, Any]
     notes: Mapping[str, Any]
 
@@ -96,11 +81,7 @@ class Contents:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(
-            piece.place.volume * TORCH_DTYPES[stored.dtype].itemsize
-            for stored in self.table.values()
-            for piece in stored.pieces
-        )
+        return self.plan.num_bytes
 
 
 def write(
@@ -126,7 +107,7 @@ def write(
 
     try:
         temporary = first(lambda: _prepare(run_dir, contents, disk))
-        listed = ranks.together(write_own)
+        listed = ranks.together_to_first(write_own)
         files = {name: Written(size, digest) for name, size, digest in filter(None, listed)}
         first(lambda: _commit(folder, temporary, contents, files, disk))
     except RanksError as failed:
@@ -149,7 +130,7 @@ def _prepare(run_dir: Location, contents: Contents, disk: Disk) -> str:
 
 def _commit(folder: Path, temporary: str, contents: Contents, files: Mapping[str, Written], disk: Disk) -> None:
     """Write the index and give the directory its name, unless there is an equal checkpoint already."""
-    index = Index(contents.step, contents.state, contents.notes, files, contents.table)
+    index = Index(contents.step, contents.state, contents.notes, files, contents.plan.table)
     write_whole(folder / temporary / INDEX_NAME, render(index), disk=disk)
     target = StepDirectory(contents.step, folder / step_name(contents.step))
     if os.path.lexists(target.path):
@@ -189,14 +170,6 @@ def _give_up(
     message = f"{path} was not written: {reason}. It needs {need} bytes; "
     message += "how many are free is not known" if free is None else f"{free} are free there"
     return CheckpointError(f"{message}. Earlier checkpoints are untouched", path, need=need, free=free)
-
-
-class UnfitError(ValueError):
-    """A checkpoint that a run cannot go on from, sound as it may be."""
-
-    def __init__(self, message: str, index: Index) -> None:
-        super().__init__(message)
-        self.index = index
 
 
 class Refused(NamedTuple):
@@ -281,7 +254,7 @@ def load_latest(
         try:
             index, pieces = choice.fitting_unless_damaged(candidate, steps)
             check_together(ranks, path, index, disk=disk)
-            _fill(ranks, path, index, pieces, disk)
+            fill(ranks, path, index, pieces, disk=disk)
         except (RanksError, DamagedError) as failed:
             if (unread := why_unread(path, failed)) is not None:
                 raise CheckpointError(unread, path) from failed
@@ -330,61 +303,5 @@ class _Choice:
             raise
         except ValueError as error:
             raise UnfitError(f"{path} is refused: {error}", index) from error
-        _check_fit(self.ranks, path, index, pieces, self.may_stay_unread)
+        check_fit(self.ranks, path, index, pieces, self.may_stay_unread)
         return index, pieces
-
-
-def _check_fit(
-    ranks: Ranks, path: Path, index: Index, pieces: Mapping[str, Piece], may_stay_unread: Callable[[str], bool]
-) -> None:
-    """Raise UnfitError on all ranks unless the checkpoint holds what is wanted, as it is wanted, and nothing else."""
-
-    def names() -> list[str]:
-        faults = []
-        for name, piece in pieces.items():
-            stored = index.tensors.get(name)
-            kind = (DTYPES[piece.local.dtype], piece.shape)
-            if stored is None:
-                faults.append(f"it has no {name}")
-            elif (stored.dtype, stored.shape) != kind:
-                faults.append(f"{name} is {stored.dtype} {stored.shape} in it, but {kind[0]} {kind[1]} in this run")
-        if faults:
-            raise ValueError(_some(faults))
-        return list(pieces)
-
-    try:
-        read = set().union(*ranks.together(names))
-    except RanksError as failed:
-        raise UnfitError(f"{path} does not fit this run: {failed}", index) from failed
-    unread = [name for name in index.tensors if name not in read and not may_stay_unread(name)]
-    if unread:
-        raise UnfitError(f"{path} does not fit this run: the run has no {_some(unread)}", index)
-
-
-def _some(faults: list[str]) -> str:
-    """The first few faults, and how many there are."""
-    return "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
-
-
-def _fill(ranks: Ranks, path: Path, index: Index, pieces: Mapping[str, Piece], disk: Disk) -> None:
-    """Copy from the files into the pieces, file by file; RanksError on all ranks if a file fails on any."""
-
-    def fill() -> None:
-        for file in sorted(index.files):
-            needed = [
-                (name, stored.place, overlap)
-                for name, piece in pieces.items()
-                for stored in index.tensors[name].pieces
-                if stored.file == file and (overlap := stored.place.overlap(piece.place)) is not None
-            ]
-            if not needed:
-                continue
-            with open_shard(path / file, disk=disk) as shard:
-                for name, place, overlap in needed:
-                    target = pieces[name].local.detach()[overlap.slices(pieces[name].offset)]
-                    if shard.kind(name) != (index.tensors[name].dtype, place.extent):
-                        raise DamagedError(f"{path / file} holds another {name} than the index says")
-                    origin = tuple(start - zero for start, zero in zip(overlap.offset, place.offset, strict=True))
-                    shard.fill(name, Place(origin, overlap.extent), target)
-
-    ranks.together(fill)

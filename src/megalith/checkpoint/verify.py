@@ -2,12 +2,13 @@
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from megalith.checkpoint.directory import check_directory
 from megalith.checkpoint.exchange import Ranks, RanksError
 from megalith.checkpoint.index import INDEX_LIMIT, INDEX_NAME, Index, parse
+from megalith.checkpoint.pieces import by_file
 from megalith.checkpoint.shards import DamagedError, open_shard, read_file
 from megalith.files import DISK, Disk, digest_of
 
@@ -88,20 +89,16 @@ def index_in(path: Path, text: bytes) -> Index:
     return index
 
 
-def check_files(path: Path, index: Index, names: Iterable[str], *, disk: Disk) -> None:
+def check_files(path: Path, index: Index, names: Collection[str], *, disk: Disk) -> None:
     """Raise DamagedError or OSError unless the named files of a checkpoint are what its index says."""
+    held = by_file(index.tensors, set(names))
     for name in names:
         found, expected = digest_of(path / name, disk=disk), index.files[name]
         if found.size != expected.size:
             raise DamagedError(f"{path / name} has {found.size} bytes, expected {expected.size}")
         if found.digest != expected.digest:
             raise DamagedError(f"{path / name} was changed: its SHA-256 is {found.digest}, expected {expected.digest}")
-        listed = {
-            tensor: (stored.dtype, piece.place.extent)
-            for tensor, stored in index.tensors.items()
-            for piece in stored.pieces
-            if piece.file == name
-        }
+        listed = {tensor: (index.tensors[tensor].dtype, place.extent) for tensor, place in held.get(name, {}).items()}
         with open_shard(path / name, disk=disk) as shard:
             if {tensor: shard.kind(tensor) for tensor in shard.names} != listed:
                 raise DamagedError(f"{path / name} holds other tensors than the index says")
