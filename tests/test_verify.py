@@ -11,6 +11,8 @@ import pytest
 
 from megalith.cli import main
 from megalith.data.prepare import PrepareConfig, prepare
+from megalith.files import Disk
+from megalith.verify import check_checkpoint
 from tests.layouts.runs import run_on, write_data
 
 
@@ -47,6 +49,19 @@ def test_a_whole_run_directory_is_sound(run: Path, kept: Path, capsys: pytest.Ca
     assert kinds == ["run file", "tokenizer", "checkpoint", "checkpoint", "token file", "checkpoint"]
     data = report["findings"][2]["facts"]["data"]
     assert [entry["name"] for entry in data] == ["bytes_document"]
+
+
+def test_each_shard_is_opened_for_its_digest_and_for_its_tensors(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    open_file = Disk.open
+
+    def noting(disk: Disk, path: Path) -> int:
+        opened.append(path.name)
+        return open_file(disk, path)
+
+    monkeypatch.setattr(Disk, "open", noting)
+    assert not check_checkpoint(run / "checkpoints" / "step-0000002").faults
+    assert sorted(opened) == ["index.json", "rank-00000.safetensors", "rank-00000.safetensors"]
 
 
 def flip(path: Path, place: int) -> None:
