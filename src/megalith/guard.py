@@ -9,6 +9,7 @@ from pathlib import Path
 from megalith.checkpoint.directory import CheckpointError, StepDirectory, discard, list_checkpoints
 from megalith.checkpoint.exchange import Ranks, RanksError
 from megalith.checkpoint.shards import DamagedError
+from megalith.checkpoint.store import steps_together
 from megalith.files import DISK
 from megalith.job import Job
 from megalith.keeper import Keeper
@@ -119,7 +120,11 @@ def rewind(job: Job, keeper: Keeper) -> bool:
         job.log.report(Warned(f"went back {bad.rewinds} times and came no further than step {left}"))
         return False
     keeper.settle()
-    listed = ranks.from_first([found.step for found in list_checkpoints(save)] if ranks.rank == 0 else None)
+    try:
+        listed = steps_together(ranks, save)
+    except CheckpointError as error:
+        job.log.report(Warned(str(error)))
+        return False
     for step in sorted((step for step in listed if step < bad.turns_back_below()), reverse=True):
         try:
             go_back(job, step)
@@ -163,8 +168,10 @@ def remove_after(job: Job, step: int) -> None:
     save, ranks = str(job.run.checkpoint.save), Ranks()
 
     def remove() -> None:
-        later: list[StepDirectory] = [found for found in list_checkpoints(save) if found.step > step]
-        for directory in reversed(later if ranks.rank == 0 else []):
+        later: list[StepDirectory] = []
+        if ranks.rank == 0:
+            later = [found for found in list_checkpoints(save) if found.step > step]
+        for directory in reversed(later):
             try:
                 discard(directory, disk=DISK)
             except DamagedError as error:

@@ -5,9 +5,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from megalith.checkpoint.directory import CheckpointError, list_checkpoints, try_run_directory
+from megalith.checkpoint.directory import CheckpointError, try_run_directory
 from megalith.checkpoint.exchange import Ranks
 from megalith.checkpoint.saver import AsyncSaver
+from megalith.checkpoint.store import steps_together
 from megalith.config import Run
 from megalith.data.tokenizer import Tokenizer
 from megalith.files import DISK
@@ -16,21 +17,28 @@ from megalith.monitor.events import CheckpointStarted, Warned
 from megalith.monitor.pace import SavePace
 from megalith.monitor.timers import Timer
 from megalith.owner import Lease
+from megalith.parallel.mesh import Layout
 from megalith.report import report_saved
 from megalith.run_state import notes_of, state_of, tensors_of
 from megalith.sources import write_run_file
 
-NOTHING_BEFORE = "there is none before it: a kill loses everything"
 
-
-def try_save_directory(run: Run) -> None:
-    """Find out whether --save can be written to. Raises ValueError if not."""
-    if run.checkpoint.save is None or run.train.exit_before_training:
+def try_save_directory(run: Run, layout: Layout) -> None:
+    """Find out whether --save can be written to, on each host once. Raises ValueError on all ranks if not."""
+    save = run.checkpoint.save
+    if save is None or run.train.exit_before_training:
         return
-    try:
-        try_run_directory(run.checkpoint.save, disk=DISK)
-    except CheckpointError as error:
-        raise ValueError(f"--save = {run.checkpoint.save}: {error}. Choose another directory.") from error
+
+    def try_here() -> str:
+        try:
+            if layout.local_rank == 0:
+                try_run_directory(save, disk=DISK)
+        except CheckpointError as error:
+            return str(error)
+        return ""
+
+    if faults := [fault for fault in Ranks().gather(try_here()) if fault]:
+        raise ValueError(f"--save = {save}: {faults[0]}. Choose another directory.")
 
 
 def keep_what_is_trained(run: Run, tokenizer: Tokenizer | None) -> None:
@@ -45,14 +53,11 @@ def keep_what_is_trained(run: Run, tokenizer: Tokenizer | None) -> None:
 
 
 def has_checkpoint(run: Run) -> bool:
-    """Whether the same command has something to go on from; every rank calls it, rank 0 looks."""
-    ranks, found = Ranks(), False
-    if ranks.rank == 0 and run.checkpoint.save is not None:
-        try:
-            found = bool(list_checkpoints(run.checkpoint.save))
-        except OSError:
-            found = True  # what cannot be seen is not known to be lost
-    return bool(ranks.from_first(found))
+    """Whether the same command has something to go on from; every rank calls it."""
+    try:
+        return run.checkpoint.save is not None and bool(steps_together(Ranks(), run.checkpoint.save))
+    except CheckpointError:
+        return True  # what cannot be seen is not known to be lost
 
 
 class Keeper:
@@ -166,14 +171,8 @@ class Keeper:
         checkpoint = self._job.run.checkpoint
         self.failed, self._saved_step = True, None
         self.asks_to_stop = checkpoint.on_save_failure == "stop"
-        assert checkpoint.save is not None
-        try:
-            safe = [found.step for found in list_checkpoints(checkpoint.save)]
-            kept = f"the newest before is of step {safe[-1]}" if safe else NOTHING_BEFORE
-        except OSError as unseen:
-            kept = f"which there are before it cannot be seen ({unseen.strerror})"
         then = "The run stops" if self.asks_to_stop else "The run goes on; the next checkpoint is tried anew"
         then += f" (--on-save-failure {checkpoint.on_save_failure})"
         if is_last:
             then = "The run ends without it; the same command takes the steps since then again"
-        self._job.log.report(Warned(f"{error}; {kept}. {then}."))
+        self._job.log.report(Warned(f"{error}; {error.before}. {then}."))

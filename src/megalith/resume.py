@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalith.adopt import Adoption, begin_with
-from megalith.checkpoint.directory import CheckpointError, list_checkpoints
+from megalith.checkpoint.directory import CheckpointError
+from megalith.checkpoint.exchange import Ranks
 from megalith.checkpoint.index import Index
 from megalith.checkpoint.pieces import Piece
 from megalith.checkpoint.settings import TRACKER
-from megalith.checkpoint.store import Loaded, load_latest
+from megalith.checkpoint.store import Loaded, load_latest, steps_together
 from megalith.continuity import check_same_samples, tell_differences
 from megalith.job import Job
 from megalith.monitor.events import CheckpointLoaded, CheckpointMissing, LoadStarted, Warned
@@ -23,34 +24,42 @@ class Source:
     """Where a run starts from."""
 
     directory: Path
+    newest: int  # step of its newest checkpoint
     is_own: bool  # the run's own directory: it goes on, whatever --finetune and the like say
 
 
 def source_of(job: Job) -> Source | None:
-    """The run directory to load from; None to start anew.
+    """The run directory to load from, the same on all ranks; None to start anew.
 
-    Raises ValueError where that would leave checkpoints behind, or there is nothing to load.
+    Raises ValueError where that would leave checkpoints behind, or there is nothing to load, or it cannot be seen.
     """
     checkpoint = job.run.checkpoint
-    own = list_checkpoints(checkpoint.save) if checkpoint.save is not None else []
+    own = _steps_in(checkpoint.save) if checkpoint.save is not None else []
     is_same = checkpoint.loads_own
     if own and (checkpoint.auto_resume or is_same):
         _tell_what_is_overruled(job, is_same=is_same)
-        return Source(Path(str(checkpoint.save)), is_own=True)
+        return Source(Path(str(checkpoint.save)), own[-1], is_own=True)
     if own:
         raise ValueError(
-            f"--save = {checkpoint.save}: holds checkpoints up to step {own[-1].step}, and --no-auto-resume forbids to "
+            f"--save = {checkpoint.save}: holds checkpoints up to step {own[-1]}, and --no-auto-resume forbids to "
             "go on from them. Choose another directory."
         )
     if checkpoint.load is None:
         return None
-    if list_checkpoints(checkpoint.load):
-        return Source(Path(checkpoint.load), is_own=False)
+    if others := _steps_in(checkpoint.load):
+        return Source(Path(checkpoint.load), others[-1], is_own=False)
     if not is_same:
         raise ValueError(f"--load = {checkpoint.load}: holds no checkpoint. Correct the path, or leave it out.")
     # The habit of Megatron-LM's scripts: one directory to save to and load from, empty at the first start.
     job.log.report(CheckpointMissing(str(Path(checkpoint.load) / TRACKER)))
     return None
+
+
+def _steps_in(run_dir: str) -> list[int]:
+    try:
+        return steps_together(Ranks(), run_dir)
+    except CheckpointError as error:
+        raise ValueError(str(error)) from error
 
 
 def _tell_what_is_overruled(job: Job, *, is_same: bool) -> None:
@@ -78,7 +87,7 @@ def resume(job: Job) -> None:
         begin_with_another(job)
         return
     started = time.monotonic()
-    job.log.report(LoadStarted(str(source.directory), list_checkpoints(source.directory)[-1].step))
+    job.log.report(LoadStarted(str(source.directory), source.newest))
     fresh = job.run.checkpoint.finetune and not source.is_own
     with_optimizer = not fresh and (source.is_own or not job.run.checkpoint.no_load_optim)
     may_lack = source.is_own and bool(job.run.checkpoint.no_load_optim)

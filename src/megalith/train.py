@@ -70,7 +70,7 @@ def train(run: Run, *, started: float) -> int:
         company = stack.enter_context(meeting)
         watch = stack.enter_context(open_watch(run, layout, company))
         lease = stack.enter_context(owned(run, layout))
-        try_save_directory(run)
+        try_save_directory(run, layout)
         log = stack.enter_context(open_log(run, layout))
         if inherited:
             log.report(Warned(f"this process was forked: it computes with 1 thread, not {inherited}; spawn keeps all"))

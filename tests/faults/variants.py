@@ -13,7 +13,7 @@ from torch import Tensor
 
 import megalith.files
 import megalith.train
-from megalith import keeper, owner, passes, resume, run_state
+from megalith import owner, passes, resume, run_state
 from megalith.checkpoint import directory, index, retention, saver, store, verify
 from megalith.checkpoint.directory import StepDirectory, folder_of, list_checkpoints, step_name
 from megalith.checkpoint.exchange import Ranks
@@ -113,8 +113,7 @@ def tracker_in_place(rank: int) -> None:
         return [entry for entry in found if entry.step == int(tracker.read_text())] if tracker.exists() else []
 
     put(saver, write=writing)
-    for module in (store, resume, keeper):
-        put(module, list_checkpoints=list_tracked)
+    put(store, list_checkpoints=list_tracked)
 
 
 def weights_written_uncopied(rank: int) -> None:

@@ -11,11 +11,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from megalith.checkpoint.settings import FOLDER
 from megalith.job import build_job
 from megalith.parallel.mesh import make_layout
 from megalith.resume import resume
 from megalith.run_state import tensors_of
-from tests.layouts.runs import MODEL, Runs, assert_same_steps, configured, largest_difference, run_on, weights_of
+from tests.layouts.runs import (
+    MODEL,
+    Runs,
+    assert_same_steps,
+    configured,
+    events_of,
+    largest_difference,
+    run_on,
+    weights_of,
+)
 from tests.ranks import run_ranks
 
 TP, PP, CP, SHARD = (
@@ -77,6 +87,19 @@ def test_a_run_goes_on_under_another_layout(
     # Moments are of the size of gradients, and of their squares.
     assert largest_difference(save, undisturbed, "exp_avg.") < 1e-4
     assert largest_difference(save, undisturbed, "exp_avg_sq.") < 1e-5
+
+
+def test_ranks_go_on_together_although_one_lists_no_checkpoint(runs: Runs, tmp_path: Path) -> None:
+    def sees_nothing(rank: int) -> None:
+        # As where a network file system keeps the listing of before the first checkpoint.
+        listdir = os.listdir
+        if rank == 1:
+            os.listdir = lambda path=".": [] if Path(path).name == FOLDER else listdir(path)  # type: ignore[assignment]
+
+    save = runs.copied(runs(2, *STEPS, "--exit-interval", "10"), tmp_path / "run")
+    assert run_on(2, STEPS, save, runs.data, before=sees_nothing, timeout=60) == 0
+    assert_same_steps(save, runs(1, *STEPS))
+    assert [event["step"] for event in events_of(save, "load_started")] == [10]
 
 
 def pieces_on(rank: int, *, world_size: int, words: list[str]) -> list[tuple[str, tuple[int, ...], NDArray[Any]]]:

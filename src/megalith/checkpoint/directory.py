@@ -26,12 +26,15 @@ class CheckpointError(RuntimeError):
     """A checkpoint that could not be written or, of all that there are, none that can be read; the same on every rank.
 
     path: the checkpoint, or the folder of checkpoints. need: bytes of the checkpoint; free: those left on its file
-    system after the failure. None where they do not matter or are not known.
+    system after the failure. None where they do not matter or are not known. before: what there is to go back to, in
+    words, of a checkpoint that was not written.
     """
 
-    def __init__(self, message: str, path: Path, *, need: int | None = None, free: int | None = None) -> None:
+    def __init__(
+        self, message: str, path: Path, *, need: int | None = None, free: int | None = None, before: str = ""
+    ) -> None:
         super().__init__(message)
-        self.path, self.need, self.free = path, need, free
+        self.path, self.need, self.free, self.before = path, need, free, before
 
 
 class StepDirectory(NamedTuple):

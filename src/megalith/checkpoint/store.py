@@ -37,6 +37,8 @@ from megalith.checkpoint.verify import check_together, index_together, verify, w
 from megalith.checkpoint.writers import Plan, plan
 from megalith.files import DISK, Disk, Location, Written, make_directories, sync_directory, write_whole
 
+NOTHING_BEFORE = "there is none before it: a kill loses everything"
+
 
 def save(
     run_dir: Location,
@@ -156,7 +158,7 @@ def _give_up(
     ranks: Ranks, folder: Path, temporary: str, contents: Contents, reason: str, disk: Disk
 ) -> CheckpointError:
     """Remove what was written, and say on every rank what happened."""
-    free = None
+    free, before = None, ""
     if ranks.rank == 0:
         if temporary:
             # The disk fails already: what cannot be removed now is left for the next save.
@@ -164,12 +166,22 @@ def _give_up(
                 discard(StepDirectory(contents.step, folder / temporary), disk=disk)
         with suppress(OSError):
             free = disk.free_bytes(folder)
+        before = _told_of_earlier(folder.parent)
     # Also keeps the other ranks from starting the next save before this one is cleared away.
-    free = ranks.from_first(free)
+    free, before = ranks.from_first([free, before])
     path, need = folder / step_name(contents.step), contents.num_bytes
     message = f"{path} was not written: {reason}. It needs {need} bytes; "
     message += "how many are free is not known" if free is None else f"{free} are free there"
-    return CheckpointError(f"{message}. Earlier checkpoints are untouched", path, need=need, free=free)
+    return CheckpointError(f"{message}. Earlier checkpoints are untouched", path, need=need, free=free, before=before)
+
+
+def _told_of_earlier(run_dir: Path) -> str:
+    """What there is to go back to."""
+    try:
+        earlier = list_checkpoints(run_dir)
+    except OSError as unseen:
+        return f"which there are before it cannot be seen ({unseen.strerror})"
+    return f"the newest before is of step {earlier[-1].step}" if earlier else NOTHING_BEFORE
 
 
 class Refused(NamedTuple):
@@ -212,6 +224,21 @@ def nothing(name: str) -> bool:
     return False
 
 
+def steps_together(ranks: Ranks, run_dir: Location) -> list[int]:
+    """The steps of a run's checkpoints, oldest first, as rank 0 sees them; called by all ranks alike.
+
+    What another host lists may be old: a network file system keeps listings for a while, and ranks that each believed
+    their own would part. Raises CheckpointError on all ranks if there is no listing.
+    """
+    folder = folder_of(run_dir)
+    try:
+        listed = ranks.together(lambda: [found.step for found in list_checkpoints(run_dir)] if ranks.rank == 0 else [])
+    except RanksError as failed:
+        said = why_unread(folder, failed) or f"{folder} cannot be read: {failed}"
+        raise CheckpointError(said, folder) from failed
+    return listed[0]
+
+
 def load_latest(
     run_dir: Location,
     wanted: Wanted,
@@ -236,12 +263,7 @@ def load_latest(
     """
     ranks = Ranks(group)
     folder = folder_of(run_dir)
-    try:
-        listed = ranks.together(lambda: [found.step for found in list_checkpoints(run_dir)] if ranks.rank == 0 else [])
-    except RanksError as failed:
-        said = why_unread(folder, failed) or f"{folder} cannot be read: {failed}"
-        raise CheckpointError(said, folder) from failed
-    steps = listed[0]
+    steps = steps_together(ranks, run_dir)
     if step is not None:
         if step not in steps:
             raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {steps}", folder)
