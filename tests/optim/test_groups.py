@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalith.models.decoder import Decoder
 from megalith.models.settings import ModelConfig
@@ -168,6 +170,23 @@ def test_a_parameter_left_out_of_a_step_is_named() -> None:
     optimizer.step()
     with pytest.raises(ValueError, match=r"norm\.bias got no gradient"):
         num_updates(model, optimizer)
+
+
+def test_updates_are_read_from_the_device_at_once() -> None:
+    class CountsReads(TorchDispatchMode):
+        reads = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.reads += function == torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    model = small()
+    optimizer = build_optimizer(model, ADAM)
+    train(model, optimizer, range(2))
+    with CountsReads() as counts:
+        assert num_updates(model, optimizer) == 2
+    # A tensor of all counts becomes a list by a copy, which is no read of this kind.
+    assert counts.reads == 0
 
 
 @pytest.mark.parametrize("config", [ADAM, SGD], ids=["adam", "sgd"])

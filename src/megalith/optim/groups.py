@@ -113,8 +113,10 @@ def num_updates(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """
     if isinstance(optimizer, torch.optim.SGD):
         return 0
-    counts = {name: int(optimizer.state[p]["step"]) for name, p in _updated_parameters(model, optimizer)}
-    most = max(counts.values(), default=0)
+    kept = {name: optimizer.state[p]["step"] for name, p in _updated_parameters(model, optimizer)}
+    # Together, for each read from a device waits for it.
+    counts = dict(zip(kept, torch.stack(list(kept.values())).tolist() if kept else (), strict=True))
+    most = int(max(counts.values(), default=0))
     missed = [name for name, count in counts.items() if count != most]
     if missed:
         raise ValueError(
