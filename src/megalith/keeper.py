@@ -118,14 +118,18 @@ class Keeper:
         return self._job.timers("checkpoint-stall")
 
     def look_for_room(self) -> None:
-        """Find out, before the first step, whether there is room for a checkpoint. Raises ValueError if not."""
+        """Find out, before the first step, whether a checkpoint can be written, and has room. ValueError if not."""
         if self._saver is None:
             return
-        need, free = self._saver.room(tensors_of(self._job))
+        save = self._job.run.checkpoint.save
+        try:
+            need, free = self._saver.room(tensors_of(self._job))
+        except ValueError as error:
+            raise ValueError(f"--save = {save}: no checkpoint can be written: {error}") from error
         if free is not None and free < need:
             raise ValueError(
-                f"--save = {self._job.run.checkpoint.save}: a checkpoint needs {need:,} bytes, {free:,} are free "
-                "there. Make room, or choose another directory."
+                f"--save = {save}: a checkpoint needs {need:,} bytes, {free:,} are free there. Make room, or choose "
+                "another directory."
             )
 
     def forget_saved(self) -> None:

@@ -120,7 +120,10 @@ def check_size(table: Table) -> None:
     """Raise ValueError if a checkpoint of such tensors would have an index too large to be read."""
     largest = Written((1 << 62) - 1, "0" * 64)
     files = {piece.file: largest for stored in table.values() for piece in stored.pieces}
-    render(Index(0, {}, {}, files, table), spare=STATE_ROOM)
+    try:
+        render(Index(0, {}, {}, files, table), spare=STATE_ROOM)
+    except ValueError as error:
+        raise ValueError(f"{error}; cut tensors over fewer ranks (--data-parallel-shard-size)") from error
 
 
 def _compact(value: Any) -> str:
