@@ -15,6 +15,7 @@ from megalith.checkpoint.directory import CheckpointError, list_checkpoints
 from megalith.checkpoint.pieces import Piece, whole
 from megalith.checkpoint.saver import AsyncSaver
 from megalith.checkpoint.store import load_latest
+from megalith.checkpoint.writers import Plan
 from megalith.files import Disk
 from tests.checkpoint.runs import assert_equal, empty, load_newest, pieces_of, tensors_at
 from tests.disks import HookedDisk, Moment, failing_disk
@@ -216,8 +217,56 @@ def test_memory_is_one_copy_of_what_a_rank_writes(tmp_path: Path) -> None:
         saver.save(step, {name: whole(tensor) for name, tensor in tensors.items()}, {})
         assert saver._host is not None
         copies.append({name: tensor.data_ptr() for name, tensor in saver._host.tensors.items()})
+        assert len({tensor.untyped_storage().data_ptr() for tensor in saver._host.tensors.values()}) == 1
     assert copies[0] == copies[1] == copies[2]
     saver.close()
+
+
+def test_the_copy_is_one_buffer_without_gaps_beyond_its_alignment() -> None:
+    sources = {
+        "odd": torch.randn(7, 3).double(),
+        "half": torch.randn(33).bfloat16(),
+        "count": torch.tensor(5),
+        "turned": torch.randn(4, 6).t(),
+        "flags": torch.tensor([True, False, True]),
+        "empty": torch.zeros(0, 3),
+    }
+    buffer, tensors = saver_module.in_one_buffer(sources)
+    num_bytes = sum(source.numel() * source.element_size() for source in sources.values())
+    assert num_bytes <= buffer.numel() < num_bytes + 64 * len(sources)
+    for name, source in sources.items():
+        assert tensors[name].untyped_storage().data_ptr() == buffer.data_ptr()
+        assert tensors[name].data_ptr() % 64 == 0
+        assert (tensors[name].dtype, tensors[name].shape) == (source.dtype, source.shape)
+        saver_module.copy_alone(tensors[name], source)
+    assert all(torch.equal(tensors[name], source) for name, source in sources.items())
+    assert saver_module.in_one_buffer({})[0].numel() == 0
+
+
+def test_pinned_memory_is_given_back_with_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Runtime:
+        def __init__(self, status: int) -> None:
+            self.status = status
+            self.registered: dict[int, int] = {}
+
+        def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:  # noqa: N802
+            if not self.status:
+                self.registered[pointer] = size
+            return self.status
+
+        def cudaHostUnregister(self, pointer: int) -> int:  # noqa: N802
+            del self.registered[pointer]
+            return 0
+
+    buffer = torch.empty(100, dtype=torch.uint8)
+    for status, expected in ((0, {buffer.data_ptr(): 100}), (2, {})):
+        runtime = Runtime(status)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda runtime=runtime: runtime)
+        host = saver_module.HostCopy(Plan((), 0, {}), {})
+        host._pin(buffer)
+        assert runtime.registered == expected
+        del host
+        assert not runtime.registered
 
 
 @pytest.mark.gpu
@@ -235,6 +284,7 @@ def test_what_a_cuda_device_holds_at_the_call_is_saved(tmp_path: Path) -> None:
         waited = saver.before_update()
         tensor.zero_()
         (saved,) = saver.wait()
+        assert saver._host is not None and saver._host.tensors["w"].is_pinned()
         print(f"256 MiB: save {stall:.4f} s, before_update {waited:.4f} s, written after {saved.seconds:.2f} s")
         read = torch.zeros(size, device="cuda")
         load_latest(tmp_path, {"w": whole(read)})

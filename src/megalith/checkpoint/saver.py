@@ -5,11 +5,13 @@ weights (`before_update`). There is one copy, overwritten by each checkpoint: me
 """
 
 import time
+import weakref
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from megalith.checkpoint.store import Contents, write
 from megalith.checkpoint.writers import Plan, plan
 from megalith.files import DISK, Disk, Location
 
+ALIGNMENT = 64  # bytes; of each tensor in host memory
 # For a rank whose disk does not return, while steps go on beside that: the watch ends it, and says where it was.
 LONGEST_WAIT = timedelta(days=7)
 
@@ -44,7 +47,7 @@ class Saved:
 
 
 class HostCopy:
-    """What a rank writes, in host memory: pinned if it comes from a CUDA device."""
+    """What a rank writes, in one piece of host memory, which is pinned if it comes from a CUDA device."""
 
     def __init__(self, planned: Plan, tensors: Mapping[str, Piece]) -> None:
         self.plan = planned
@@ -60,25 +63,44 @@ class HostCopy:
 
     def copy(self, sources: Mapping[str, Tensor], ready: torch.cuda.Event | None) -> None:
         """Copy the tensors; in the thread. Returns when they may change again. ready: they are not computed before."""
-        for name, tensor in sources.items():
-            if name not in self.tensors:
-                self.tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         if ready is not None:
             self._copy_from_cuda(sources, ready)
             return
+        self.tensors = self.tensors or in_one_buffer(sources)[1]
         for name, tensor in sources.items():
             copy_alone(self.tensors[name], tensor)
+
+    def _pin(self, buffer: Tensor) -> None:
+        """Lock the buffer into memory, so that a copy needs no detour; where that is refused, it takes longer."""
+        # Not by torch, which rounds pinned memory up to a power of two.
+        cudart = torch.cuda.cudart()
+        if not int(cudart.cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)):
+            weakref.finalize(self, cudart.cudaHostUnregister, buffer.data_ptr())
 
     def _copy_from_cuda(self, sources: Mapping[str, Tensor], ready: torch.cuda.Event) -> None:
         device = next(tensor.device for tensor in sources.values() if tensor.is_cuda)
         # On a stream of its own, for the default one would let the copies wait for the training's kernels.
         with torch.cuda.device(device):
+            if not self.tensors:
+                buffer, self.tensors = in_one_buffer(sources)
+                self._pin(buffer)
             self._stream = self._stream or torch.cuda.Stream()
             with torch.cuda.stream(self._stream):
                 self._stream.wait_event(ready)
                 for name, tensor in sources.items():
                     self.tensors[name].copy_(tensor, non_blocking=True)
             self._stream.synchronize()
+
+
+def in_one_buffer(tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Bytes of host memory, and in them one tensor like each of these, one behind the other."""
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    ends = list(accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values()))
+    buffer = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8)
+    inside = {}
+    for (name, tensor), start in zip(tensors.items(), [0, *ends], strict=False):
+        inside[name] = buffer[start : start + sizes[name]].view(tensor.dtype).view(tensor.shape)
+    return buffer, inside
 
 
 def copy_alone(target: Tensor, source: Tensor) -> None:
