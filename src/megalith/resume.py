@@ -194,7 +194,7 @@ def wanted(job: Job, index: Index, *, with_optimizer: bool, adoption: Adoption |
             f"the checkpoint of step {index.step} holds no optimizer state for this model and --optimizer "
             f"{job.run.optimizer.optimizer}. Give the optimizer of before, or --no-load-optim"
         )
-    return {**weight_pieces(job), **pieces}
+    return {**weight_pieces(job), **{name: piece.to_fill() for name, piece in pieces.items()}}
 
 
 def _lacks_optimizer(job: Job, index: Index) -> bool:

@@ -12,7 +12,7 @@ from megalith.evaluations import OWED
 from megalith.job import Job
 from megalith.models.shape import shape_of
 from megalith.optim.finite import BadSteps
-from megalith.optim.groups import num_updates, optimizer_tensors, set_num_updates
+from megalith.optim.groups import num_updates, readable_tensors, set_num_updates
 from megalith.optim.schedule import resumed_schedule, schedule_to_json
 from megalith.parallel.apply import local_part
 from megalith.sources import as_toml
@@ -33,10 +33,11 @@ def weight_pieces(job: Job) -> dict[str, Piece]:
 
 
 def optimizer_pieces(job: Job) -> dict[str, Piece]:
+    """The optimizer's tensors; those that it keeps in fewer bits are not read yet."""
     pieces = {}
-    for name, tensor in optimizer_tensors(job.laid.trained, job.optimizer).items():
+    for name, (tensor, read) in readable_tensors(job.laid.trained, job.optimizer).items():
         held = job.laid.trained.held[name.split(".", 1)[1]]
-        pieces[name] = Piece(local_part(tensor), held.whole, held.offset)
+        pieces[name] = Piece(local_part(tensor), held.whole, held.offset, read)
     return pieces
 
 

@@ -3,6 +3,7 @@
 import errno
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,35 @@ def test_other_pieces_need_another_saver(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="state of the checkpoint"):
         saver.save(2, {"w": whole(torch.zeros(4))}, {"loss": float("nan")})
     saver.close()
+
+
+def test_only_what_a_rank_writes_is_read_and_only_when_it_is_saved(tmp_path: Path) -> None:
+    names = [f"exp_avg.layers.{number}" for number in range(6)]
+
+    def on_rank(rank: int) -> tuple[list[str], list[str], int]:
+        reads: list[str] = []
+
+        def read(name: str) -> Tensor:
+            reads.append(name)
+            return torch.full((3,), float(names.index(name)))
+
+        # Both ranks hold all of it.
+        outline = torch.empty(3, device="meta")
+        pieces = {name: Piece(outline, (3,), (0,), partial(read, name)) for name in names}
+        saver = AsyncSaver(tmp_path)
+        saver.room(pieces)
+        before = list(reads)
+        saver.save(1, pieces, {})
+        (saved,) = saver.wait()
+        saver.close()
+        return before, reads, saved.num_bytes
+
+    (first, of_first, num_bytes), (second, of_second, _) = run_ranks(on_rank, 2)
+    assert first == second == [] and num_bytes == 6 * 12
+    assert sorted(of_first + of_second) == names and len(of_first) == len(of_second)
+    tensors = {name: torch.zeros(3) for name in names}
+    assert load_latest(tmp_path, {name: whole(tensor) for name, tensor in tensors.items()}) is not None
+    assert [float(tensors[name][2]) for name in names] == [0, 1, 2, 3, 4, 5]
 
 
 def test_ranks_save_while_the_training_speaks(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from megalith.optim.groups import (
     build_optimizer,
     num_updates,
     optimizer_tensors,
+    readable_tensors,
     set_learning_rate,
     set_num_updates,
     take_optimizer_tensors,
@@ -145,6 +146,30 @@ def test_what_is_read_back_is_bit_for_bit_what_was_kept(kind: str) -> None:
     for name, tensor in optimizer_tensors(whole, straight).items():
         assert torch.equal(tensor, optimizer_tensors(resumed, second)[name]), name
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_are_outlined_without_being_read(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = odd()
+    optimizer = optimizer_of(model, kind)
+    train(model, optimizer, range(2))
+    expected = optimizer_tensors(model, optimizer)
+    reads: list[str] = []
+    unpacked = CompactAdamW.unpacked
+
+    def counting(self: CompactAdamW, parameter: nn.Parameter, moment: str) -> Tensor:
+        reads.append(moment)
+        return unpacked(self, parameter, moment)
+
+    monkeypatch.setattr(CompactAdamW, "unpacked", counting)
+    readable = readable_tensors(model, optimizer)
+    assert {name: (outline.dtype, outline.shape) for name, (outline, _) in readable.items()} == {
+        name: (tensor.dtype, tensor.shape) for name, tensor in expected.items()
+    }
+    assert not reads
+    read = readable["exp_avg_sq.weight"].read
+    assert read is not None and torch.equal(read(), expected["exp_avg_sq.weight"])
+    assert reads == ["exp_avg_sq"]
 
 
 def test_a_second_moment_that_is_not_0_is_never_kept_as_0() -> None:

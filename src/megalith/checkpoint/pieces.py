@@ -6,7 +6,7 @@ copies are written once, shared out so that all ranks write about the same amoun
 
 import math
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,12 +65,14 @@ class Place(NamedTuple):
 class Piece:
     """The part of a tensor that lies on this rank: its elements, the whole's shape, and where they start in it.
 
+    read: gives the elements where they are kept in another form; local then has their type and shape only (meta).
     Raises ValueError if the part does not lie inside the whole or its number type cannot be stored.
     """
 
     local: Tensor
     shape: tuple[int, ...]
     offset: tuple[int, ...]
+    read: Callable[[], Tensor] | None = None
 
     def __post_init__(self) -> None:
         extent = tuple(self.local.shape)
@@ -90,6 +92,15 @@ class Piece:
     @property
     def place(self) -> Place:
         return Place(self.offset, tuple(self.local.shape))
+
+    @property
+    def elements(self) -> Tensor:
+        """What is to be written."""
+        return self.local.detach() if self.read is None else self.read()
+
+    def to_fill(self) -> "Piece":
+        """The piece with memory for its elements; a copy of them where they are kept in another form."""
+        return self if self.read is None else Piece(self.read(), self.shape, self.offset)
 
 
 def whole(tensor: Tensor) -> Piece:

@@ -59,7 +59,7 @@ class HostCopy:
         """Those that are to be copied. Raises ValueError if the pieces are not those that the plan was made for."""
         if announce(tensors) != self._announced:
             raise ValueError("the pieces differ from those of the first save: make a new saver for another layout")
-        return {name: tensors[name].local.detach() for name in self.plan.own}
+        return {name: tensors[name].elements for name in self.plan.own}
 
     def copy(self, sources: Mapping[str, Tensor], ready: torch.cuda.Event | None) -> None:
         """Copy the tensors; in the thread. Returns when they may change again. ready: they are not computed before."""

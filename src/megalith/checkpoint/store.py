@@ -60,7 +60,7 @@ def save(
     """
     ranks = Ranks(group)
     planned = plan(ranks, tensors)
-    own = {name: tensors[name].local for name in planned.own}
+    own = {name: tensors[name].elements for name in planned.own}
     try:
         kept = ranks.together(lambda: [plain_json("state", state), plain_json("notes", notes or {})])[0]
     except RanksError as failed:

@@ -203,6 +203,10 @@ class CompactAdamW(LightOptimizer):
                 state[moment] = self.codecs[moment].empty(local.numel(), local.device)
         return state
 
+    def outline(self, parameter: nn.Parameter) -> Tensor:
+        """The type and shape of what `unpacked` gives, without elements (meta)."""
+        return torch.empty(local_part(parameter).shape, dtype=torch.float32, device="meta")
+
     @torch.no_grad()
     def unpacked(self, parameter: nn.Parameter, moment: str) -> Tensor:
         """fp32 on the host, of the shape of what lies here of the parameter: a copy of the moment."""

@@ -1,6 +1,8 @@
 """The optimizer: which weights decay, how each step changes them, and its state under the names of the parameters."""
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +77,30 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+class Readable(NamedTuple):
+    """A tensor of the optimizer. read: gives it where it is kept in fewer bits; tensor is then an outline (meta)."""
+
+    tensor: Tensor
+    read: Callable[[], Tensor] | None = None
+
+
+def readable_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Readable]:
+    """As `optimizer_tensors`, but moments in fewer bits are not read yet: for names, shapes, and what is written."""
+    if isinstance(optimizer, CompactAdamW):
+        return {
+            f"{moment}.{name}": Readable(
+                optimizer.outline(parameter), functools.partial(optimizer.unpacked, parameter, moment)
+            )
+            for name, parameter in _updated_parameters(model, optimizer)
+            for moment in MOMENTS["adam"]
+        }
+    return {
+        f"{moment}.{name}": Readable(optimizer.state[parameter][moment])
+        for name, parameter in _updated_parameters(model, optimizer)
+        for moment in _moments_of(optimizer)
+    }
+
+
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's own tensors for a checkpoint, by the names `exp_avg.PARAMETER`, ...; the tensors themselves.
 
@@ -82,17 +108,8 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     loader can fill them in place; `take_optimizer_tensors` must follow, for moments in fewer bits are given as copies.
     The number of updates is not among them: see `num_updates`.
     """
-    if isinstance(optimizer, CompactAdamW):
-        return {
-            f"{moment}.{name}": optimizer.unpacked(parameter, moment)
-            for name, parameter in _updated_parameters(model, optimizer)
-            for moment in MOMENTS["adam"]
-        }
-    return {
-        f"{moment}.{name}": optimizer.state[parameter][moment]
-        for name, parameter in _updated_parameters(model, optimizer)
-        for moment in _moments_of(optimizer)
-    }
+    readable = readable_tensors(model, optimizer)
+    return {name: tensor if read is None else read() for name, (tensor, read) in readable.items()}
 
 
 def take_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
