@@ -8,6 +8,10 @@ from typing import Any
 from megalith.config import Run, known_settings
 from megalith.parallel.mesh import Layout
 
+# Reading data sets, making their index and compiling the first step take their time.
+START_SECONDS = 1800.0
+ENDLESS = 7 * 24 * 3600.0
+
 # What Megatron-LM's program for a task fills in where the command line says nothing.
 TASK_DEFAULTS: dict[str, dict[str, str]] = {
     "gpt": {"tokenizer_type": "GPT2BPETokenizer"},
@@ -48,6 +52,16 @@ def global_batch_size(run: Run, data_parallel: int) -> int:
         return run.optimizer.global_batch_size
     assert run.optimizer.micro_batch_size is not None
     return run.optimizer.micro_batch_size * data_parallel
+
+
+def start_limit(run: Run) -> float:
+    """Seconds that one phase of the start, or the first step, may take; 0: any."""
+    return max(START_SECONDS, run.parallel.hang_timeout) if run.parallel.hang_timeout else 0.0
+
+
+def collective_timeout(run: Run) -> float:
+    """Seconds after which torch gives a collective up: later than the watch, which says who is missing and why."""
+    return (start_limit(run) or ENDLESS) + 60.0
 
 
 def compute_dtype(run: Run) -> str:

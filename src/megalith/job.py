@@ -15,6 +15,7 @@ from megalith.continuity import data_of
 from megalith.data.loader import Loader
 from megalith.data.tokenizer import Tokenizer, load_tokenizer, padded_vocab_size
 from megalith.derived import (
+    collective_timeout,
     compute_dtype,
     global_batch_size,
     recompute_granularity,
@@ -167,7 +168,8 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
     if (folder := scalars_folder(run)) is not None:
         log.report(ScalarsOpened(folder))
     log.line(lines.initializing_distributed(), detail=True)
-    groups = make_groups(layout, device)
+    shard_size = run.parallel.data_parallel_shard_size
+    groups = make_groups(layout, timeout=collective_timeout(run), shard_size=shard_size)
     announce_ranks(run, layout, log, started=started)
 
     log.line(lines.building_model(task.title), detail=True)

@@ -19,6 +19,7 @@ from megalith.checkpoint.exchange import Ranks
 from megalith.closing import tell_what_next
 from megalith.config import Run
 from megalith.corpora import prepare_corpus
+from megalith.derived import collective_timeout
 from megalith.evaluations import evaluate_if_owed, is_finished
 from megalith.guard import EXIT_STATUS, leaves_out, may_save, reason_to_give_up, report_slow_ranks
 from megalith.job import Job, build_job, open_log
@@ -41,7 +42,7 @@ from megalith.report import open_profile, report_interval
 from megalith.resume import resume
 from megalith.room import refuse_what_cannot_fit
 from megalith.threads import leave_threads_of_parent
-from megalith.watching import Places, collective_timeout, open_watch
+from megalith.watching import Places, open_watch
 
 # Exit statuses beside 0 (done, or stopped where --exit-interval or --exit-duration-in-mins said) and those of guard.py.
 NOT_SAVED = 74  # the last checkpoint could not be written

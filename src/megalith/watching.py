@@ -3,26 +3,13 @@
 import os
 
 from megalith.config import Run
+from megalith.derived import start_limit
 from megalith.job import Job
 from megalith.launch import BOARD_VARIABLE
 from megalith.monitor.board import Board, MemoryBoard, StoreBoard
 from megalith.monitor.peers import this_process
 from megalith.monitor.watch import LONGEST_TICK, Place, Watch
 from megalith.parallel.mesh import Company, Layout
-
-# Reading data sets, making their index and compiling the first step take their time.
-START_SECONDS = 1800.0
-ENDLESS = 7 * 24 * 3600.0
-
-
-def start_limit(run: Run) -> float:
-    """Seconds that one phase of the start, or the first step, may take; 0: any."""
-    return max(START_SECONDS, run.parallel.hang_timeout) if run.parallel.hang_timeout else 0.0
-
-
-def collective_timeout(run: Run) -> float:
-    """Seconds after which torch gives a collective up: later than the watch, which says who is missing and why."""
-    return (start_limit(run) or ENDLESS) + 60.0
 
 
 def open_watch(run: Run, layout: Layout, company: Company) -> Watch:

@@ -75,7 +75,7 @@ def cut_run(
     untied: bool,
 ) -> tuple[float, dict[str, tuple[Cut, NDArray[Any]]]]:
     layout = Layout(world_size, rank, 0, tensor=tensor, context=world_size // tensor)
-    groups: Groups = make_groups(layout, torch.device("cpu"))
+    groups: Groups = make_groups(layout, timeout=60.0)
     model = Decoder(replace(config, untie_embeddings_and_output_weights=untied), VOCAB, device="meta")
     cuts = split_tensors(model, groups.tensor, sequence=sequence)
     cut_context(model, groups.context, exchange=exchange)
@@ -144,7 +144,7 @@ def refusal(rank: int) -> str:
     model = Decoder(CONFIG, VOCAB, device="meta")
     model.layers["1"].gate = Gate()
     try:
-        split_tensors(model, make_groups(layout, torch.device("cpu")).tensor, sequence=False)
+        split_tensors(model, make_groups(layout, timeout=60.0).tensor, sequence=False)
     except TypeError as error:
         return str(error)
     return ""

@@ -30,7 +30,7 @@ def whole_tensors() -> list[torch.Tensor]:
 
 
 def on_rank(rank: int, *, sequence: bool) -> dict[str, NDArray[Any]]:
-    groups = make_groups(Layout(RANKS, rank, 0, tensor=RANKS), torch.device("cpu"))
+    groups = make_groups(Layout(RANKS, rank, 0, tensor=RANKS), timeout=60.0)
     hidden, table, bias, labels, weights = whole_tensors()
     share = -(-V // RANKS)
     rows = slice(rank * share, min((rank + 1) * share, V))
@@ -93,7 +93,7 @@ def test_a_loss_without_gradients_computes_none() -> None:
 
 
 def formulas_on_rank(rank: int, *, dtype: torch.dtype) -> dict[str, NDArray[Any]]:
-    groups = make_groups(Layout(RANKS, rank, 0, tensor=RANKS), torch.device("cpu"))
+    groups = make_groups(Layout(RANKS, rank, 0, tensor=RANKS), timeout=60.0)
     hidden, table, _, labels, _ = whole_tensors()
     share = -(-V // RANKS)
     logits = (hidden.flatten(0, 1) @ table[rank * share : (rank + 1) * share].t()).bfloat16()

@@ -172,10 +172,11 @@ def lay_out(
     count = sum(parameter.numel() for part in parts.values() for parameter in part.parameters())
     if sharded:
         # FSDP2 takes seconds to import.
-        from megalith.parallel.shard import shard_parameters
+        from megalith.parallel.shard import replica_mesh, shard_parameters
 
+        mesh = replica_mesh(groups, device)
         for part in parts.values():
-            shard_parameters(part, layout, groups, config, compute_dtype)
+            shard_parameters(part, mesh, config, compute_dtype)
     if seed is not None:
         for part in parts.values():
             _take_memory(part, device)

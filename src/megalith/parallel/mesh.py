@@ -3,19 +3,18 @@
 Rank order is Megatron-LM's, with context parallelism in its place: tensor fastest, then context, data, pipeline.
 """
 
+import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import product
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megalith.launch import STORE_VARIABLE
 from megalith.monitor.peers import Peer, this_process
@@ -47,44 +46,49 @@ class Layout:
 
     def place(self, axis: str) -> int:
         """This rank's coordinate along an axis."""
-        inner = 1
-        for other in reversed(AXES):
-            if other == axis:
-                return self.rank // inner % self.sizes[axis]
-            inner *= self.sizes[other]
-        raise ValueError(f"axis = {axis}: must be one of {', '.join(AXES)}")
+        return self.rank // self._stride(axis) % int(getattr(self, axis))
 
     def ranks_along(self, *axes: str) -> list[int]:
         """The ranks that differ from this one along these axes only, in order."""
-        ranks = []
-        for places in product(*(range(self.sizes[axis]) for axis in AXES)):
-            if all(axis in axes or place == self.place(axis) for axis, place in zip(AXES, places, strict=True)):
-                rank = 0
-                for axis, place in zip(AXES, places, strict=True):
-                    rank = rank * self.sizes[axis] + place
-                ranks.append(rank)
-        return ranks
+        first = self.rank - sum(self.place(axis) * self._stride(axis) for axis in axes)
+        return [first + offset for offset in self._offsets(axes)]
+
+    def divided(self, *axes: str) -> list[list[int]]:
+        """All ranks, each with those that differ from it along these axes only."""
+        within = self._offsets(axes)
+        firsts = self._offsets([axis for axis in AXES if axis not in axes])
+        return [[first + offset for offset in within] for first in firsts]
+
+    def _stride(self, axis: str) -> int:
+        """How far neighbours along an axis are apart, in ranks."""
+        if axis not in AXES:
+            raise ValueError(f"axis = {axis}: must be one of {', '.join(AXES)}")
+        return math.prod(getattr(self, inner) for inner in AXES[AXES.index(axis) + 1 :])
+
+    def _offsets(self, axes: Collection[str]) -> list[int]:
+        """How far the ranks along these axes are from the first of them, in order."""
+        offsets = [0]
+        for axis in AXES:
+            if axis in axes:
+                stride = self._stride(axis)
+                offsets = [offset + place * stride for offset in offsets for place in range(getattr(self, axis))]
+        return offsets
 
     @property
     def is_first_stage(self) -> bool:
         return self.place("pipeline") == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.place("pipeline") == self.pipeline - 1
 
 
 @dataclass(frozen=True)
 class Groups:
     """The process groups of this rank; None where the group would be this rank alone."""
 
-    mesh: DeviceMesh | None = None
     tensor: ProcessGroup | None = None
     context: ProcessGroup | None = None
-    data: ProcessGroup | None = None
     pipeline: ProcessGroup | None = None
     replicas: ProcessGroup | None = None  # data x context: the ranks that hold the same weights
-    model: ProcessGroup | None = None  # pipeline x tensor: the ranks that together hold one copy of the model
+    shards: ProcessGroup | None = None  # of these, those that share one copy out, where they keep several
+    copies: ProcessGroup | None = None  # and those that hold the same shard of each copy
     world: ProcessGroup | None = None
     embedding: ProcessGroup | None = None  # first and last stage, where the tied table stands twice
 
@@ -179,50 +183,57 @@ def joined(
         dist.destroy_process_group()
 
 
-def make_groups(layout: Layout, device: torch.device) -> Groups:
-    """All process groups, from one DeviceMesh. Every rank calls it, after `join`."""
+def make_groups(layout: Layout, *, timeout: float, shard_size: int | None = None) -> Groups:
+    """All process groups. Every rank calls it while `joined`.
+
+    timeout: seconds after which a collective fails in any of them. shard_size: ranks that share out one copy of the
+    weights, where replicas keep several; it divides them.
+    """
     if layout.world_size == 1:
         return Groups()
-    mesh = init_device_mesh(device.type, tuple(layout.sizes.values()), mesh_dim_names=AXES)
-    along = {axis: mesh.get_group(axis) if size > 1 else None for axis, size in layout.sizes.items()}
-    return Groups(
-        mesh=mesh,
-        tensor=along["tensor"],
-        context=along["context"],
-        data=along["data"],
-        pipeline=along["pipeline"],
-        replicas=_group_over(layout, "data", "context"),
-        model=_group_over(layout, "pipeline", "tensor"),
-        world=dist.group.WORLD,
-        embedding=_embedding_group(layout),
-    )
+    maker = _GroupMaker(layout, timedelta(seconds=timeout))
+    tensor, context, pipeline = maker.along("tensor"), maker.along("context"), maker.along("pipeline")
+    replicas, divided = maker.along("data", "context"), layout.divided("data", "context")
+    shards = copies = None
+    if shard_size is not None and shard_size != len(divided[0]):
+        starts = range(0, len(divided[0]), shard_size)
+        shards = maker.of([ranks[start : start + shard_size] for ranks in divided for start in starts])
+        copies = maker.of([ranks[place::shard_size] for ranks in divided for place in range(shard_size)])
+    embedding = pipeline
+    if layout.pipeline > 2:
+        between = [part for ranks in layout.divided("pipeline") for part in ([ranks[0], ranks[-1]], ranks[1:-1])]
+        made = maker.of(between)
+        embedding = made if layout.place("pipeline") in (0, layout.pipeline - 1) else None
+    return Groups(tensor, context, pipeline, replicas, shards, copies, dist.group.WORLD, embedding)
 
 
-def _group_over(layout: Layout, *axes: str) -> ProcessGroup | None:
-    """The group of the ranks along several axes. Groups are made by all ranks in one order."""
-    mine: ProcessGroup | None = None
-    made: set[tuple[int, ...]] = set()
-    for rank in range(layout.world_size):
-        ranks = tuple(_at(layout, rank).ranks_along(*axes))
-        if len(ranks) > 1 and ranks not in made:
-            made.add(ranks)
-            group = dist.new_group(list(ranks))
-            if layout.rank in ranks:
-                mine = group
-    return mine
+class _GroupMaker:
+    """Makes groups; all ranks ask for the same ones in the same order."""
 
+    def __init__(self, layout: Layout, timeout: timedelta) -> None:
+        self._layout, self._timeout = layout, timeout
 
-def _embedding_group(layout: Layout) -> ProcessGroup | None:
-    mine: ProcessGroup | None = None
-    if layout.pipeline == 1:
-        return None
-    for rank in range(layout.world_size // layout.pipeline):
-        along = _at(layout, rank).ranks_along("pipeline")
-        group = dist.new_group([along[0], along[-1]])
-        if layout.rank in (along[0], along[-1]):
-            mine = group
-    return mine
+    def along(self, *axes: str) -> ProcessGroup | None:
+        """The group of the ranks along several axes; the world's own if that is everybody, None for this rank alone."""
+        size = math.prod(self._layout.sizes[axis] for axis in axes)
+        if size == self._layout.world_size:
+            return dist.group.WORLD
+        return self.of(self._layout.divided(*axes)) if size > 1 else None
 
+    def of(self, divided: list[list[int]]) -> ProcessGroup:
+        """The group of these that this rank is in; one call makes it, however many there are.
 
-def _at(layout: Layout, rank: int) -> Layout:
-    return Layout(layout.world_size, rank, 0, layout.tensor, layout.pipeline, layout.context)
+        Every rank must be in one, for torch derives names from how many groups a process has made.
+        """
+        world = dist.group.WORLD
+        assert world is not None
+        if world.bound_device_id is not None:
+            # NCCL splits the communicator that stands, once for all these groups.
+            group = dist.split_group(split_ranks=divided, timeout=self._timeout)
+            assert group is not None
+            # The options that torch hands on are NCCL's: gloo's part of the group takes its default without this.
+            group.set_timeout(self._timeout)
+            return group
+        mine = next(ranks for ranks in divided if self._layout.rank in ranks)
+        made: ProcessGroup = dist.new_group(mine, timeout=self._timeout, use_local_synchronization=True)
+        return made

@@ -8,29 +8,27 @@ gathers stay within that many ranks, and what they have summed is summed over th
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megalith.layers.block import Block
-from megalith.parallel.collectives import SUMMED
+from megalith.parallel.collectives import SUMMED, size_of
 from megalith.parallel.journal import JOURNAL
-from megalith.parallel.mesh import Groups, Layout
+from megalith.parallel.mesh import Groups
 from megalith.parallel.settings import ParallelConfig
 
 
-def shard_parameters(
-    part: nn.Module, layout: Layout, groups: Groups, config: ParallelConfig, compute_dtype: torch.dtype
-) -> None:
-    """Shard the parameters of a part over the replicas, in place.
+def shard_parameters(part: nn.Module, mesh: DeviceMesh, config: ParallelConfig, compute_dtype: torch.dtype) -> None:
+    """Shard the parameters of a part over the replicas, in place. mesh: as `replica_mesh` makes it.
 
     Inside blocks every use of a weight casts it to the type of the computation, so it travels in that type with the
     same result; the tables outside stay fp32.
     """
-    mesh = _replica_mesh(layout, groups, config.data_parallel_shard_size)
     regather = config.data_parallel_sharding == "parameters"
     narrow = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -40,15 +38,14 @@ def shard_parameters(
     _sum(fully_shard(part, mesh=mesh, mp_policy=whole, reshard_after_forward=regather))
 
 
-def _replica_mesh(layout: Layout, groups: Groups, shard_size: int | None) -> DeviceMesh:
-    """The replicas of this rank's part: in one line, or in rows of shard_size that hold copies of each other."""
-    assert groups.mesh is not None
-    replicas = layout.data * layout.context
-    if shard_size is None or shard_size == replicas:
-        return groups.mesh["data", "context"]._flatten("replicas") if layout.context > 1 else groups.mesh["data"]
-    sizes = (layout.pipeline, replicas // shard_size, shard_size, layout.tensor)
-    mesh = init_device_mesh(groups.mesh.device_type, sizes, mesh_dim_names=("pipeline", "copies", "shards", "tensor"))
-    return mesh["copies", "shards"]
+def replica_mesh(groups: Groups, device: torch.device) -> DeviceMesh:
+    """The replicas of this rank's parts: in one line, or in rows of shards that hold copies of each other."""
+    assert groups.replicas is not None
+    if groups.shards is None or groups.copies is None:
+        return DeviceMesh.from_group(groups.replicas, device.type, mesh_dim_names=("replicas",))
+    ranks = torch.tensor(dist.get_process_group_ranks(groups.replicas)).view(-1, size_of(groups.shards))
+    axes = ("copies", "shards")
+    return DeviceMesh.from_group([groups.copies, groups.shards], device.type, ranks, mesh_dim_names=axes)
 
 
 def become_root(around: nn.Module, part: nn.Module) -> None:
