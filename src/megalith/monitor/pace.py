@@ -83,12 +83,23 @@ def slow_ranks(seconds: Mapping[int, float], groups: Sequence[Sequence[int]], *,
     """The ranks that need more than ratio times as long as the others of their group, which do the same work."""
     found = []
     for group in groups:
+        if len(group) < 2:
+            continue
+        ordered = sorted(group, key=lambda rank: seconds[rank])
+        place_of = {rank: place for place, rank in enumerate(ordered)}
+        times = [seconds[rank] for rank in ordered]
         for rank in group:
-            others = [seconds[other] for other in group if other != rank]
-            median = statistics.median(others) if others else 0.0
+            median = _median_without(place_of[rank], times)
             if median > 0 and seconds[rank] > ratio * median:
                 found.append(Slow(rank, seconds[rank] / median))
     return found
+
+
+def _median_without(place: int, ordered: Sequence[float]) -> float:
+    """The median of numbers in ascending order, of which the one at a place does not count."""
+    half, odd = divmod(len(ordered) - 1, 2)
+    upper = ordered[half + (half >= place)]
+    return upper if odd else (ordered[half - 1 + (half - 1 >= place)] + upper) / 2
 
 
 class SlowSave(NamedTuple):
