@@ -8,7 +8,7 @@ from megalith.job import Job
 from megalith.launch import BOARD_VARIABLE
 from megalith.monitor.board import Board, MemoryBoard, StoreBoard
 from megalith.monitor.peers import this_process
-from megalith.monitor.watch import LONGEST_TICK, Place, Watch
+from megalith.monitor.watch import Place, Watch, tick_for
 from megalith.parallel.mesh import Company, Layout
 
 
@@ -19,9 +19,10 @@ def open_watch(run: Run, layout: Layout, company: Company) -> Watch:
         board = MemoryBoard(os.environ[BOARD_VARIABLE], layout.rank, layout.world_size)
     elif company.store is not None:
         connection = company.store.clone()  # type: ignore[attr-defined]
-        board = StoreBoard(connection, layout.rank, layout.world_size, interval=LONGEST_TICK)
+        board = StoreBoard(connection, layout.rank, layout.world_size, interval=tick_for(layout.world_size))
     peers = company.peers if board is not None else (this_process(layout.rank),)
-    watch = Watch(layout.rank, peers, board, hang_timeout=run.parallel.hang_timeout)
+    tick = tick_for(layout.world_size)
+    watch = Watch(layout.rank, peers, board, hang_timeout=run.parallel.hang_timeout, longest_tick=tick)
     watch.follow(lambda: Place(0, 0, "start-up", start_limit(run)))
     return watch
 

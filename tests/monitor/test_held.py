@@ -121,7 +121,7 @@ def test_a_training_has_no_process_of_its_own_that_could_hang(data: Path, tmp_pa
 @pytest.fixture
 def watch() -> Iterator[Watch]:
     """A watch of one rank whose thread does not run: the test looks for it, a quarter of a second at a time."""
-    yield Watch(0, (this_process(0),), None, hang_timeout=2.0)
+    yield Watch(0, (this_process(0),), None, hang_timeout=2.0, longest_tick=0.3)
     faulthandler.cancel_dump_traceback_later()
 
 

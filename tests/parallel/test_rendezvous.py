@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
 from megalith.parallel.rendezvous import call_roll, on_one_host, open_store
 from tests.processes import listeners
-from tests.ranks import watch_ranks
+from tests.ranks import run_ranks, watch_ranks
 
 
 @pytest.fixture
@@ -105,3 +106,31 @@ def test_which_environments_say_that_all_ranks_are_here() -> None:
     assert not on_one_host({"MASTER_ADDR": "node7", "LOCAL_WORLD_SIZE": "4"}, 8)
     assert not on_one_host({"MASTER_ADDR": "node7", "SLURM_NNODES": "2"}, 8)
     assert not on_one_host({"MASTER_ADDR": "node7"}, 8)
+
+
+def test_rank_0_knows_all_others_and_they_know_rank_0(port: int) -> None:
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def on_rank(rank: int) -> list[tuple[int, int]]:
+        store = open_store(environment, rank=rank, world_size=3, seconds=20)
+        peers = call_roll(store, rank, 3, seconds=20, whole=rank == 0)
+        dist.barrier()
+        del store  # rank 0's, which the others may still ask
+        return [(peer.rank, peer.pid) for peer in peers]
+
+    all_three, second, third = run_ranks(on_rank, 3)
+    assert [rank for rank, _ in all_three] == [0, 1, 2]
+    assert second == all_three[:2] and third == [all_three[0], all_three[2]]
+
+
+def test_another_rank_than_0_names_the_missing_too(tmp_path: Path) -> None:
+    store = FileStore(str(tmp_path / "store"), 4)
+    store.set("megalith/present/0", '[1, "host", 2]')
+    with pytest.raises(ValueError, match="ranks 2, 3 of 4 did not come"):
+        call_roll(store, 1, 4, seconds=0.5, whole=False)
+    for rank in (2, 3):
+        store.set(f"megalith/present/{rank}", '[1, "host", 2]')
+    with pytest.raises(ValueError, match="rank 0 of 4 did not come"):
+        call_roll(store, 1, 4, seconds=0.5, whole=False)
+    assert [peer.rank for peer in call_roll(store, 0, 4, seconds=0.5)] == [0, 1, 2, 3]
+    assert [peer.rank for peer in call_roll(store, 1, 4, seconds=0.5)] == [0, 1, 2, 3]

@@ -9,6 +9,7 @@ import mmap
 import os
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, Self
 
@@ -100,7 +101,7 @@ class StoreBoard:
     def __init__(self, store: Any, rank: int, world_size: int, *, interval: float) -> None:
         self._store = store
         self._rank = rank
-        self._watched = list(range(world_size)) if rank == 0 else [0]
+        self._watched = {other: _key(other) for other in (range(world_size) if rank == 0 else [0])}
         self._row = Beat().to_row()
         self._rows: dict[int, bytes] = {}
         self._answered = time.monotonic()
@@ -134,13 +135,24 @@ class StoreBoard:
             try:
                 self._store.set(_key(self._rank), self._row.decode())
                 # A rank that has not come so far has no row, for which a read would wait.
-                there = [rank for rank in self._watched if rank in self._rows or self._store.check([_key(rank)])]
-                self._rows = dict(zip(there, self._store.multi_get([_key(rank) for rank in there]), strict=True))
+                missing = absent(self._store, [key for rank, key in self._watched.items() if rank not in self._rows])
+                there = {rank: key for rank, key in self._watched.items() if key not in missing}
+                self._rows = dict(zip(there, self._store.multi_get(list(there.values())), strict=True))
                 self._answered = time.monotonic()
             except RuntimeError:  # torch's store is gone, or does not answer; seconds_unanswered tells
                 pass
             if over:
                 return
+
+
+def absent(store: Any, keys: Sequence[str]) -> set[str]:
+    """Those of the keys that a store of torch's has not; by halves, so that a few of many take a few requests."""
+    if not keys or store.check(list(keys)):
+        return set()
+    if len(keys) == 1:
+        return set(keys)
+    half = len(keys) // 2
+    return absent(store, keys[:half]) | absent(store, keys[half:])
 
 
 def _key(rank: int) -> str:

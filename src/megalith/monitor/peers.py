@@ -1,5 +1,6 @@
 """The ranks as processes of their hosts: who they are, and whether they live."""
 
+import functools
 import os
 import socket
 import time
@@ -42,6 +43,7 @@ def this_process(rank: int) -> Peer:
     return Peer(rank, os.getpid(), this_host(), state_of(os.getpid())[0])
 
 
+@functools.cache
 def this_host() -> str:
     """The name of this machine, its boot, and its space of process numbers."""
     try:

@@ -8,6 +8,7 @@ Time in which this process did not run (a suspended machine, a stopped job) coun
 """
 
 import faulthandler
+import itertools
 import os
 import signal
 import sys
@@ -25,9 +26,10 @@ from megalith.monitor.memory import is_out_of_memory
 from megalith.monitor.noted import Held
 from megalith.monitor.peers import Peer
 
-LONGEST_TICK = 0.3  # seconds between two looks
+USUAL_TICK = 0.3  # seconds between two looks
+SECONDS_FOR_A_RANK = 0.001  # of a tick, at least: looking at one takes 12 to 22 microseconds of everybody's lock
 SECONDS_TO_UNWIND = 0.7  # that a rank gets to notice by itself that another is gone
-SECONDS_TO_TELL = 0.4  # that the others get to print where they are
+SECONDS_TO_TELL = 0.1  # and a tick: that the others get to print where they are
 STREAM = 2  # the error stream's descriptor: what Python has put in its place may be unusable
 OF_TORCH = f"{os.sep}torch{os.sep}distributed{os.sep}"
 OF_THREADS = (f"{os.sep}threading.py", f"{os.sep}concurrent{os.sep}futures{os.sep}_base.py")
@@ -51,8 +53,8 @@ class Place:
 class Watch:
     """Watches this rank and the others while entered; a single rank has no board.
 
-    peers: all ranks, in order. hang_timeout: for the message. end: called with HUNG or PEER_LOST to end this process at
-    once, whatever its main thread does.
+    peers: this rank and those whose rows it reads. hang_timeout: for the message. longest_tick: seconds, as `tick_for`
+    gives them. end: called with HUNG or PEER_LOST to end this process at once, whatever its main thread does.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Watch:
         board: Board | None,
         *,
         hang_timeout: float,
+        longest_tick: float,
         end: Callable[[int], None] = os._exit,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -71,7 +74,9 @@ class Watch:
         self._hang_timeout = hang_timeout
         self._end, self._clock = end, clock
         self._look_at: Callable[[], Place] = lambda: Place(0, 0, "start-up", 0.0)
-        self._tick = min(LONGEST_TICK, hang_timeout / 10) if hang_timeout else LONGEST_TICK
+        self._longest_tick = longest_tick
+        self._seconds_to_tell = longest_tick + SECONDS_TO_TELL
+        self._tick = min(longest_tick, hang_timeout / 10) if hang_timeout else longest_tick
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="megalith-watch", daemon=True)
         self._main = threading.main_thread().ident
@@ -114,25 +119,27 @@ class Watch:
         if self._board is not None:
             self._board.close()
 
-    def lost(self) -> str:
-        """Who of the others died or failed, in words; nothing if all live or have left in good order."""
-        gone, failed = self._lost()
+    def lost(self, beats: dict[int, Beat] | None = None) -> str:
+        """Who of the others died or failed, in words; nothing if all live or have left in good order.
+
+        beats: what the ranks say, if it was read just now.
+        """
+        gone, failed = self._lost(self._beats() if beats is None else beats)
         words = [f"{peer} has died" for peer in gone]
         words += [f"{peer} failed: what it printed says why" for peer in failed]
         return "; ".join(words)
 
-    def lost_soon(self, seconds: float = SECONDS_TO_UNWIND + LONGEST_TICK) -> str:
+    def lost_soon(self) -> str:
         """As `lost`; an error of a collective may be here before its cause can be seen."""
-        until = self._clock() + seconds
+        until = self._clock() + SECONDS_TO_UNWIND + self._longest_tick
         while not (text := self.lost()) and self._clock() < until:
-            time.sleep(0.02)
+            time.sleep(self._longest_tick / 15)
         return text
 
-    def _lost(self) -> tuple[list[Peer], list[Peer]]:
-        rows = self._beats()
+    def _lost(self, beats: dict[int, Beat]) -> tuple[list[Peer], list[Peer]]:
         others = [peer for peer in self._peers.values() if peer.rank != self._rank]
-        failed = [peer for peer in others if rows.get(peer.rank, Beat()).failed]
-        left = {rank for rank, beat in rows.items() if beat.left}
+        failed = [peer for peer in others if peer.rank in beats and beats[peer.rank].failed]
+        left = {rank for rank, beat in beats.items() if beat.left}
         gone = [peer for peer in others if peer.rank not in left and self._board_of(peer) and peer.is_gone]
         return gone, failed
 
@@ -154,14 +161,19 @@ class Watch:
 
     def _run(self) -> None:
         before = self._clock()
-        while not self._over.wait(self._tick):
+        # A rank gets its time to unwind and no more, however rare the looks are.
+        while not self._over.wait(min(self._tick, USUAL_TICK) if self._lost_for else self._tick):
             now = self._clock()
             elapsed, before = min(now - before, 2 * self._tick), now
-            self._look_at_self(elapsed)
-            if self._board is not None:
-                self._look_at_others(elapsed)
-            elif self._beat.limit and self._idle >= self._beat.limit:
-                self._judge([self._rank], [])
+            self.look(elapsed)
+
+    def look(self, elapsed: float) -> None:
+        """Look at this rank and at the others, so many seconds after the look before."""
+        self._look_at_self(elapsed)
+        if self._board is not None:
+            self._look_at_others(elapsed)
+        elif self._beat.limit and self._idle >= self._beat.limit:
+            self._judge([self._rank], [])
 
     def _look_at_self(self, elapsed: float) -> None:
         place = self._look_at()
@@ -170,7 +182,7 @@ class Watch:
         if place.limit:
             # If even this thread cannot run any more, the interpreter's own watchdog shows what holds the lock. Of
             # several ranks another sees to that and to the end; a single one has nobody else.
-            patience = 1.2 * self._tick if self._is_alone else 2 * SECONDS_TO_TELL + 4 * self._tick
+            patience = 1.2 * self._tick if self._is_alone else 2 * self._seconds_to_tell + 4 * self._tick
             left = max(place.limit - self._idle, 0.0) + patience
             faulthandler.dump_traceback_later(left, file=STREAM, exit=self._is_alone)
         else:
@@ -219,10 +231,10 @@ class Watch:
         silent = [rank for rank in running if silence[rank] >= shortest / 2]
         if guilty := next((beat.guilty for rank, beat in beats.items() if rank != self._rank and beat.guilty), ()):
             self._judge(guilty, silent)  # as another rank has found
-        if self.lost():
-            self._lost_for += elapsed
+        if lost := self.lost(beats):
+            self._lost_for += min(elapsed, USUAL_TICK)
             if self._lost_for >= SECONDS_TO_UNWIND:
-                _say(f"rank {self._rank} ends: {self.lost()}")
+                _say(f"rank {self._rank} ends: {lost}")
                 self._put(replace(self._beat, left=True, failed=True))
                 self._board.close()
                 self._end(PEER_LOST)
@@ -234,16 +246,16 @@ class Watch:
     def _counts(self, rank: int) -> bool:
         """Whether silence is the rank's, not that of a store which answers nobody; such a store is rank 0's."""
         assert self._board is not None
-        return rank == 0 or self._board.seconds_unanswered() < 5 * LONGEST_TICK
+        return rank == 0 or self._board.seconds_unanswered() < 5 * self._longest_tick
 
     def _judge(self, guilty: Sequence[int], silent: Sequence[int]) -> None:
         """Say who holds the job up, let the others say where they are, and end."""
         faulthandler.cancel_dump_traceback_later()
         beats = self._beats() | {self._rank: self._beat}
-        speaker = next((rank for rank in sorted(self._peers) if rank not in silent), self._rank)
+        speaker = next(rank for rank in itertools.count() if rank not in silent)
         if self._rank == speaker:
             limit = min((beat.limit for beat in beats.values() if beat.limit and not beat.left), default=0.0)
-            for rank in guilty:
+            for rank in (rank for rank in guilty if rank in beats):
                 _say(self._described(rank, beats[rank], limit, is_silent=rank in silent))
         self._put(replace(self._beat, guilty=tuple(guilty)))
         if self._rank in guilty:
@@ -252,7 +264,7 @@ class Watch:
         here = [self._peers[rank] for rank in silent if self._rank == speaker and self._peers[rank].is_here]
         _send(here, signal.SIGABRT)
         _send(here, signal.SIGCONT)
-        time.sleep(SECONDS_TO_TELL)
+        time.sleep(self._seconds_to_tell)
         _send(here, signal.SIGKILL)
         self._end(HUNG)
 
@@ -276,6 +288,11 @@ class Watch:
             _say(f"rank {self._rank}: {self._told_of_disk()}")
         _say(f"rank {self._rank} is here, {self._beat.phase}, step {self._beat.step} (the innermost call first):")
         faulthandler.dump_traceback(file=STREAM, all_threads=True)
+
+
+def tick_for(num_ranks: int) -> float:
+    """Seconds between two looks at so many ranks: the more there are, the rarer, so that a look costs 2 % at most."""
+    return max(USUAL_TICK, SECONDS_FOR_A_RANK * num_ranks)
 
 
 def _send(peers: Sequence[Peer], number: signal.Signals) -> None:

@@ -142,7 +142,10 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
 @dataclass(frozen=True)
 class Company:
-    """The ranks as processes, and the store through which they met; no store where they share memory."""
+    """The ranks as processes, and the store through which they met; no store where they share memory.
+
+    Of ranks that met in a store only rank 0 knows all others: the others know rank 0 and themselves.
+    """
 
     peers: tuple[Peer, ...] = ()
     store: Store | None = None
@@ -168,7 +171,9 @@ def joined(
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
     store = open_store(os.environ, rank=layout.rank, world_size=layout.world_size, seconds=join_timeout)
-    peers = call_roll(store, layout.rank, layout.world_size, seconds=join_timeout)
+    in_memory = STORE_VARIABLE in os.environ
+    whole = in_memory or layout.rank == 0
+    peers = call_roll(store, layout.rank, layout.world_size, seconds=join_timeout, whole=whole)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -178,7 +183,7 @@ def joined(
         device_id=device if device.type == "cuda" else None,
     )
     try:
-        yield Company(tuple(peers), None if STORE_VARIABLE in os.environ else store)
+        yield Company(tuple(peers), None if in_memory else store)
     finally:
         dist.destroy_process_group()
 

@@ -14,12 +14,14 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 
 from megalith.launch import STORE_VARIABLE
+from megalith.monitor.board import absent
 from megalith.monitor.peers import Peer, this_process
 
 DEFAULT_ADDRESS, DEFAULT_PORT = "127.0.0.1", 6000
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LARGEST_CARD = 4096  # bytes of what a rank says of itself
 BACKLOG = 2048  # connections that may wait
+COMPLETE = "megalith/complete"  # what rank 0 sets once all are there
 
 
 def on_one_host(environment: Mapping[str, str], world_size: int) -> bool:
@@ -95,14 +97,22 @@ def _listen(host: str, port: int, *, local: bool) -> socket.socket:
     return listener
 
 
-def call_roll(store: Store, rank: int, world_size: int, *, seconds: float) -> list[Peer]:
-    """All ranks, once all are there; ValueError that names the missing if they are not within these seconds."""
-    mine = this_process(rank)
+def call_roll(store: Store, rank: int, world_size: int, *, seconds: float, whole: bool = True) -> list[Peer]:
+    """The ranks as processes, once all are there: all of them, or rank 0 and this one if not whole.
+
+    Rank 0 asks for all and tells the others, so what is asked of the store grows with the ranks and not with their
+    square. Raises ValueError that names the missing if not all are there within these seconds.
+    """
+    mine, limit = this_process(rank), timedelta(seconds=seconds)
     keys = [f"megalith/present/{number}" for number in range(world_size)]
+    wanted = range(world_size) if whole else sorted({0, rank})
     try:
         store.set(keys[rank], json.dumps([mine.pid, mine.host, mine.started]))
-        store.wait(keys, timedelta(seconds=seconds))
-        return [_member(number, store.get(key)) for number, key in enumerate(keys)]
+        store.wait(keys if rank == 0 else [COMPLETE], limit)
+        if rank == 0:
+            store.set(COMPLETE, "")
+        cards = store.multi_get([keys[number] for number in wanted])
+        return [_member(number, card) for number, card in zip(wanted, cards, strict=True)]
     except RuntimeError as error:
         missing = _absent(store, keys)
         names = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
@@ -115,7 +125,8 @@ def call_roll(store: Store, rank: int, world_size: int, *, seconds: float) -> li
 def _absent(store: Store, keys: list[str]) -> list[int]:
     """The ranks that have not said that they are there; rank 0 if the store went with it."""
     try:
-        return [number for number, key in enumerate(keys) if not store.check([key])] or [0]
+        missing = absent(store, keys)
+        return [number for number, key in enumerate(keys) if key in missing] or [0]
     except RuntimeError:
         return [0]
 
