@@ -87,3 +87,19 @@ def test_compiled_blocks_that_are_computed_again_give_the_same_run(layout: str, 
 def test_sgd_updates_weights_that_are_shared_out(sharding: str, runs: Runs) -> None:
     words = ["--train-iters", "5", "--optimizer", "sgd"]
     assert_same_run(runs(2, *words, "--data-parallel-sharding", sharding), runs(1, *words))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "words"),
+    [
+        (2, LAYOUTS["pp2"][1]),
+        pytest.param(2, [PP, "2", "--num-layers-per-virtual-pipeline-stage", "1"], marks=pytest.mark.slow),
+        pytest.param(4, [PP, "2", "--data-parallel-sharding", "parameters"], marks=pytest.mark.slow),
+    ],
+    ids=["pp2", "pp2-interleaved", "pp2-zero3"],
+)
+def test_a_ramp_of_batch_sizes_gives_the_same_run_on_stages(world_size: int, words: list[str], runs: Runs) -> None:
+    ramp = "--rampup-batch-size 4 4 24 --global-batch-size 12 --lr-warmup-iters 0 --train-samples 80".split()
+    reference = runs(1, *ramp)
+    assert [step["global_batch_size"] for step in steps_of(reference)][:7] == [4, 4, 4, 8, 8, 12, 12]
+    assert_same_run(runs(world_size, *ramp, *words), reference)

@@ -112,7 +112,7 @@ class Pipeline:
         self._num_losses = num_losses
         self._sums_over = sums_over
         self._entering = entering
-        self._made: dict[tuple[int, int, bool], _PipelineSchedule] = {}
+        self._made: dict[bool, tuple[tuple[int, int], _PipelineSchedule]] = {}
         self._losses: list[Tensor] = []
 
     def run(self, microbatches: Sequence[Batch], *, backward: bool, timers: Timers) -> Tensor:
@@ -138,18 +138,23 @@ class Pipeline:
         return losses.sum()
 
     def _schedule_for(self, num_microbatches: int, entering: Tensor, backward: bool) -> _PipelineSchedule:
-        """The schedule for that many such microbatches; stages keep buffers of their size, so each has its own."""
-        asked = (num_microbatches, entering.shape[0], backward)
-        if asked not in self._made:
+        """The schedule for that many such microbatches, with or without a backward pass.
+
+        Stages keep a buffer for each microbatch, so of either kind only that of the last batch is kept.
+        """
+        asked = (num_microbatches, entering.shape[0])
+        if backward not in self._made or self._made[backward][0] != asked:
+            self._made.pop(backward, None)  # before there are others
             stages = [self._stage(number, part, entering, backward) for number, part in self._parts.items()]
             kind, takes_several = SCHEDULES[self._schedule]
-            self._made[asked] = kind(
+            schedule = kind(
                 stages if takes_several else stages[0],
                 n_microbatches=num_microbatches,
                 loss_fn=self._note_losses,
                 scale_grads=False,
             )
-        return self._made[asked]
+            self._made[backward] = asked, schedule
+        return self._made[backward][1]
 
     def _stage(self, number: int, part: nn.Module, entering: Tensor, backward: bool) -> PipelineStage:
         size = entering.shape[0]
