@@ -3,22 +3,25 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import megalith.indexing as indexing
 from megalith.cli import main
 from megalith.data.evidence import read_passages
 from megalith.evaluate.embeddings import open_embeddings
 from megalith.files import DISK, Disk
-from megalith.parallel.mesh import make_layout
+from megalith.parallel.mesh import Layout, make_layout
 from megalith.trained_retrieval import embed, open_retriever
 from tests.layouts.runs import Runs
 from tests.layouts.test_ict import MODEL, TITLES, VOCABULARY, micro, write_texts
@@ -190,6 +193,28 @@ def test_an_index_that_was_killed_goes_on_with_what_it_had(
     assert [path.name for path in tmp_path.iterdir()] == ["embeddings"]
     # A killed start loses the span that it was at, and nothing else.
     assert sum(sizes) <= NUM_PASSAGES + deaths * BATCH * SPANS
+
+
+def test_ranks_whose_spans_are_there_wait_a_day_for_those_that_embed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_rank(rank: int) -> timedelta:
+        dist.destroy_process_group()
+        del os.environ["GLOO_SOCKET_IFNAME"]
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        found: list[timedelta] = []
+
+        def noting(work: None, layout: Layout) -> None:
+            world: Any = dist.group.WORLD
+            found.append(world._get_backend(torch.device("cpu")).options._timeout)
+            dist.barrier()
+
+        monkeypatch.setattr(indexing, "plan", lambda options, layout: None)
+        monkeypatch.setattr(indexing, "make_index", noting)
+        assert indexing.main(["run", "--device", "cpu"]) == 0
+        return found[0]
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    assert run_ranks(on_rank, 2) == [timedelta(days=1)] * 2
 
 
 def test_what_lies_there_damaged_or_of_other_weights_is_made_again(

@@ -30,6 +30,9 @@ from megalith.trained import run_of
 from megalith.trained_retrieval import TrainedRetriever, digest_of_weights, embed, open_retriever
 
 SPAN_BATCHES = 16  # batches of a span: what a killed rank loses at most
+# Seconds that ranks wait for each other: after a start on another number of ranks one may find all its spans there
+# while another has to embed for hours. A rank that is lost ends the others through what started them.
+LONGEST_WAIT = 24 * 3600.0
 DTYPES = {"fp16": np.float16, "fp32": np.float32}
 
 
@@ -69,7 +72,7 @@ def main(words: Sequence[str]) -> int:
         # torchrun leaves its ranks behind when it is killed.
         end_with_parent()
     layout = make_layout(os.environ, tensor=1, pipeline=1)
-    with joined(layout, choose_device(options.device, layout.local_rank)):
+    with joined(layout, choose_device(options.device, layout.local_rank), timeout=LONGEST_WAIT):
         make_index(plan(options, layout), layout)
     return 0
 
