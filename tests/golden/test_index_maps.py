@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from megalith.data.causal import CausalDataset
-from megalith.data.index_maps import IndexMaps, build_index_maps
+from megalith.data.index_cache import load_or_build_index_maps
+from megalith.data.index_maps import IndexMaps
 from megalith.data.indexed import IndexedDataset, IndexedWriter
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "gpt_index_maps.json").read_text())
@@ -26,19 +27,24 @@ def lengths_of(corpus: str) -> NDArray[np.int32]:
     return np.array(RECORDED["corpora"][corpus]["lengths"], np.int32)
 
 
-def built(case: dict[str, Any]) -> IndexMaps:
-    return build_index_maps(
-        np.arange(*case["documents"], dtype=np.int32),
-        lengths_of(case["corpus"]),
+def built(folder: Path, case: dict[str, Any]) -> IndexMaps:
+    """The maps as a run has them: built, kept in the folder and mapped from there."""
+    maps, report = load_or_build_index_maps(
+        folder / "corpus",
+        "train",
+        documents=range(*case["documents"]),
+        lengths=lengths_of(case["corpus"]),
         num_samples=case["num_samples"],
         sequence_length=case["seq_length"],
         seed=case["seed"],
     )
+    assert report.rebuilt_because
+    return maps
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "raises" not in case], ids=named)
-def test_maps_are_bit_identical(golden: Path, case: dict[str, Any]) -> None:
-    maps = built(case)
+def test_maps_are_bit_identical(golden: Path, tmp_path: Path, case: dict[str, Any]) -> None:
+    maps = built(tmp_path, case)
     assert maps.epochs == case["num_epochs"]
     assert maps.separate_last_epoch == case["separate_last_epoch"]
     assert maps.plan.tokens_per_epoch == case["tokens_per_epoch"]
@@ -60,7 +66,7 @@ def test_samples_are_identical(tmp_path: Path, case: dict[str, Any]) -> None:
     documents = [(131 * number + 17 * np.arange(length) + 7) % 50000 for number, length in enumerate(lengths)]
     with IndexedWriter(tmp_path / "corpus", np.uint16) as writer:
         writer.add_documents(lengths, np.ones(len(lengths), int), np.concatenate(documents))
-    dataset = CausalDataset(IndexedDataset(tmp_path / "corpus"), built(case), vocab_size=50000)
+    dataset = CausalDataset(IndexedDataset(tmp_path / "corpus"), built(tmp_path, case), vocab_size=50000)
     assert len(dataset) == case["len_dataset"]
     numbers = np.array([int(number) for number in case["samples"]])
     together = dataset.batch(numbers)
@@ -75,10 +81,10 @@ def test_samples_are_identical(tmp_path: Path, case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "raises" in case], ids=named)
-def test_what_only_an_assertion_forbade_is_built(case: dict[str, Any]) -> None:
+def test_what_only_an_assertion_forbade_is_built(tmp_path: Path, case: dict[str, Any]) -> None:
     """Its check refuses one sample more than an epoch has, which the last epoch can give: the log shows such maps."""
     assert case["raises"] == "AssertionError: last epoch number of samples exceeded max value."
-    plan = built(case).plan
+    plan = built(tmp_path, case).plan
     assert plan.last_epoch_samples == plan.samples_per_epoch + 1
     assert plan.samples >= case["num_samples"]
 
@@ -92,8 +98,8 @@ def test_what_only_an_assertion_forbade_is_built(case: dict[str, Any]) -> None:
     ],
 )
 def test_the_small_corpus_of_the_log_gives_its_numbers(
-    documents: range, requested: int, epochs: int, rows: int, separate: bool
+    tmp_path: Path, documents: range, requested: int, epochs: int, rows: int, separate: bool
 ) -> None:
-    ids = np.arange(documents.start, documents.stop, dtype=np.int32)
-    maps = build_index_maps(ids, lengths_of("F_log1014"), num_samples=requested, sequence_length=1024, seed=1234)
+    case = {"corpus": "F_log1014", "documents": (documents.start, documents.stop), "num_samples": requested}
+    maps = built(tmp_path, {**case, "seq_length": 1024, "seed": 1234})
     assert (maps.epochs, len(maps.sample_idx), maps.separate_last_epoch) == (epochs, rows, separate)

@@ -12,14 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalith.data.index_maps import (
-    EpochPlan,
-    IndexMaps,
-    locate_samples,
-    plan_epochs,
-    shuffle_documents,
-    shuffle_samples,
-)
+from megalith.data.index_maps import EpochPlan, IndexMaps, make_arrays, plan_epochs
 from megalith.data.kept_arrays import WAIT_SECONDS, Build, Kept, Wanted, folder_for, load_or_build
 from megalith.files import DISK, Disk, Location
 
@@ -84,12 +77,8 @@ def load_or_build_index_maps(
     )
 
     def build() -> Iterator[tuple[str, NDArray[Any]]]:
-        random = np.random.RandomState(seed)
         ids = np.arange(documents.start, documents.stop, dtype=np.int32)
-        doc_idx = shuffle_documents(ids, plan, random)
-        yield "doc_idx", doc_idx
-        yield "sample_idx", locate_samples(doc_idx, lengths, plan, sequence_length)
-        yield "shuffle_idx", shuffle_samples(plan, random)
+        return make_arrays(ids, lengths, plan, sequence_length=sequence_length, seed=seed)
 
     kept = load_or_build(wanted, build, wait_seconds=wait_seconds)
     doc_idx, sample_idx, shuffle_idx = (kept.arrays[name] for name in ARRAYS)

@@ -8,6 +8,7 @@ The samples' starts need no walk: the stream position of each document's end is 
 start inside a document are those whose k*s lies between two such ends. So everything is numpy, block by block.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,11 +67,23 @@ def build_index_maps(
     """
     tokens_per_epoch = count_tokens(documents, lengths)
     plan = plan_epochs(tokens_per_epoch, num_samples=num_samples, sequence_length=sequence_length)
+    arrays = dict(make_arrays(documents, lengths, plan, sequence_length=sequence_length, seed=seed))
+    return IndexMaps(**arrays, plan=plan, sequence_length=sequence_length)
+
+
+def make_arrays(
+    documents: NDArray[np.int32], lengths: NDArray[np.int32], plan: EpochPlan, *, sequence_length: int, seed: int
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """doc_idx, sample_idx and shuffle_idx of a plan with their names, each made when it is asked for.
+
+    documents, lengths: as in `build_index_maps`. Raises ValueError for documents too many for 32-bit places.
+    """
     # One stream of random numbers for both shuffles, in this order.
     random = np.random.RandomState(seed)
     doc_idx = shuffle_documents(documents, plan, random)
-    sample_idx = locate_samples(doc_idx, lengths, plan, sequence_length)
-    return IndexMaps(doc_idx, sample_idx, shuffle_samples(plan, random), plan, sequence_length)
+    yield "doc_idx", doc_idx
+    yield "sample_idx", locate_samples(doc_idx, lengths, plan, sequence_length)
+    yield "shuffle_idx", shuffle_samples(plan, random)
 
 
 def count_tokens(documents: NDArray[np.int32], lengths: NDArray[np.int32]) -> int:
