@@ -36,6 +36,7 @@ LEVELS = [
         "task",
         "task_rows",
         "tasks",
+        "turns",
     },
     {
         "adopt",

@@ -21,6 +21,7 @@ from megalith.data.sentence_maps import (
     usable_documents,
 )
 from megalith.data.sentence_rows import SentenceRows
+from megalith.data.survey import nothing
 from megalith.monitor.events import Event, SentenceMapLoaded, Warned
 from megalith.sentence_datasets import build_sentence_rows
 from tests.sentences import write_sentences
@@ -46,7 +47,14 @@ class FirstTokens:
 def build(run: Run, said: list[Event] | None = None) -> dict[str, SampleRows]:
     heard: list[Event] = [] if said is None else said
     return build_sentence_rows(
-        run, longest=LONGEST, least=1, vocab_size=60, make_rows=FirstTokens, targets=TARGETS, report=heard.append
+        run,
+        longest=LONGEST,
+        least=1,
+        vocab_size=60,
+        make_rows=FirstTokens,
+        targets=TARGETS,
+        report=heard.append,
+        moved=nothing,
     )
 
 
@@ -130,10 +138,24 @@ def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
     heard: list[Event] = []
     with pytest.raises(ValueError, match=r"text_sentence, train part: none of the 48 documents has 9 sentences"):
         build_sentence_rows(
-            run, longest=LONGEST, least=9, vocab_size=60, make_rows=FirstTokens, targets=TARGETS, report=heard.append
+            run,
+            longest=LONGEST,
+            least=9,
+            vocab_size=60,
+            make_rows=FirstTokens,
+            targets=TARGETS,
+            report=heard.append,
+            moved=nothing,
         )
     with pytest.raises(ValueError, match="not in the vocabulary of 10"):
         rows = build_sentence_rows(
-            run, longest=LONGEST, least=1, vocab_size=10, make_rows=FirstTokens, targets=TARGETS, report=heard.append
+            run,
+            longest=LONGEST,
+            least=1,
+            vocab_size=10,
+            make_rows=FirstTokens,
+            targets=TARGETS,
+            report=heard.append,
+            moved=nothing,
         )["train"]
         rows.batch(np.arange(50))

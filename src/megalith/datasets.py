@@ -3,22 +3,21 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megalith.config import Run
 from megalith.data.blend import BlendedDataset, normalize, parse_data_path, samples_of_each
 from megalith.data.causal import CausalBatches, CausalDataset, SampleRows
-from megalith.data.index_cache import IndexMapsReport, load_or_build_index_maps
+from megalith.data.index_cache import IndexMapsReport, load_or_build_index_maps, tokens_of
 from megalith.data.index_maps import plan_epochs
 from megalith.data.indexed import IndexedDataset, find_prefix, open_indexed
 from megalith.data.record import check_tokenizer, identify, read_record
 from megalith.data.split import PARTS, parse_split, split_documents
+from megalith.data.survey import Survey
 from megalith.data.tokenizer import Tokenizer
 from megalith.derived import sequence_length
-from megalith.files import digest_of
 from megalith.monitor.events import (
     BlendBuilt,
     CorpusOpened,
@@ -30,6 +29,7 @@ from megalith.monitor.events import (
     Warned,
 )
 from megalith.notices import repeated_warning
+from megalith.turns import in_turns
 
 # The parts' names as a log spells them.
 SPOKEN = {"train": "train", "valid": "validation", "test": "test"}
@@ -51,35 +51,40 @@ def identify_token_files(run: Run, tokenizer: Tokenizer, *, vocab_size: int, rep
     vocab_size: ids that the model has. Raises ValueError naming the file for one that is missing, was changed, has
     tokens that the model lacks, or was made with another tokenizer (a warning with --allow-changed-data).
     """
-    identities = []
-    for given, weight in zip(*parse_data_path(run.data.data_path or ()), strict=True):
-        prefix = find_prefix(given)
-        record = read_record(prefix)
-        identities.append({**identify(prefix, record, vocab_size=vocab_size), "weight": weight})
-        if record is None:
-            continue
-        try:
-            check_tokenizer(prefix, record, tokenizer.digests)
-        except ValueError as error:
-            if not run.checkpoint.allow_changed_data:
-                raise ValueError(f"{error}; or give --allow-changed-data if both give the same tokens") from error
-            report(Warned(f"--allow-changed-data: {error}"))
-    return identities
+
+    def identify_all(survey: Survey) -> list[dict[str, Any]]:
+        identities = []
+        for given, weight in zip(*parse_data_path(run.data.data_path or ()), strict=True):
+            prefix = find_prefix(given)
+            record = read_record(prefix)
+            identities.append({**identify(prefix, record, vocab_size=vocab_size, survey=survey), "weight": weight})
+            if record is None:
+                continue
+            try:
+                check_tokenizer(prefix, record, tokenizer.digests)
+            except ValueError as error:
+                if not run.checkpoint.allow_changed_data:
+                    raise ValueError(f"{error}; or give --allow-changed-data if both give the same tokens") from error
+                report(Warned(f"--allow-changed-data: {error}"))
+        return identities
+
+    return in_turns(identify_all)
 
 
 def identify_training_files(run: Run, tokenizer: Tokenizer, *, vocab_size: int, report: Report) -> list[dict[str, Any]]:
     """What tells each file of --train-data from others, for tasks that read such files instead of token files."""
-    identities = []
-    for path in map(Path, run.data.train_data or ()):
-        written = digest_of(path)
-        identities.append({"name": path.name, "bin_size": written.size, "bin_sha256": written.digest})
-    return identities
+
+    def identify_all(survey: Survey) -> list[dict[str, Any]]:
+        files = [(path.name, survey.digest(path)) for path in map(Path, run.data.train_data or ())]
+        return [{"name": name, "bin_size": written.size, "bin_sha256": written.digest} for name, written in files]
+
+    return in_turns(identify_all)
 
 
-def open_corpus(prefix: str, run: Run, report: Report, *, sentences: bool = False) -> Corpus:
+def open_corpus(prefix: str, run: Run, survey: Survey, report: Report, *, sentences: bool = False) -> Corpus:
     """Open a token file and split its documents. sentences: a document has an item for each; else it is an item."""
     started = time.perf_counter()
-    indexed = open_indexed(prefix, run.data.data_impl, merged=not sentences)
+    indexed = open_indexed(prefix, run.data.data_impl, merged=not sentences, survey=survey)
     if indexed.document_index[-1] < indexed.num_items:
         text = "the document index ends early, as Megatron-LM's merge leaves it: each item counts as a document"
         report(Warned(f"{prefix}: {text}."))
@@ -111,20 +116,34 @@ def open_corpus(prefix: str, run: Run, report: Report, *, sentences: bool = Fals
 
 
 def build_causal_parts(
-    run: Run, tokenizer: Tokenizer, *, vocab_size: int, targets: Mapping[str, int], report: Report
+    run: Run,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    targets: Mapping[str, int],
+    report: Report,
+    moved: Callable[[], None],
 ) -> dict[str, CausalBatches]:
-    """The batches of every part that is asked for samples and has documents.
+    """The batches of every part that is asked for samples and has documents; every rank calls it.
 
-    vocab_size: ids that the model has. targets: samples wanted of each of train, valid and test.
-    Raises ValueError naming the file for data that is missing, damaged or does not fit the vocabulary.
+    vocab_size: ids that the model has. targets: samples wanted of each of train, valid and test. moved: called as it
+    gets on. Raises ValueError naming the file for data that is missing, damaged or does not fit the vocabulary.
     """
+    return in_turns(partial(_causal_parts, run, tokenizer, vocab_size, targets, report), moved=moved)
+
+
+def _causal_parts(
+    run: Run, tokenizer: Tokenizer, vocab_size: int, targets: Mapping[str, int], report: Report, survey: Survey
+) -> dict[str, CausalBatches]:
     prefixes, weights = parse_data_path(run.data.data_path or ())
-    corpora = [open_corpus(prefix, run, report) for prefix in prefixes]
+    corpora = [open_corpus(prefix, run, survey, report) for prefix in prefixes]
     batches: dict[str, CausalBatches] = {}
     for name in PARTS:
         wanted = samples_wanted(run, corpora, weights, name, targets[name], report)
         rows = [
-            _rows(corpus, name, num_samples, run, vocab_size, report) if corpus.parts[name] and num_samples else None
+            _rows(corpus, name, num_samples, run, vocab_size, survey, report)
+            if corpus.parts[name] and num_samples
+            else None
             for corpus, num_samples in zip(corpora, wanted, strict=True)
         ]
         if any(row is not None for row in rows):
@@ -174,10 +193,10 @@ def _eod(run: Run, tokenizer: Tokenizer) -> int | None:
     return tokenizer.eod if needed else None
 
 
-def _check_amount(corpus: Corpus, name: str, num_samples: int, run: Run) -> None:
+def _check_amount(corpus: Corpus, name: str, num_samples: int, run: Run, survey: Survey) -> None:
     """Raise ValueError if a part has no token, or would be read too often; nothing is built yet."""
     part, prefix = corpus.parts[name], corpus.indexed.prefix
-    num_tokens = int(corpus.indexed.lengths[part.start : part.stop].sum(dtype=np.int64))
+    num_tokens = tokens_of(prefix, part, corpus.indexed.lengths, survey)
     if not num_tokens:
         raise ValueError(
             f"{prefix}: the {len(part)} documents that --split = {run.data.split} leaves for {SPOKEN[name]} hold no "
@@ -191,8 +210,10 @@ def _check_amount(corpus: Corpus, name: str, num_samples: int, run: Run) -> None
         )
 
 
-def _rows(corpus: Corpus, name: str, num_samples: int, run: Run, vocab_size: int, report: Report) -> CausalDataset:
-    _check_amount(corpus, name, num_samples, run)
+def _rows(
+    corpus: Corpus, name: str, num_samples: int, run: Run, vocab_size: int, survey: Survey, report: Report
+) -> CausalDataset:
+    _check_amount(corpus, name, num_samples, run, survey)
     maps, made = load_or_build_index_maps(
         corpus.indexed.prefix,
         name,
@@ -202,6 +223,7 @@ def _rows(corpus: Corpus, name: str, num_samples: int, run: Run, vocab_size: int
         sequence_length=sequence_length(run),
         seed=run.train.seed,
         cache_path=run.data.data_cache_path,
+        survey=survey,
     )
     for event in _maps_events(name, made):
         report(event)

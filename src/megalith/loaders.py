@@ -32,7 +32,12 @@ def open_data(job: Job) -> None:
             parts = job.task.build_mock(run, job.vocab_size, targets)
         else:
             parts = job.task.build_parts(
-                run, job.tokenizer, vocab_size=job.vocab_size, targets=targets, report=job.log.report
+                run,
+                job.tokenizer,
+                vocab_size=job.vocab_size,
+                targets=targets,
+                report=job.log.report,
+                moved=job.ledger.move,
             )
         job.log.report(DatasetsBuilt(job.task.title))
         job.loaders = {name: make_loader(job, name, source) for name, source in parts.items()}

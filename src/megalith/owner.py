@@ -8,7 +8,6 @@ look and write under a lock of the kernel's on the directory, and the owner look
 """
 
 import json
-import os
 import secrets
 import sys
 import threading
@@ -27,7 +26,7 @@ from megalith.config import ConfigError, Run
 from megalith.files import DISK, Disk, Location, make_directories, sync_directory, write_whole
 from megalith.monitor.peers import Peer, this_process
 from megalith.parallel.mesh import Layout
-from megalith.terminal import printable
+from megalith.terminal import printable, say
 
 FILE_NAME = "lease.json"
 # Files of a run directory that are replaced whole; a kill may leave their temporary names behind.
@@ -254,7 +253,7 @@ def owned(run: Run, layout: Layout) -> Iterator[Lease | None]:
     if layout.rank == 0:
         lease = Lease(run.checkpoint.save)
         try:
-            lease.take(_say)
+            lease.take(say)
         except (OSError, DamagedError, OwnedError) as error:
             refused = error
         else:
@@ -280,8 +279,3 @@ def _told(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def _say(text: str) -> None:
-    with suppress(OSError):
-        os.write(2, f"megalith: {printable(text)}\n".encode())

@@ -10,7 +10,7 @@ from megalith.config import Run
 from megalith.data.blend import parse_data_path
 from megalith.data.causal import SampleRows
 from megalith.data.index_cache import digest_of_lengths, load_or_build_sentence_map
-from megalith.data.indexed import IndexedDataset
+from megalith.data.indexed import IndexedDataset, idx_path
 from megalith.data.sentence_maps import (
     LONGEST_SENTENCE,
     DocumentUse,
@@ -20,8 +20,10 @@ from megalith.data.sentence_maps import (
 )
 from megalith.data.sentence_rows import SentenceRows
 from megalith.data.split import PARTS
+from megalith.data.survey import Survey
 from megalith.datasets import SPOKEN, Corpus, Report, blend_rows, no_documents, open_corpus, samples_wanted
 from megalith.monitor.events import SentenceMapLoaded, Warned
+from megalith.turns import in_turns
 
 MOST_USED = 0.9  # the share of the documents below which it is said why
 
@@ -35,42 +37,57 @@ def build_sentence_rows(
     make_rows: Callable[[SentenceRows], SampleRows],
     targets: Mapping[str, int],
     report: Report,
+    moved: Callable[[], None],
 ) -> dict[str, SampleRows]:
-    """The samples of every part that is asked for some and has documents, as rows of numbers.
+    """The samples of every part that is asked for some and has documents, as rows of numbers; every rank calls it.
 
     longest: tokens of a sample, special ones apart; least: sentences that it needs. vocab_size: ids that the model has.
     make_rows: what makes a task's samples of sentences. targets: samples wanted of each of train, valid and test.
-    Raises ValueError naming the file for data that is missing, damaged or does not fit the vocabulary.
+    moved: called as it gets on. Raises ValueError naming the file for data that is missing, damaged or does not fit the
+    vocabulary.
     """
-    prefixes, weights = parse_data_path(run.data.data_path or ())
-    corpora = [open_corpus(prefix, run, report, sentences=True) for prefix in prefixes]
     plan = SentencePlan(longest, least, run.data.short_seq_prob, run.train.seed)
-    parts: dict[str, SampleRows] = {}
-    for name in PARTS:
-        wanted = samples_wanted(run, corpora, weights, name, targets[name], report)
-        rows = [
-            make_rows(_sentences(corpus, name, num_samples, plan, run, vocab_size, report))
-            if corpus.parts[name] and num_samples
-            else None
-            for corpus, num_samples in zip(corpora, wanted, strict=True)
-        ]
-        if any(row is not None for row in rows):
-            parts[name] = blend_rows(rows, weights, report)
-        elif targets[name]:
-            no_documents(name, run, report)
-    return parts
+
+    def build(survey: Survey) -> dict[str, SampleRows]:
+        prefixes, weights = parse_data_path(run.data.data_path or ())
+        corpora = [open_corpus(prefix, run, survey, report, sentences=True) for prefix in prefixes]
+        parts: dict[str, SampleRows] = {}
+        for name in PARTS:
+            wanted = samples_wanted(run, corpora, weights, name, targets[name], report)
+            rows = [
+                make_rows(_sentences(corpus, name, num_samples, plan, run, vocab_size, survey, report))
+                if corpus.parts[name] and num_samples
+                else None
+                for corpus, num_samples in zip(corpora, wanted, strict=True)
+            ]
+            if any(row is not None for row in rows):
+                parts[name] = blend_rows(rows, weights, report)
+            elif targets[name]:
+                no_documents(name, run, report)
+        return parts
+
+    return in_turns(build, moved=moved)
 
 
 def _sentences(
-    corpus: Corpus, name: str, num_samples: int, plan: SentencePlan, run: Run, vocab_size: int, report: Report
+    corpus: Corpus,
+    name: str,
+    num_samples: int,
+    plan: SentencePlan,
+    run: Run,
+    vocab_size: int,
+    survey: Survey,
+    report: Report,
 ) -> SentenceRows:
     """The sentences of a part's samples, by a map that is built once and kept."""
     indexed, documents = corpus.indexed, corpus.parts[name]
-    document_index = indexed.document_index[documents.start : documents.stop + 1]
+    places = range(documents.start, documents.stop + 1)
+    document_index = indexed.document_index[places.start : places.stop]
+    items = range(int(document_index[0]), int(document_index[-1]))
     made_from = {
         "documents": [documents.start, documents.stop],
-        "document_index_sha256": digest_of_lengths(document_index),
-        "lengths_sha256": digest_of_lengths(indexed.lengths[document_index[0] : document_index[-1]]),
+        "document_index_sha256": digest_of_lengths(indexed.prefix, "documents", places, indexed.document_index, survey),
+        "lengths_sha256": digest_of_lengths(indexed.prefix, "lengths", items, indexed.lengths, survey),
         "num_samples": num_samples,
         "longest": plan.longest,
         "least": plan.least,
@@ -80,9 +97,12 @@ def _sentences(
 
     def build() -> Iterator[tuple[str, NDArray[Any]]]:
         try:
-            yield "map", build_sentence_map(document_index, indexed.lengths, num_samples=num_samples, plan=plan)
+            rows = build_sentence_map(
+                document_index, indexed.lengths, num_samples=num_samples, plan=plan, moved=survey.moved
+            )
         except ValueError as error:
             raise ValueError(f"{indexed.prefix}, {SPOKEN[name]} part: {error}") from error
+        yield "map", rows
 
     rows, path, kept = load_or_build_sentence_map(
         indexed.prefix,
@@ -90,10 +110,22 @@ def _sentences(
         made_from,
         build,
         cache_path=run.data.data_cache_path,
+        survey=survey,
     )
-    use = document_use(document_index, indexed.lengths, plan.least)
+    use = use_of(indexed, documents, plan.least, survey)
     tell_map(SPOKEN[name], path, kept.seconds["load"], len(rows), use, indexed, report)
     return SentenceRows(indexed, rows, seed=plan.seed, vocab_size=vocab_size)
+
+
+def use_of(indexed: IndexedDataset, documents: range, least: int, survey: Survey) -> DocumentUse:
+    """What becomes of a part's documents where a sample needs at least so many sentences."""
+
+    def look() -> list[int]:
+        use = document_use(indexed.document_index[documents.start : documents.stop + 1], indexed.lengths, least)
+        return [use.used, use.short, use.spoilt]
+
+    what = f"use of documents {documents.start} to {documents.stop} for {least} sentences"
+    return DocumentUse(*survey.find(what, look, idx_path(indexed.prefix)))
 
 
 def tell_map(

@@ -116,7 +116,8 @@ class Task:
     # A part of the model on the meta device: (run, padded vocabulary size, type of activations) -> what builds it.
     build_part: Callable[[Run, int, torch.dtype], BuildPart]
     # Batches by part of the data, for the number of samples wanted of each: (run, tokenizer, vocab_size=, targets=,
-    # report=). Every batch has an entry `samples`, int64 B: their numbers in the run.
+    # report=, moved=). Every rank calls it; moved is called as it gets on. Every batch has an entry `samples`, int64 B:
+    # their numbers in the run.
     build_parts: Callable[..., Mapping[str, BatchSource]]
     # What leaves a part of the model for what enters it; the last part gives the vector of weighted losses. A figure
     # that is only logged (an accuracy) is a detached entry of it.

@@ -1,6 +1,8 @@
 """Text for people and terminals: names and data are shown and never obeyed, and give no secret away."""
 
+import os
 import re
+from contextlib import suppress
 
 # What a terminal would obey, or show elsewhere than where it stands: control characters but the tab, marks that turn
 # the direction of text, separators of lines, and halves of characters, which cannot be encoded.
@@ -28,3 +30,9 @@ def printable(text: str) -> str:
     """
     text = redacted(text)
     return UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
+
+
+def say(text: str) -> None:
+    """A line on the error stream, from any rank; whether it arrives is not looked at."""
+    with suppress(OSError):
+        os.write(2, f"megalith: {printable(text)}\n".encode())

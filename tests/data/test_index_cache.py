@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from megalith.data import kept_arrays
 from megalith.data.index_cache import ARRAYS, IndexMapsReport, load_or_build_index_maps
 from megalith.data.index_maps import IndexMaps, build_index_maps
+from megalith.data.survey import Survey
 from megalith.files import DISK, Disk
 from tests.data.failing_disk import FailingDisk
 
@@ -33,7 +35,7 @@ def ask(
     lengths: NDArray[np.int32] = LENGTHS,
     documents: range = range(10),
     cache_path: Path | None = None,
-    wait_seconds: float = 20,
+    survey: Survey | None = None,
     disk: Disk = DISK,
 ) -> tuple[IndexMaps, IndexMapsReport]:
     return load_or_build_index_maps(
@@ -45,7 +47,7 @@ def ask(
         sequence_length=8,
         seed=7,
         cache_path=cache_path,
-        wait_seconds=wait_seconds,
+        survey=survey,
         disk=disk,
     )
 
@@ -275,14 +277,74 @@ def test_a_killed_builder_is_replaced_and_its_remains_removed(tmp_path: Path) ->
     assert {path.suffix for path in (tmp_path / "data").iterdir()} == {".npy", ".json"}
 
 
-def test_a_builder_that_hangs_is_named_in_time(tmp_path: Path) -> None:
+def test_a_builder_is_named_and_waited_for_as_long_as_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_arrays, "SECONDS_UNTIL_TOLD", 0.1)
     builder = start_builder(tmp_path, seconds=60)
-    try:
-        with pytest.raises(TimeoutError, match=f"process {builder.pid} on .* has been building index maps for 0.2 s"):
-            ask(tmp_path / "data", wait_seconds=0.2)
-    finally:
-        builder.kill()
-        builder.join(20)
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if len(said) == 2:  # it can be ended: the lock is free then, whatever its file says
+            builder.kill()
+            builder.join(20)
+
+    maps, report = ask(tmp_path / "data", survey=Survey(say=say))
+    assert f"'process {builder.pid} on " in said[0] and "is building index maps; waited for it for 0 s" in said[0]
+    assert report.rebuilt_because and same(maps, expected())
+
+
+def test_who_waits_looks_ever_less_often_and_is_not_taken_for_hung(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build of 2,000 s, by a clock that only the pauses move; the watch of the start allows 1,800."""
+    now, pauses, moves = [0.0], list[float](), list[float]()
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        pauses.append(seconds)
+        if now[0] > 2000:
+            os.close(holder)
+
+    monkeypatch.setattr(kept_arrays, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    said: list[str] = []
+    holder = os.open(tmp_path / f"{BASE}.lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    survey = Survey(moved=lambda: moves.append(now[0]), say=said.append)
+    maps, report = ask(tmp_path, survey=survey)
+    assert report.rebuilt_because and same(maps, expected()) and report.seconds["wait"] > 2000
+    assert pauses[:6] == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6] and len(pauses) < 1100
+    assert max(np.diff([0.0, *moves])) < 2.1
+    assert len(said) == 6
+
+
+def test_a_build_moves_on_with_every_array(tmp_path: Path) -> None:
+    moves: list[set[str]] = []
+    survey = Survey(moved=lambda: moves.append({path.suffix for path in tmp_path.iterdir()}))
+    ask(tmp_path, survey=survey)
+    # While the lock lies there and the record, written last, does not.
+    assert sum(".lock" in there and ".json" not in there for there in moves) == len(ARRAYS)
+
+
+def test_what_a_survey_knows_is_not_read_again_unless_it_has_changed(tmp_path: Path) -> None:
+    read: list[str] = []
+
+    class Noting(Disk):
+        def read(self, descriptor: int, buffer: memoryview, offset: int) -> int:
+            read.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+            return super().read(descriptor, buffer, offset)
+
+    first = Survey()
+    _, built = ask(tmp_path, survey=first)
+    told = json.loads(json.dumps(first.findings))
+    maps, report = ask(tmp_path, survey=Survey(told), disk=Noting())
+    assert not read and same(maps, expected())
+    # It was built, if not here: whoever speaks for the job says so.
+    assert report.rebuilt_because == built.rebuilt_because == "there were none"
+    assert {name: report.seconds[name] for name in ARRAYS} == {name: built.seconds[name] for name in ARRAYS}
+    flip(report.paths["sample_idx"], 150)
+    maps, report = ask(tmp_path, survey=Survey(told), disk=Noting())
+    assert set(read) == {str(path) for path in report.paths.values()} and same(maps, expected())
+    assert "sample_idx.npy is damaged" in report.rebuilt_because
 
 
 def test_a_process_that_waited_says_how_long(tmp_path: Path) -> None:

@@ -301,13 +301,12 @@ def map_digests_not_checked(rank: int) -> None:
         def __ne__(self, other: object) -> bool:
             return isinstance(other, Written) and self.size != other.size
 
-    digest_of = kept_arrays.digest_of  # type: ignore[attr-defined]
+    recorded = kept_arrays._recorded_files
 
-    def sized(path: Location, *, disk: Disk) -> Written:
-        found: Written = digest_of(path, disk=disk)
-        return SizeOnly(found.size, found.digest)
+    def sized(wanted: kept_arrays.Wanted) -> dict[str, Written]:
+        return {name: SizeOnly(file.size, file.digest) for name, file in recorded(wanted).items()}
 
-    put(kept_arrays, digest_of=sized)
+    put(kept_arrays, _recorded_files=sized)
 
 
 def records_not_checked(rank: int) -> None:

@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 import megalith.train
+import megalith.watching
 from megalith.checkpoint.directory import list_checkpoints
 from megalith.checkpoint.verify import verify
+from megalith.data import index_cache, index_maps
 from megalith.data.causal import CausalBatches
 from megalith.job import Job
 from megalith.keeper import Keeper
@@ -128,6 +130,28 @@ def test_a_slow_disk_is_no_hang(data: Path, tmp_path: Path) -> None:
     ended = start(tmp_path, data, *words, disturb=slow(0.15))
     assert ended.statuses == (0, 0), ended
     assert len(steps_of(tmp_path / "run")) == 4
+
+
+def test_building_index_maps_for_longer_than_a_start_may_stand_still_is_no_hang(data: Path, tmp_path: Path) -> None:
+    done = tmp_path / "done"
+
+    def disturb(rank: int) -> None:
+        # Each array takes less than the limit of the start, all of them twice as much.
+        megalith.watching.START_SECONDS = 5.0
+        real = index_maps.make_arrays
+
+        def slowly(*arguments: Any, **named: Any) -> Iterator[tuple[str, Any]]:
+            for name, array in real(*arguments, **named):
+                time.sleep(0.0 if done.exists() else 3.4)
+                yield name, array
+            done.touch()
+
+        setattr(index_cache, "make_arrays", slowly)  # noqa: B010 - mypy forbids to assign a function
+
+    words = ("--hang-timeout", "2", "--train-iters", "3", "--data-cache-path", str(tmp_path / "cache"))
+    ended = start(tmp_path, data, *words, disturb=disturb)
+    assert ended.statuses == (0, 0), ended
+    assert len(steps_of(tmp_path / "run")) == 3
 
 
 def test_a_rank_that_dies_ends_the_others_who_name_it(data: Path, tmp_path: Path) -> None:

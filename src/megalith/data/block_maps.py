@@ -4,12 +4,14 @@ A block is some sentences of one document, as many as fill a sequence beside the
 random, so every pass over the documents gives the same blocks: one pass is listed, and repeated.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megalith.data.sentence_maps import LONGEST_SENTENCE, WIDE_SENTENCES, shuffle_rows, usable_documents
+from megalith.data.survey import nothing
 
 
 def build_block_map(
@@ -22,18 +24,20 @@ def build_block_map(
     least: int,
     seed: int,
     first_document: int = 0,
+    moved: Callable[[], None] = nothing,
 ) -> NDArray[Any]:
     """[N, 4]: first sentence, the one after the last, document, and the block's number in its pass; N >= num_samples.
 
     document_index: the sentence at which each document of the part starts, then the end of the last; lengths: tokens of
     every sentence of the token file; title_lengths: tokens of the title of each of these documents. longest: tokens of
     title and block together. least: sentences of a block. first_document: the number of the part's first one.
-    All documents are gone through as often as it takes. Raises ValueError if no document has a block.
+    moved: called after each block of the work. All documents are gone through as often as it takes. Raises ValueError
+    if no document has a block.
     """
     rows = list_blocks(document_index, lengths, title_lengths, longest=longest, least=least)
     rows[:, 2] += rows.dtype.type(first_document)
     whole = np.tile(rows, (max(1, -(-num_samples // len(rows))), 1))
-    shuffle_rows(whole, seed)
+    shuffle_rows(whole, seed, moved=moved)
     return whole
 
 

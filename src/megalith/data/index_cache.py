@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalith.data.index_maps import EpochPlan, IndexMaps, make_arrays, plan_epochs
-from megalith.data.kept_arrays import WAIT_SECONDS, Build, Kept, Wanted, folder_for, load_or_build
+from megalith.data.indexed import idx_path
+from megalith.data.kept_arrays import Build, Kept, Wanted, folder_for, load_or_build
+from megalith.data.survey import Survey
 from megalith.files import DISK, Disk, Location
 
 ARRAYS = ("doc_idx", "sample_idx", "shuffle_idx")
@@ -27,7 +29,7 @@ class IndexMapsReport:
 
     paths: dict[str, Path]  # of each of ARRAYS
     rebuilt_because: str  # empty if they were only loaded
-    seconds: dict[str, float]  # of each of ARRAYS, if built here: building and saving; wait: for another process; load
+    seconds: dict[str, float]  # of each of ARRAYS, if built: building and saving; wait: for another process; load
     plan: EpochPlan
     num_documents: int  # per epoch
     sequence_length: int
@@ -43,22 +45,24 @@ def load_or_build_index_maps(
     sequence_length: int,
     seed: int,
     cache_path: Location | None = None,
-    wait_seconds: float = WAIT_SECONDS,
+    survey: Survey | None = None,
     disk: Disk = DISK,
 ) -> tuple[IndexMaps, IndexMapsReport]:
     """The maps for a part (train, valid or test) of the token file with this prefix, mapped from their files.
 
     documents: consecutive items of the part; lengths: of all items. cache_path: a directory for the files instead of
-    the data's own. Raises ValueError if the documents have no token, and what `load_or_build` raises.
+    the data's own. survey: None if nothing is known. Raises ValueError if the documents have no token, and what
+    `load_or_build` raises.
     """
     if not 0 <= documents.start <= documents.stop <= len(lengths):
         raise ValueError(f"documents {documents.start} to {documents.stop} are not all among the {len(lengths)} items")
-    tokens_per_epoch = int(lengths[documents.start : documents.stop].sum(dtype=np.int64))
+    survey = survey or Survey()
+    tokens_per_epoch = tokens_of(prefix, documents, lengths, survey)
     plan = plan_epochs(tokens_per_epoch, num_samples=num_samples, sequence_length=sequence_length)
     made_from = {
         "format": FORMAT,
         "documents": [documents.start, documents.stop],
-        "lengths_sha256": digest_of_lengths(lengths[documents.start : documents.stop]),
+        "lengths_sha256": digest_of_lengths(prefix, "lengths", documents, lengths, survey),
         "num_samples": num_samples,
         "sequence_length": sequence_length,
         "seed": seed,
@@ -80,7 +84,7 @@ def load_or_build_index_maps(
         ids = np.arange(documents.start, documents.stop, dtype=np.int32)
         return make_arrays(ids, lengths, plan, sequence_length=sequence_length, seed=seed)
 
-    kept = load_or_build(wanted, build, wait_seconds=wait_seconds)
+    kept = load_or_build(wanted, build, survey)
     doc_idx, sample_idx, shuffle_idx = (kept.arrays[name] for name in ARRAYS)
     maps = IndexMaps(doc_idx, sample_idx, shuffle_idx, plan, sequence_length)
     paths = dict(wanted.paths)
@@ -93,9 +97,8 @@ def load_or_build_sentence_map(
     made_from: Mapping[str, Any],
     build: Build,
     *,
-    cache_path: Location | None = None,
-    wait_seconds: float = WAIT_SECONDS,
-    disk: Disk = DISK,
+    cache_path: Location | None,
+    survey: Survey,
 ) -> tuple[NDArray[Any], Path, Kept]:
     """A map of sentences of the token file with this prefix, the file it lies in, and how it was come by.
 
@@ -109,16 +112,31 @@ def load_or_build_sentence_map(
         {"map": directory / f"{base}.npy"},
         directory / f"{base}_made_from.json",
         directory / f"{base}.lock",
-        disk=disk,
     )
-    kept = load_or_build(wanted, build, wait_seconds=wait_seconds)
+    kept = load_or_build(wanted, build, survey)
     return kept.arrays["map"], wanted.paths["map"], kept
 
 
-def digest_of_lengths(lengths: NDArray[Any]) -> str:
-    """SHA-256 of lengths or places, whatever integers hold them."""
-    sha256 = hashlib.sha256()
-    kind = "<i4" if lengths.dtype == np.int32 else "<i8"
-    for begin in range(0, len(lengths), BLOCK):
-        sha256.update(lengths[begin : begin + BLOCK].astype(kind).tobytes())
-    return sha256.hexdigest()
+def tokens_of(prefix: Location, items: range, lengths: NDArray[np.int32], survey: Survey) -> int:
+    """Tokens of consecutive items of the token file with this prefix; lengths: of all items."""
+
+    def add() -> int:
+        return int(lengths[items.start : items.stop].sum(dtype=np.int64))
+
+    return int(survey.find(f"tokens of items {items.start} to {items.stop}", add, idx_path(prefix)))
+
+
+def digest_of_lengths(prefix: Location, name: str, places: range, table: NDArray[Any], survey: Survey) -> str:
+    """SHA-256 of consecutive entries of a table in the .idx of this prefix, whatever integers hold them.
+
+    name: of the table, lengths or documents.
+    """
+
+    def digest() -> str:
+        sha256 = hashlib.sha256()
+        kind = "<i4" if table.dtype == np.int32 else "<i8"
+        for begin in range(places.start, places.stop, BLOCK):
+            sha256.update(table[begin : min(begin + BLOCK, places.stop)].astype(kind).tobytes())
+        return sha256.hexdigest()
+
+    return str(survey.find(f"SHA-256 of {name} {places.start} to {places.stop}", digest, idx_path(prefix)))

@@ -21,6 +21,8 @@ from typing import Any, NoReturn, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from megalith.data.survey import Survey
+
 DType: TypeAlias = np.dtype[Any]
 
 # Code 6 was written for Python's float: 8 bytes a token; its writer counted offsets in 4, so such a file is refused.
@@ -55,12 +57,15 @@ class Index:
     document_index: NDArray[np.int64]  # item at which each document starts, then the number of items
 
 
-def read_index(path: Path, *, impl: str, bin_path: Path, bin_size: int, merged: bool = False) -> Index:
+def read_index(
+    path: Path, *, impl: str, bin_path: Path, bin_size: int, merged: bool = False, survey: Survey | None = None
+) -> Index:
     """The checked content of an .idx; the arrays are views of the file, unless it is of the old format.
 
     impl: mmap, lazy, cached (the latter two are one format) or infer. bin_size: bytes of the .bin it belongs to.
-    merged: the document index may end before the last item, as Megatron-LM's merge leaves it. Raises ValueError with
-    the file, the field, what was expected and what was found.
+    merged: the document index may end before the last item, as Megatron-LM's merge leaves it. survey: items and
+    documents that it knows to be sound are not looked at again. Raises ValueError with the file, the field, what was
+    expected and what was found.
     """
     content = map_file(path)
     formats = {"mmap": MAGIC, "lazy": OLD_MAGIC, "cached": OLD_MAGIC}
@@ -73,8 +78,12 @@ def read_index(path: Path, *, impl: str, bin_path: Path, bin_size: int, merged: 
         wanted = "MMIDIDX or TNTIDX, each with two zero bytes" if impl == "infer" else f"{expected!r} for impl {impl}"
         refuse(path, "magic", wanted, repr(found))
     index = (_read_old if old else _read_mmap)(path, content)
-    _check_items(path, index, bin_path, bin_size)
-    _check_documents(path, index.document_index, len(index.lengths), merged=merged)
+
+    def check() -> None:
+        _check_items(path, index, bin_path, bin_size)
+        _check_documents(path, index.document_index, len(index.lengths), merged=merged)
+
+    (survey or Survey()).find(f"sound items and documents, merged: {merged}", check, path, bin_path)
     return index
 
 

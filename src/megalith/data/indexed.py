@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megalith.data.index_file import CODES, MAX_LENGTH, DType, encode_index, map_file, read_index
+from megalith.data.survey import Survey
 from megalith.files import DISK, Disk, Location, open_whole, sync_directory
 
 COPY_SIZE = 64 << 20  # bytes copied or warmed up at once
@@ -24,18 +25,23 @@ LARGEST_UINT16_VOCABULARY = 65500  # from here on Megatron-LM takes int32
 
 
 class IndexedDataset:
-    """A token file, mapped read-only. Every number of its index has been checked when it is made.
+    """A token file, mapped read-only. Every number of its index has been checked when it is made, or before.
 
-    prefix: the path without .bin and .idx. dtype: of a token. lengths (int32) and offsets (int64, bytes) of each item;
-    document_index (int64): the item at which each document starts, then the number of items. tokens: the whole .bin.
+    prefix: the path without .bin and .idx. survey: what is known of the files already. dtype: of a token. lengths
+    (int32) and offsets (int64, bytes) of each item; document_index (int64): the item at which each document starts,
+    then the number of items. tokens: the whole .bin.
     Raises ValueError naming the file, the field, what was expected and what was found.
     """
 
-    def __init__(self, prefix: Location, *, impl: str = "infer", merged: bool = False) -> None:
+    def __init__(
+        self, prefix: Location, *, impl: str = "infer", merged: bool = False, survey: Survey | None = None
+    ) -> None:
         self.prefix = find_prefix(prefix)
         self.bin_path, self.idx_path = bin_path(self.prefix), idx_path(self.prefix)
         content = map_file(self.bin_path)
-        index = read_index(self.idx_path, impl=impl, bin_path=self.bin_path, bin_size=len(content), merged=merged)
+        index = read_index(
+            self.idx_path, impl=impl, bin_path=self.bin_path, bin_size=len(content), merged=merged, survey=survey
+        )
         self.dtype = index.dtype
         self.lengths = index.lengths
         self.offsets = index.offsets
@@ -75,13 +81,15 @@ class IndexedDataset:
                     pass
 
 
-def open_indexed(prefix: Location, impl: str = "infer", *, merged: bool = False) -> IndexedDataset:
+def open_indexed(
+    prefix: Location, impl: str = "infer", *, merged: bool = False, survey: Survey | None = None
+) -> IndexedDataset:
     """The token file with this prefix; impl: mmap, lazy, cached, or infer by the index's first bytes.
 
     lazy and cached only name the old format here: all files are read through a memory map. merged: a document index
-    that ends before the last item will do, for who takes items for documents.
+    that ends before the last item will do, for who takes items for documents. survey: as in `read_index`.
     """
-    return IndexedDataset(prefix, impl=impl, merged=merged)
+    return IndexedDataset(prefix, impl=impl, merged=merged, survey=survey)
 
 
 def best_dtype(vocab_size: int | None) -> DType:

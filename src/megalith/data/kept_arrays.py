@@ -3,7 +3,8 @@
 A small JSON file beside the arrays records what they were made from and the digest of each, and whatever disagrees is
 rebuilt. Arrays without that record, as Megatron-LM leaves them, are rebuilt too: their bytes stay the same if they were
 right. A build is deterministic and a file takes its name in one step, so a race can only cost time; a lock keeps it
-from doing that. The lock is the kernel's: it ends with its owner.
+from doing that. The lock is the kernel's: it ends with its owner, so whoever finds it held waits for a process that
+lives, however long that takes, and whoever gets it builds.
 """
 
 import errno
@@ -22,22 +23,22 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from megalith.data.survey import Survey
 from megalith.files import (
     DISK,
     TEMPORARY_SUFFIX,
     Disk,
     Location,
     Written,
-    digest_of,
     digest_of_bytes,
     write_parts,
     write_whole,
 )
 
 LARGEST_RECORD = 64 << 10  # bytes of the JSON file
-POLL_SECONDS = 0.05
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0  # seconds between two looks at what another process builds
+SECONDS_UNTIL_TOLD = 60.0  # of waiting for it; then after twice as long each time
 SPARE_BYTES = 1 << 20  # wanted on the disk beyond the arrays
-WAIT_SECONDS = 600.0  # for another process that builds
 
 UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -74,8 +75,8 @@ class Kept:
     """The arrays, mapped read-only from their files, and how they were come by."""
 
     arrays: dict[str, NDArray[Any]]
-    rebuilt_because: str  # empty if they were only loaded
-    seconds: dict[str, float]  # of each array, if built here: building and saving; wait: for another process; load
+    rebuilt_because: str  # empty if they were only loaded, by this process and by whoever told of its findings
+    seconds: dict[str, float]  # of each array, if built: building and saving; wait: for another process; load
 
 
 def folder_for(prefix: Location, made_from: Mapping[str, Any], cache_path: Location | None) -> Path:
@@ -91,37 +92,53 @@ def folder_for(prefix: Location, made_from: Mapping[str, Any], cache_path: Locat
     return directory
 
 
-def load_or_build(wanted: Wanted, build: Build, *, wait_seconds: float = WAIT_SECONDS) -> Kept:
+def load_or_build(wanted: Wanted, build: Build, survey: Survey) -> Kept:
     """The arrays, from their files if these were made from what is asked for; else built, written and then loaded.
 
-    A process that finds another one building waits for it, at most wait_seconds, then raises TimeoutError naming it.
+    Bytes that the survey knows are not read again. A process that finds another one building waits for it and says so.
     Raises ValueError if the directory cannot be written, OSError naming need and free space if the disk is full.
     """
+    kept = _wait_or_build(wanted, build, survey)
+    # Who is told is told of the building, too.
+    reason, made = survey.find(
+        "how they were made",
+        lambda: [kept.rebuilt_because, {name: kept.seconds[name] for name in wanted.paths if name in kept.seconds}],
+        wanted.record,
+    )
+    return Kept(kept.arrays, reason, {**made, **kept.seconds})
+
+
+def _wait_or_build(wanted: Wanted, build: Build, survey: Survey) -> Kept:
     started = time.monotonic()
+    pause, until_told = FIRST_PAUSE, SECONDS_UNTIL_TOLD
     while True:
         asked = time.monotonic()
         try:
-            arrays = _load(wanted)
+            arrays = _load(wanted, survey)
             return Kept(arrays, "", {"wait": asked - started, "load": time.monotonic() - asked})
         except _UnfitError as unfit:
             reason = str(unfit)
         with _lock(wanted.lock, wanted.noun) as owned:
             if owned:
-                return _build_or_load(wanted, build, reason, wait=time.monotonic() - started)
-        if time.monotonic() - started > wait_seconds:
-            raise TimeoutError(
-                f"{wanted.lock}: {_owner(wanted.lock)} has been building {wanted.noun} for {wait_seconds:g} s; if it "
-                "hangs, end it, and this build will go on"
+                return _build_or_load(wanted, build, reason, survey, wait=time.monotonic() - started)
+        if (waited := time.monotonic() - started) >= until_told:
+            survey.say(
+                f"{wanted.lock}: {_owner(wanted.lock)} is building {wanted.noun}; waited for it for {waited:.0f} s; "
+                "if it hangs, end it, and this process builds them"
             )
-        time.sleep(POLL_SECONDS)
+            until_told *= 2
+        # The kernel says that the other one lives, and its own watch ends it should it hang.
+        survey.moved()
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def _load(wanted: Wanted) -> dict[str, NDArray[Any]]:
+def _load(wanted: Wanted, survey: Survey) -> dict[str, NDArray[Any]]:
     """The stored arrays, mapped read-only; _UnfitError unless made from what is asked for, every byte as written."""
     written = _recorded_files(wanted)
     for name, path in wanted.paths.items():
         try:
-            found = digest_of(path, disk=wanted.disk)
+            found = survey.digest(path, disk=wanted.disk)
         except OSError as error:
             raise _UnfitError(f"{path} cannot be read ({error.strerror})") from error
         if found != written[name]:
@@ -157,24 +174,24 @@ def _recorded_files(wanted: Wanted) -> dict[str, Written]:
         raise _UnfitError(f"{wanted.record} is damaged") from error
 
 
-def _build_or_load(wanted: Wanted, build: Build, reason: str, *, wait: float) -> Kept:
+def _build_or_load(wanted: Wanted, build: Build, reason: str, survey: Survey, *, wait: float) -> Kept:
     """Build the arrays, unless another process has done so since; only for the owner of the lock."""
     seconds = {"wait": wait}
     try:
         asked = time.monotonic()
-        arrays = _load(wanted)
+        arrays = _load(wanted, survey)
         reason = ""
     except _UnfitError:
-        seconds |= _build(wanted, build)
+        seconds |= _build(wanted, build, survey)
         asked = time.monotonic()
         try:
-            arrays = _load(wanted)
+            arrays = _load(wanted, survey)
         except _UnfitError as unfit:
             raise OSError(errno.EIO, f"{wanted.noun} were written but {unfit}", str(wanted.record)) from unfit
     return Kept(arrays, reason, {**seconds, "load": time.monotonic() - asked})
 
 
-def _build(wanted: Wanted, build: Build) -> dict[str, float]:
+def _build(wanted: Wanted, build: Build, survey: Survey) -> dict[str, float]:
     """Write the arrays, then the record; give the seconds each took."""
     with _said_what_is_missing(wanted):
         _remove_remains(wanted)
@@ -186,6 +203,7 @@ def _build(wanted: Wanted, build: Build) -> dict[str, float]:
             written = _write_array(wanted.paths[name], array, wanted.disk)
             files[name] = {"size": written.size, "sha256": written.digest}
             seconds[name] = time.monotonic() - started
+            survey.moved()
             started = time.monotonic()
         record = {"made_from": wanted.made_from, **wanted.notes, "files": files}
         write_whole(wanted.record, json.dumps(record, indent=1) + "\n", disk=wanted.disk)

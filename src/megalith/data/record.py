@@ -13,6 +13,7 @@ from typing import Any
 
 from megalith.data.index_file import map_file, refuse
 from megalith.data.indexed import bin_path, idx_path
+from megalith.data.survey import Survey
 from megalith.files import DISK, Disk, Location, Written, digest_of, digest_of_bytes, write_whole
 
 LARGEST_RECORD = 64 << 20  # bytes; a line for each input file is by far the most of it
@@ -93,15 +94,19 @@ def _record_from(path: Path, content: Mapping[str, Any]) -> Record:
     )
 
 
-def identify(prefix: Path, record: Record | None, *, vocab_size: int | None = None) -> dict[str, Any]:
+def identify(
+    prefix: Path, record: Record | None, *, vocab_size: int | None = None, survey: Survey | None = None
+) -> dict[str, Any]:
     """What tells a token file from others, fit for JSON: its name, sizes and digests; the .bin's as it was recorded.
 
     It is held against its record, if there is one, as far as that is cheap: sizes, the .idx's digest, the largest token
-    against vocab_size. Raises ValueError with the file, what was expected and what was found.
+    against vocab_size. survey: what is known of the files already. Raises ValueError with the file, what was expected
+    and what was found.
     """
     for path in (bin_path(prefix), idx_path(prefix)):
         map_file(path)  # refuses what is no regular file, before it is read
-    index, bin_size = digest_of(idx_path(prefix).resolve()), bin_path(prefix).stat().st_size
+    index = (survey or Survey()).digest(idx_path(prefix).resolve())
+    bin_size = bin_path(prefix).stat().st_size
     if record is not None:
         check_sizes(prefix, record)
         if index != record.files[".idx"]:

@@ -6,12 +6,14 @@ so there is a loop over samples; but with the common target a sample's end is a 
 for all sentences at once. What remains in the loop is a look into a table.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megalith.data.survey import nothing
 from megalith.data.twister import Twister64
 
 LONGEST_SENTENCE = 512  # tokens; a document with a longer sentence beside others gives no sample
@@ -41,21 +43,31 @@ class SentencePlan:
 
 
 def build_sentence_map(
-    document_index: NDArray[np.int64], lengths: NDArray[np.int32], *, num_samples: int, plan: SentencePlan
+    document_index: NDArray[np.int64],
+    lengths: NDArray[np.int32],
+    *,
+    num_samples: int,
+    plan: SentencePlan,
+    moved: Callable[[], None] = nothing,
 ) -> NDArray[Any]:
     """[N, 3]: first sentence, the one after the last, and target length of each sample, shuffled; N >= num_samples.
 
     document_index: the sentence at which each document of the part starts, then the end of the last; lengths: tokens of
     every sentence of the token file. All documents are gone through as often as it takes, always to the end of a pass.
-    Raises ValueError if no document has a sample.
+    moved: called after each block of the work. Raises ValueError if no document has a sample.
     """
-    rows = list_samples(document_index, lengths, num_samples=num_samples, plan=plan)
-    shuffle_rows(rows, plan.seed)
+    rows = list_samples(document_index, lengths, num_samples=num_samples, plan=plan, moved=moved)
+    shuffle_rows(rows, plan.seed, moved=moved)
     return rows
 
 
 def list_samples(
-    document_index: NDArray[np.int64], lengths: NDArray[np.int32], *, num_samples: int, plan: SentencePlan
+    document_index: NDArray[np.int64],
+    lengths: NDArray[np.int32],
+    *,
+    num_samples: int,
+    plan: SentencePlan,
+    moved: Callable[[], None] = nothing,
 ) -> NDArray[Any]:
     """The same in the order of the documents."""
     dtype = np.uint64 if len(lengths) > WIDE_SENTENCES else np.uint32
@@ -72,6 +84,7 @@ def list_samples(
         for begin in range(0, len(bounds), BLOCK):
             passes.append(_samples_of(bounds[begin : begin + BLOCK], lengths, plan, targets, dtype))
             found += len(passes[-1])
+            moved()
     return np.concatenate(passes)
 
 
@@ -205,8 +218,11 @@ def _ends(sums: NDArray[np.int64], bounds_U2: NDArray[np.int64], plan: SentenceP
     return ends_list
 
 
-def shuffle_rows(rows: NDArray[Any], seed: int) -> None:
-    """Shuffle the rows of a map in place, as Megatron-LM's C++ does: with mt19937_64(seed + 1), from the end."""
+def shuffle_rows(rows: NDArray[Any], seed: int, *, moved: Callable[[], None] = nothing) -> None:
+    """Shuffle the rows of a map in place, as Megatron-LM's C++ does: with mt19937_64(seed + 1), from the end.
+
+    moved: called after each block of rows.
+    """
     random = Twister64(seed + 1)
     order = np.arange(len(rows), dtype=np.int64)
     places = order.data
@@ -216,4 +232,5 @@ def shuffle_rows(rows: NDArray[Any], seed: int) -> None:
         others = (random.draw(len(divisors)) % divisors).tolist()
         for place, other in zip(range(high, low, -1), others, strict=True):
             places[place], places[other] = places[other], places[place]
+        moved()
     rows[:] = rows[order]

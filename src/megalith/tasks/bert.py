@@ -1,6 +1,6 @@
 """BERT: an encoder that fills in masked tokens and tells whether two parts of a text stand in their order."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,13 @@ def build_part(run: Run, vocab_size: int, dtype: torch.dtype) -> BuildPart:
 
 
 def build_parts(
-    run: Run, tokenizer: Tokenizer, *, vocab_size: int, targets: Mapping[str, int], report: Report
+    run: Run,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    targets: Mapping[str, int],
+    report: Report,
+    moved: Callable[[], None],
 ) -> dict[str, PairBatches]:
     """The batches of every part that is asked for samples and has documents.
 
@@ -58,6 +64,7 @@ def build_parts(
         make_rows=lambda sentences: PairRows(sentences, rule),
         targets=targets,
         report=report,
+        moved=moved,
     )
     return {name: PairBatches(part) for name, part in rows.items()}
 

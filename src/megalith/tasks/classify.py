@@ -1,6 +1,6 @@
 """Classification: a trained BERT learns which class a pair of sentences is of. `megalith finetune` trains this task."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,13 @@ def build_part(run: Run, vocab_size: int, dtype: torch.dtype) -> BuildPart:
 
 
 def build_parts(
-    run: Run, tokenizer: Tokenizer, *, vocab_size: int, targets: Mapping[str, int], report: Report
+    run: Run,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    targets: Mapping[str, int],
+    report: Report,
+    moved: Callable[[], None],
 ) -> dict[str, ClassBatches]:
     """The pairs of the files for training and for validation, where they are asked for samples.
 

@@ -3,7 +3,9 @@
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from megalith.data.inverse_cloze import ClozeBatches, title_bounds, title_length
 from megalith.data.loader import BatchSource
 from megalith.data.marked import Marks
 from megalith.data.mock import MockRows
-from megalith.data.sentence_maps import document_use
+from megalith.data.survey import Survey
 from megalith.data.tokenizer import Tokenizer
 from megalith.datasets import SPOKEN, Report, identify_token_files, open_corpus
 from megalith.derived import sequence_length
@@ -29,8 +31,9 @@ from megalith.models.shape import shape_of
 from megalith.parallel.apply import BuildPart
 from megalith.parallel.mesh import ranks_in
 from megalith.parallel.step import Batch
-from megalith.sentence_datasets import tell_map
+from megalith.sentence_datasets import tell_map, use_of
 from megalith.task import Baseline, Fit, Origin, Task, made_up, stack_flops
+from megalith.turns import in_turns
 
 MARKS_AROUND = 3  # [CLS] and two [SEP] beside title and block
 
@@ -53,16 +56,28 @@ def build_part(run: Run, vocab_size: int, dtype: torch.dtype, *, report_rank: bo
 
 
 def build_parts(
-    run: Run, tokenizer: Tokenizer, *, vocab_size: int, targets: Mapping[str, int], report: Report
+    run: Run,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    targets: Mapping[str, int],
+    report: Report,
+    moved: Callable[[], None],
 ) -> dict[str, ClozeBatches]:
     """The samples of every part that is asked for some and has documents.
 
     Raises ValueError naming the file for data that is missing, damaged or does not fit.
     """
+    return in_turns(partial(_cloze_parts, run, tokenizer, vocab_size, targets, report), moved=moved)
+
+
+def _cloze_parts(
+    run: Run, tokenizer: Tokenizer, vocab_size: int, targets: Mapping[str, int], report: Report, survey: Survey
+) -> dict[str, ClozeBatches]:
     assert run.data.data_path is not None and run.data.titles_data_path is not None, "check_ict.py saw to it"
-    corpus = open_corpus(run.data.data_path[0], run, report, sentences=True)
+    corpus = open_corpus(run.data.data_path[0], run, survey, report, sentences=True)
     sentences, documents = corpus.indexed, corpus.parts
-    titles = open_indexed(run.data.titles_data_path, run.data.data_impl)
+    titles = open_indexed(run.data.titles_data_path, run.data.data_impl, survey=survey)
     lengths = title_lengths(titles, title_bounds(sentences, titles))
     if targets["train"] and not documents["train"]:
         raise ValueError(f"--split = {run.data.split}: leaves no document for training. Give the first share more.")
@@ -71,7 +86,7 @@ def build_parts(
         name: ClozeBatches(
             sentences,
             titles,
-            _map_of(run, name, sentences, lengths, documents[name], num_samples, report),
+            _map_of(run, name, sentences, titles.prefix, lengths, documents[name], num_samples, report, survey),
             marks=marks,
             kept_share=run.data.query_in_block_prob,
             seed=run.train.seed,
@@ -86,14 +101,18 @@ def _map_of(
     run: Run,
     name: str,
     sentences: IndexedDataset,
+    titles: Path,
     lengths_of_titles: NDArray[np.int32],
     documents: range,
     num_samples: int,
     report: Report,
+    survey: Survey,
 ) -> NDArray[Any]:
     """The block map of a part, from its file beside the data or built and kept there."""
     length, seed = sequence_length(run), run.train.seed
-    bounds = sentences.document_index[documents.start : documents.stop + 1]
+    places = range(documents.start, documents.stop + 1)
+    bounds = sentences.document_index[places.start : places.stop]
+    items = range(int(bounds[0]), int(bounds[-1]))
     of_titles = lengths_of_titles[documents.start : documents.stop]
     least = 1 if run.data.use_one_sent_docs else 2
     one = "_1sentok" if run.data.use_one_sent_docs else ""
@@ -108,15 +127,16 @@ def _map_of(
             least=least,
             seed=seed,
             first_document=documents.start,
+            moved=survey.moved,
         )
         yield "map", rows
 
     made_from = {
         "kind": "blocks",
         "documents": [documents.start, documents.stop],
-        "bounds_sha256": digest_of_lengths(bounds),
-        "lengths_sha256": digest_of_lengths(sentences.lengths[int(bounds[0]) : int(bounds[-1])]),
-        "titles_sha256": digest_of_lengths(of_titles),
+        "bounds_sha256": digest_of_lengths(sentences.prefix, "documents", places, sentences.document_index, survey),
+        "lengths_sha256": digest_of_lengths(sentences.prefix, "lengths", items, sentences.lengths, survey),
+        "titles_sha256": digest_of_lengths(titles, "titles", documents, lengths_of_titles, survey),
         "num_samples": num_samples,
         "sequence_length": length,
         "least": least,
@@ -124,9 +144,9 @@ def _map_of(
     }
     file = f"{name}_indexmap_{num_samples}mns_{length}msl_{seed}s{one}"
     rows, path, kept = load_or_build_sentence_map(
-        sentences.prefix, file, made_from, build, cache_path=run.data.data_cache_path
+        sentences.prefix, file, made_from, build, cache_path=run.data.data_cache_path, survey=survey
     )
-    use = document_use(bounds, sentences.lengths, least)
+    use = use_of(sentences, documents, least, survey)
     tell_map(SPOKEN[name], path, kept.seconds["load"], len(rows), use, sentences, report)
     return rows
 

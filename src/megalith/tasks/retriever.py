@@ -1,7 +1,7 @@
 """The retriever: a bi-encoder that learns from questions and the passages that answer them (DPR)."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from threading import Lock
 
 import torch
@@ -39,7 +39,13 @@ def build_part(run: Run, vocab_size: int, dtype: torch.dtype) -> BuildPart:
 
 
 def build_parts(
-    run: Run, tokenizer: Tokenizer, *, vocab_size: int, targets: Mapping[str, int], report: Report
+    run: Run,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    targets: Mapping[str, int],
+    report: Report,
+    moved: Callable[[], None],
 ) -> dict[str, QuestionBatches]:
     """The questions of --train-data and --valid-data. Raises ValueError naming the file that is no such data."""
     marks = Marks.of(tokenizer, run.data.retriever_seq_length)

@@ -1,6 +1,6 @@
 """T5: an encoder reads a text with gaps, and a decoder learns to tell what stood in them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -52,7 +52,13 @@ def build_part(run: Run, vocab_size: int, dtype: torch.dtype) -> BuildPart:
 
 
 def build_parts(
-    run: Run, tokenizer: Tokenizer, *, vocab_size: int, targets: Mapping[str, int], report: Report
+    run: Run,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    targets: Mapping[str, int],
+    report: Report,
+    moved: Callable[[], None],
 ) -> dict[str, SpanBatches]:
     """The batches of every part that is asked for samples and has documents.
 
@@ -82,6 +88,7 @@ def build_parts(
         make_rows=lambda sentences: SpanRows(sentences, rule),
         targets=targets,
         report=report,
+        moved=moved,
     )
     return {name: SpanBatches(part, length, rule.pad, tokenizer.extra_ids) for name, part in rows.items()}
 

@@ -1,7 +1,7 @@
 """ViT: a transformer over the patches of images that learns which class each belongs to."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,13 @@ def identify_data(run: Run, tokenizer: Tokenizer | None, *, vocab_size: int, rep
 
 
 def build_parts(
-    run: Run, tokenizer: Tokenizer | None, *, vocab_size: int, targets: Mapping[str, int], report: Report
+    run: Run,
+    tokenizer: Tokenizer | None,
+    *,
+    vocab_size: int,
+    targets: Mapping[str, int],
+    report: Report,
+    moved: Callable[[], None],
 ) -> dict[str, ImageBatches]:
     """The images of every part that is asked for samples.
 
