@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +16,13 @@ from megalith import turns
 from megalith.checkpoint.exchange import Ranks
 from megalith.config import ConfigError, Run, compose
 from megalith.data import index_cache, index_file, survey
+from megalith.data.blend import Blend, BlendedDataset, blend_order
 from megalith.data.causal import CausalBatches
 from megalith.data.indexed import IndexedWriter, bin_path, idx_path
 from megalith.data.record import write_record
 from megalith.data.survey import Survey, nothing
 from megalith.datasets import build_causal_parts, identify_token_files
-from megalith.monitor.events import Event, MapsBuilt
+from megalith.monitor.events import BlendBuilt, Event, MapsBuilt
 from megalith.turns import in_turns
 from tests.ranks import run_ranks
 
@@ -123,6 +124,45 @@ def test_a_single_process_looks_at_everything_at_every_start(run: Run) -> None:
             looks = count_looks(patch)
             open_everything(run, [])
             assert looks == {"digest_of": 7, "_check_items": 1, "sha256": 2}
+
+
+def test_a_large_blend_is_made_once_and_mapped_by_all(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (prefix,) = run.data.data_path or ()
+    blended = replace(run, data=replace(run.data, data_path=("0.3", prefix, "0.7", prefix)))
+    small = open_everything(blended, [])
+    assert not list(tmp_path.glob("*_blend_*"))
+    monkeypatch.setattr(index_cache, "FEWEST_KEPT", 100)
+
+    def on_rank(rank: int) -> Any:
+        made, heard = list[int](), list[Event]()
+
+        def making(weights: Sequence[float], size: int) -> Blend:
+            made.append(size)
+            return blend_order(weights, size)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(index_cache, "blend_order", making)
+            parts = open_everything(blended, heard)
+        rows = parts["train"].rows
+        assert isinstance(rows, BlendedDataset)
+        arrays = [array.tolist() for array in (rows.blend.datasets, rows.blend.samples, rows.blend.taken)]
+        is_mapped = not rows.blend.samples.flags.writeable and rows.blend.samples.base is not None
+        return made, is_mapped, arrays, rows.repeated, [event.achieved for event in heard if type(event) is BlendBuilt]
+
+    rows = small["train"].rows
+    assert isinstance(rows, BlendedDataset)
+    right = [array.tolist() for array in (rows.blend.datasets, rows.blend.samples, rows.blend.taken)]
+    size, small_size = len(rows), len(small["valid"].rows)
+    assert size >= 100 > small_size
+    for start in (0, 1):
+        for rank, (made, is_mapped, arrays, repeated, shares) in enumerate(run_ranks(on_rank, 3)):
+            assert made == ([size, small_size] if (start, rank) == (0, 0) else [small_size])
+            assert is_mapped and arrays == right and repeated == rows.repeated and len(shares) == 2
+            assert shares[0] == tuple(np.bincount(rows.blend.datasets) / size)
+    files = {path.name.rpartition("_")[2] for path in tmp_path.glob("corpus_blend_*")}
+    assert files == {"datasets.npy", "samples.npy", "taken.npy", "from.json"}
 
 
 def flipped(path: Path, byte: int) -> None:

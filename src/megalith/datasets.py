@@ -10,7 +10,7 @@ from typing import Any
 from megalith.config import Run
 from megalith.data.blend import BlendedDataset, normalize, parse_data_path, samples_of_each
 from megalith.data.causal import CausalBatches, CausalDataset, SampleRows
-from megalith.data.index_cache import IndexMapsReport, load_or_build_index_maps, tokens_of
+from megalith.data.index_cache import IndexMapsReport, load_or_build_blend, load_or_build_index_maps, tokens_of
 from megalith.data.index_maps import plan_epochs
 from megalith.data.indexed import IndexedDataset, find_prefix, open_indexed
 from megalith.data.record import check_tokenizer, identify, read_record
@@ -148,7 +148,7 @@ def _causal_parts(
         ]
         if any(row is not None for row in rows):
             batches[name] = CausalBatches(
-                blend_rows(rows, weights, report),
+                blend_rows(rows, weights, corpora, run, survey, report),
                 eod=_eod(run, tokenizer),
                 reset_position_ids=run.data.reset_position_ids,
                 reset_attention_mask=run.data.reset_attention_mask,
@@ -266,14 +266,22 @@ def _maps_events(name: str, made: IndexMapsReport) -> list[Event]:
     return events
 
 
-def blend_rows(rows: Sequence[SampleRows | None], weights: Sequence[float], report: Report) -> SampleRows:
-    """The only data set, or the blend of those that have documents in this part."""
+def blend_rows(
+    rows: Sequence[SampleRows | None],
+    weights: Sequence[float],
+    corpora: Sequence[Corpus],
+    run: Run,
+    survey: Survey,
+    report: Report,
+) -> SampleRows:
+    """The only data set, or the blend of those that have documents in this part. corpora: of the rows."""
     kept = [(row, weight) for row, weight in zip(rows, weights, strict=True) if row is not None]
     if len(kept) == 1:
         return kept[0][0]
     started = time.perf_counter()
-    blended = BlendedDataset([row for row, _ in kept], normalize([weight for _, weight in kept]))
-    counts = [int((blended.blend.datasets == number).sum()) for number in range(len(kept))]
-    shares = tuple(count / max(1, len(blended)) for count in counts)
+    order = partial(load_or_build_blend, corpora[0].indexed.prefix, cache_path=run.data.data_cache_path, survey=survey)
+    weights_kept = normalize([weight for _, weight in kept])
+    blended = BlendedDataset([row for row, _ in kept], weights_kept, order=order)
+    shares = tuple(int(count) / max(1, len(blended)) for count in blended.blend.taken)
     report(BlendBuilt(tuple(blended.weights), shares, time.perf_counter() - started))
     return blended

@@ -61,7 +61,7 @@ def build_sentence_rows(
                 for corpus, num_samples in zip(corpora, wanted, strict=True)
             ]
             if any(row is not None for row in rows):
-                parts[name] = blend_rows(rows, weights, report)
+                parts[name] = blend_rows(rows, weights, corpora, run, survey, report)
             elif targets[name]:
                 no_documents(name, run, report)
         return parts

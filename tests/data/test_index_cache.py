@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megalith.data import kept_arrays
-from megalith.data.index_cache import ARRAYS, IndexMapsReport, load_or_build_index_maps
+from megalith.data import index_cache, kept_arrays
+from megalith.data.blend import Blend, blend_order
+from megalith.data.index_cache import ARRAYS, IndexMapsReport, load_or_build_blend, load_or_build_index_maps
 from megalith.data.index_maps import IndexMaps, build_index_maps
 from megalith.data.survey import Survey
 from megalith.files import DISK, Disk
@@ -389,3 +390,29 @@ def test_a_lock_whose_file_was_removed_is_not_taken(tmp_path: Path, monkeypatch:
         assert not owned
     with kept_arrays._lock(tmp_path / f"{BASE}.lock", "index maps") as owned:
         assert owned
+
+
+def blend_in(folder: Path, weights: list[float], size: int, *, cache_path: Path | None = None) -> Blend:
+    return load_or_build_blend(folder / "corpus", weights, size, cache_path=cache_path, survey=Survey())
+
+
+def test_a_large_blend_is_kept_by_all_that_it_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_cache, "FEWEST_KEPT", 50)
+    asked = [([0.1, 0.9], 60), ([0.1, 0.9], 61), ([0.3, 0.7], 60), ([0.9, 0.1], 60), ([0.1, 0.9], 49)]
+    for kept in (0, 4):
+        assert len(list(tmp_path.glob("*_made_from.json"))) == kept
+        for weights, size in asked:
+            found, right = blend_in(tmp_path, weights, size), blend_order(weights, size)
+            for name in ("datasets", "samples", "taken"):
+                mine, theirs = getattr(found, name), getattr(right, name)
+                assert mine.dtype == theirs.dtype and np.array_equal(mine, theirs)
+            assert found.samples.flags.writeable == (size < 50)
+    damaged = next(tmp_path.glob("*60ns*_samples.npy"))
+    flip(damaged, 200)
+    for weights, size in asked:
+        assert np.array_equal(blend_in(tmp_path, weights, size).samples, blend_order(weights, size).samples)
+    blend_in(tmp_path / "elsewhere", [0.1, 0.9], 60, cache_path=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("*/*_made_from.json"))) == 1
+    with pytest.raises(ValueError, match=r"blends cannot be written to .* give --data-cache-path"):
+        blend_in(tmp_path / "nowhere", [0.1, 0.9], 60)
+    blend_in(tmp_path / "nowhere", [0.1, 0.9], 49)

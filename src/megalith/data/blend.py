@@ -8,7 +8,7 @@ The result is that of the loop, whatever the guesses were worth.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ class Blend:
 
     datasets: NDArray[Any]  # uint8, or uint16 for more than 254 data sets
     samples: NDArray[np.int64]
+    taken: NDArray[np.int64]  # samples of each data set in all
 
     def __len__(self) -> int:
         return len(self.datasets)
@@ -79,7 +80,7 @@ def blend_order(weights: Sequence[float], size: int) -> Blend:
     if not 0 < len(weights) <= MOST_DATASETS:
         raise ValueError(f"a blend of {len(weights)} data sets: there must be 1 to {MOST_DATASETS}")
     datasets = _choose(np.asarray(weights, np.float64), size)
-    return Blend(datasets, _count_earlier(datasets, len(weights)))
+    return Blend(datasets, *_count_earlier(datasets, len(weights)))
 
 
 def _choose(weights_D: NDArray[np.float64], size: int) -> NDArray[Any]:
@@ -160,8 +161,8 @@ def _walk_again(
     return counts_D
 
 
-def _count_earlier(datasets: NDArray[Any], num_datasets: int) -> NDArray[np.int64]:
-    """For each position, how many before it draw from the same data set."""
+def _count_earlier(datasets: NDArray[Any], num_datasets: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each position, how many before it draw from the same data set; and how many draw from each data set."""
     earlier = np.empty(len(datasets), np.int64)
     taken = np.zeros(num_datasets, np.int64)
     for begin in range(0, len(datasets), BLOCK):
@@ -170,7 +171,7 @@ def _count_earlier(datasets: NDArray[Any], num_datasets: int) -> NDArray[np.int6
         grouped = np.arange(len(block)) + np.repeat(taken - (np.cumsum(counts) - counts), counts)
         earlier[begin : begin + BLOCK][np.argsort(block, kind="stable")] = grouped
         taken += counts
-    return earlier
+    return earlier, taken
 
 
 class BlendedDataset:
@@ -178,16 +179,23 @@ class BlendedDataset:
 
     The shares need not use the data sets up evenly: one that runs out before the blend's end begins anew (Megatron-LM
     fails there). repeated is how many positions that concerns; they lie at the end, beyond what was asked for.
+    order: gives what `blend_order` gives, perhaps from where it is kept.
     """
 
-    def __init__(self, rows: Sequence[SampleRows], weights: Sequence[float]) -> None:
-        self.rows = rows
-        self.weights = normalize(weights)
-        self.blend = blend_order(self.weights, sum(len(part) for part in rows))
+    def __init__(
+        self,
+        rows: Sequence[SampleRows],
+        weights: Sequence[float],
+        *,
+        order: Callable[[Sequence[float], int], Blend] = blend_order,
+    ) -> None:
         if empty := [number for number, part in enumerate(rows) if not len(part)]:
             raise ValueError(f"data set {empty[0]} of the blend has no sample; leave it out")
+        self.rows = rows
+        self.weights = normalize(weights)
         self._lengths = np.array([len(part) for part in rows])
-        self.repeated = int((self.blend.samples >= self._lengths[self.blend.datasets]).sum())
+        self.blend = order(self.weights, int(self._lengths.sum()))
+        self.repeated = int(np.maximum(self.blend.taken - self._lengths, 0).sum())
 
     def __len__(self) -> int:
         return len(self.blend)

@@ -1,26 +1,29 @@
-"""Index maps and sentence maps kept beside the data (kept_arrays.py), under Megatron-LM's file names.
+"""Index maps, sentence maps and blends kept beside the data (kept_arrays.py), the maps under Megatron-LM's file names.
 
 These names say nothing of the data, so what the maps were made from is recorded beside them.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megalith.data.blend import Blend, blend_order
 from megalith.data.index_maps import EpochPlan, IndexMaps, make_arrays, plan_epochs
 from megalith.data.indexed import idx_path
 from megalith.data.kept_arrays import Build, Kept, Wanted, folder_for, load_or_build
 from megalith.data.survey import Survey
-from megalith.files import DISK, Disk, Location
+from megalith.files import DISK, Disk, Location, digest_of_bytes
 
 ARRAYS = ("doc_idx", "sample_idx", "shuffle_idx")
 FORMAT = 1
 BLOCK = 1 << 20  # lengths digested at once
+FEWEST_KEPT = 1 << 22  # samples of a blend that has files: 38 MB; a smaller one is sooner made than read
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,43 @@ def load_or_build_sentence_map(
     )
     kept = load_or_build(wanted, build, survey)
     return kept.arrays["map"], wanted.paths["map"], kept
+
+
+def load_or_build_blend(
+    prefix: Location,
+    weights: Sequence[float],
+    size: int,
+    *,
+    cache_path: Location | None,
+    survey: Survey,
+) -> Blend:
+    """What `blend_order` gives for these weights and this size; of a large blend mapped from files that are kept.
+
+    prefix: of the token file beside which they lie, unless cache_path names a directory. Raises what `load_or_build`
+    raises.
+    """
+    if size < FEWEST_KEPT:
+        return blend_order(weights, size)
+    made_from = {"format": FORMAT, "kind": "blend", "weights": list(weights), "size": size}
+    directory = folder_for(prefix, made_from, cache_path)
+    base = f"{Path(prefix).name}_blend_{size}ns_{digest_of_bytes(json.dumps(made_from))[:16]}"
+    arrays = [field.name for field in fields(Blend)]
+    wanted = Wanted(
+        "blends",
+        made_from,
+        {name: directory / f"{base}_{name}.npy" for name in arrays},
+        directory / f"{base}_made_from.json",
+        directory / f"{base}.lock",
+        num_bytes=(2 + 8) * size,
+    )
+
+    def build() -> Iterator[tuple[str, NDArray[Any]]]:
+        blend = blend_order(weights, size)
+        survey.moved()
+        for name in arrays:
+            yield name, getattr(blend, name)
+
+    return Blend(**load_or_build(wanted, build, survey).arrays)
 
 
 def tokens_of(prefix: Location, items: range, lengths: NDArray[np.int32], survey: Survey) -> int:

@@ -126,7 +126,9 @@ class DataConfig:
         None, "tokenizer.json or SentencePiece model, for the tokenizers that need one", section="data and dataloader"
     )
     data_cache_path: str | None = setting(
-        None, "directory for the index maps, where the data's own is read-only", section="data and dataloader"
+        None,
+        "directory for index maps and large blends, where the data's own is read-only",
+        section="data and dataloader",
     )
     corpus: str | None = setting(
         None,
