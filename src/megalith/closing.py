@@ -47,8 +47,11 @@ def tell_what_next(job: Job, reason: str | None, *, saved: bool) -> None:
 
 
 def _tell_losses(job: Job) -> None:
-    """The validation figures before and after, and what a predictor pays that has learnt almost nothing."""
-    if not job.run.evaluate.unigram_baseline or not job.validations:
+    """The validation figures before and after, and what a predictor pays that has learnt almost nothing.
+
+    Only the rank that speaks reads data for it.
+    """
+    if not job.run.evaluate.unigram_baseline or not job.validations or not job.log.speaks:
         return
     (first_step, first), (last_step, last) = job.validations[0], job.validations[-1]
     baseline = job.task.baseline(job.run, job.loaders["valid"].source)

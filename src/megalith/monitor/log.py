@@ -106,6 +106,11 @@ class RunLog:
         self._waiting: list[tuple[float, StepDone]] = []
         self._step: int | None = None
 
+    @property
+    def speaks(self) -> bool:
+        """Whether anything that is said here is heard."""
+        return self._console is not None
+
     def line(self, text: str, *, detail: bool = False) -> None:
         """Say a text; each of its lines is one line. A detail is bookkeeping that only Megatron-LM's form shows."""
         if self._console is None:
