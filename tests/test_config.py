@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+from collections.abc import MutableMapping
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,11 @@ def test_all_faults_of_a_command_line_are_reported_at_once() -> None:
 def test_abbreviated_flags_are_not_accepted() -> None:
     with pytest.raises(ConfigError, match="--num-attention: is not a known flag"):
         read_command_line([*SMALL, "--num-attention", "4"])
+
+
+def test_the_settings_are_gathered_once_and_cannot_be_changed() -> None:
+    known = known_settings()
+    assert known_settings() is known and not isinstance(known, MutableMapping)
 
 
 def test_a_corrected_spelling_stands_beside_the_misspelt_flag() -> None:

@@ -14,9 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megalith.check import check
 from megalith.cli import main
-from megalith.models.t5 import T5
+from megalith.derived import num_layers
+from megalith.models.t5 import T5, num_layers_of
 from megalith.sources import read_command_line
 from megalith.tasks.t5 import step_flops
+from tests.layouts.runs import MODEL as GPT
 from tests.layouts.runs import Runs, events_of, steps_of
 from tests.layouts.test_t5 import MODEL, ORIGINAL, write_data
 from tests.sentences import write_sentences
@@ -83,6 +85,13 @@ def test_lengths_are_required_and_cut_evenly(runs: Runs) -> None:
         "--decoder-seq-length = 11: is not divisible by --tensor-model-parallel-size = 2, over which "
         "--sequence-parallel cuts it. Nearest lengths: [10, 12]; or leave --sequence-parallel out."
     ]
+
+
+def test_a_run_counts_the_layers_that_the_model_has() -> None:
+    for name, words in (("t5", MODEL), ("gpt", GPT)):
+        run = read_command_line(words)
+        assert (run.task, num_layers(run)) == (name, 4)
+    assert num_layers_of(read_command_line(MODEL).model) == 4
 
 
 def test_pipelines_share_out_the_layers_of_both_stacks(runs: Runs) -> None:

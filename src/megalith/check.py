@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from megalith.check_layout import layout_faults, num_replicas
 from megalith.check_tasks import task_faults
 from megalith.checkpoint.settings import TRACKER
-from megalith.config import Fault, Run, flag_of, known_settings
+from megalith.config import Fault, Run, fault, flag_of, known_settings
 from megalith.data.split import parse_split
 from megalith.derived import compute_dtype, global_batch_size, tokenizer_type
 
@@ -37,11 +37,6 @@ def check(run: Run, world_size: int) -> list[Fault]:
         *_checkpoint(run),
         *_profile(run),
     ]
-
-
-def fault(name: str, value: object, rule: str, remedy: str) -> Fault:
-    """A fault of a setting, named by its flag."""
-    return Fault(flag_of(name), value, rule, remedy)
 
 
 def _required(run: Run) -> Iterator[Fault]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from megalith.config import Fault, Run, flag_of
+from megalith.config import Fault, Run, fault, flag_of
 from megalith.data.masking import WORDPIECE
 from megalith.data.pairs import SPECIAL_TOKENS
 from megalith.derived import tokenizer_type
@@ -20,11 +20,11 @@ def bert_faults(run: Run) -> Iterator[Fault]:
     if length is None:
         length, name = data.encoder_seq_length, "encoder_seq_length"
     if length is not None and 0 < length < SHORTEST:
-        yield _fault(name, length, f"is too short for a bert, whose samples need {SHORTEST}", "Lengthen it")
+        yield fault(name, length, f"is too short for a bert, whose samples need {SHORTEST}", "Lengthen it")
     if not 0 < data.mask_prob < 1:
-        yield _fault("mask_prob", data.mask_prob, "must be above 0 and below 1 for bert", "Give such a share")
+        yield fault("mask_prob", data.mask_prob, "must be above 0 and below 1 for bert", "Give such a share")
     if not 0 <= data.short_seq_prob <= 1:
-        yield _fault("short_seq_prob", data.short_seq_prob, "must be from 0 to 1", "Give such a share")
+        yield fault("short_seq_prob", data.short_seq_prob, "must be from 0 to 1", "Give such a share")
 
 
 def encoder_faults(run: Run) -> Iterator[Fault]:
@@ -34,10 +34,10 @@ def encoder_faults(run: Run) -> Iterator[Fault]:
         rule = (
             f"contradicts {flag_of('apply_residual_connection_post_layernorm')}, which has norms in front of branches"
         )
-        yield _fault("norm_after_residual", None, rule, "Give only one of them")
+        yield fault("norm_after_residual", None, rule, "Give only one of them")
     if model.untie_embeddings_and_output_weights:
         rule = f"is for gpt; a {run.task} scores tokens with its word table"
-        yield _fault("untie_embeddings_and_output_weights", None, rule, "Leave it out")
+        yield fault("untie_embeddings_and_output_weights", None, rule, "Leave it out")
     if not run.data.mock_data and run.data.corpus is None:
         yield from _tokenizer(run)
 
@@ -46,14 +46,10 @@ def _tokenizer(run: Run) -> Iterator[Fault]:
     kind, path = tokenizer_type(run), run.data.vocab_file
     if kind not in WORDPIECE:
         rule = f"does not say which tokens begin a word, on which {run.task} depends"
-        yield _fault("tokenizer_type", kind, rule, f"Use {' or '.join(WORDPIECE)}")
+        yield fault("tokenizer_type", kind, rule, f"Use {' or '.join(WORDPIECE)}")
     elif path is not None and Path(path).is_file():
         tokens = {line.strip() for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines()}
         if missing := [token for token in NEEDED if token not in tokens]:
-            yield _fault(
+            yield fault(
                 "vocab_file", path, f"has no {', no '.join(missing)}", f"A {run.task} needs them: add a line each"
             )
-
-
-def _fault(name: str, value: object, rule: str, remedy: str) -> Fault:
-    return Fault(flag_of(name), value, rule, remedy)

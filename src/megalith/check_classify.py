@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megalith.check_bert import encoder_faults
-from megalith.config import Fault, Run, flag_of
+from megalith.config import Fault, Run, fault, flag_of
 from megalith.data.pair_files import LAYOUTS, SPECIAL_TOKENS
 
 SHORTEST = SPECIAL_TOKENS + 2  # tokens of a sample: each sentence has one
@@ -15,15 +15,15 @@ def classify_faults(run: Run) -> Iterator[Fault]:
     yield from encoder_faults(run)
     data = run.data
     if data.pairs_format not in LAYOUTS:
-        yield Fault(flag_of("pairs_format"), None, "is required and was not given", f"Give {' or '.join(LAYOUTS)}")
+        yield fault("pairs_format", None, "is required and was not given", f"Give {' or '.join(LAYOUTS)}")
     for name, files in {"train_data": data.train_data, "valid_data": data.valid_data}.items():
         if not files and (name == "train_data" or run.evaluate.eval_iters > 0):
             remedy = f"Add {flag_of(name)} FILE" + ("" if name == "train_data" else ", or --eval-iters 0")
-            yield Fault(flag_of(name), None, "is required and was not given", remedy)
+            yield fault(name, None, "is required and was not given", remedy)
         for file in files or ():
             if not Path(file).is_file():
-                yield Fault(flag_of(name), file, "is not a file", "Correct the path")
+                yield fault(name, file, "is not a file", "Correct the path")
     length = data.seq_length if data.seq_length is not None else data.encoder_seq_length
     if length is not None and 0 < length < SHORTEST:
         rule = f"is too short for classify, whose samples need {SHORTEST}"
-        yield Fault(flag_of("seq_length"), length, rule, "Lengthen it")
+        yield fault("seq_length", length, rule, "Lengthen it")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from megalith.config import Fault, Run, flag_of
+from megalith.config import Fault, Run, fault
 from megalith.data.blend import parse_data_path
 from megalith.data.indexed import find_prefix
 
@@ -20,10 +20,10 @@ def file_faults(run: Run) -> Iterator[Fault]:
     try:
         prefixes, _ = parse_data_path(data.data_path)
     except ValueError as error:
-        yield Fault(flag_of("data_path"), " ".join(data.data_path), str(error), "Give WEIGHT PREFIX WEIGHT PREFIX ...")
+        yield fault("data_path", " ".join(data.data_path), str(error), "Give WEIGHT PREFIX WEIGHT PREFIX ...")
         return
     for prefix in prefixes:
         try:
             find_prefix(prefix)
         except ValueError as error:
-            yield Fault(flag_of("data_path"), None, str(error), "Name what megalith preprocess wrote")
+            yield fault("data_path", None, str(error), "Name what megalith preprocess wrote")

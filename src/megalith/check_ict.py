@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from megalith.config import Fault, Run, flag_of
+from megalith.config import Fault, Run, fault, flag_of
 from megalith.data.indexed import bin_path, idx_path
 from megalith.data.marked import FEWEST_TOKENS
 
@@ -14,24 +14,24 @@ def ict_faults(run: Run) -> Iterator[Fault]:
     data = run.data
     if data.seq_length is not None and 0 < data.seq_length < FEWEST_TOKENS:
         rule = "has no room for a text between its marks"
-        yield _fault("seq_length", data.seq_length, rule, f"Give at least {FEWEST_TOKENS}")
+        yield fault("seq_length", data.seq_length, rule, f"Give at least {FEWEST_TOKENS}")
     if not 0 <= data.query_in_block_prob <= 1:
-        yield _fault("query_in_block_prob", data.query_in_block_prob, "must be from 0 to 1", "Give a share")
+        yield fault("query_in_block_prob", data.query_in_block_prob, "must be from 0 to 1", "Give a share")
     if data.mock_data or data.corpus is not None:
         if data.titles_data_path is not None:
             other = "mock_data" if data.mock_data else "corpus"
             rule = f"stands beside {flag_of(other)}, which brings its own"
-            yield _fault("titles_data_path", data.titles_data_path, rule, "Leave one out")
+            yield fault("titles_data_path", data.titles_data_path, rule, "Leave one out")
         return
     if data.data_path and len(data.data_path) > 1:
         rule = f"has {len(data.data_path)} words; titles belong to the documents of one file, so ict takes one prefix"
-        yield _fault("data_path", " ".join(data.data_path), rule, "Merge the files, or give one")
+        yield fault("data_path", " ".join(data.data_path), rule, "Merge the files, or give one")
     if data.titles_data_path is None:
         remedy = "Add --titles-data-path PREFIX, of a file with the title of each document"
-        yield _fault("titles_data_path", None, "is required by ict and was not given", remedy)
+        yield fault("titles_data_path", None, "is required by ict and was not given", remedy)
     elif not (idx_path(data.titles_data_path).exists() and bin_path(data.titles_data_path).exists()):
         rule = "is no prefix of a token file (.bin and .idx)"
-        yield _fault("titles_data_path", data.titles_data_path, rule, "Correct the path")
+        yield fault("titles_data_path", data.titles_data_path, rule, "Correct the path")
 
 
 def retriever_faults(run: Run) -> Iterator[Fault]:
@@ -41,17 +41,17 @@ def retriever_faults(run: Run) -> Iterator[Fault]:
     for name, files in {"train_data": data.train_data, "valid_data": data.valid_data}.items():
         if not files and (name == "train_data" or run.evaluate.eval_iters > 0):
             remedy = f"Add {flag_of(name)} FILE" + ("" if name == "train_data" else ", or --eval-iters 0")
-            yield _fault(name, None, "is required and was not given", remedy)
+            yield fault(name, None, "is required and was not given", remedy)
         for file in files or ():
             if not Path(file).is_file():
-                yield _fault(name, file, "is not a file", "Correct the path")
+                yield fault(name, file, "is not a file", "Correct the path")
     if places is not None and data.retriever_seq_length > places:
         rule = f"is longer than --max-position-embeddings = {places}"
-        yield _fault("retriever_seq_length", data.retriever_seq_length, rule, "Shorten it")
+        yield fault("retriever_seq_length", data.retriever_seq_length, rule, "Shorten it")
     if data.train_with_neg and data.train_hard_neg == 0:
-        yield _fault("train_with_neg", None, "adds no passage while --train-hard-neg = 0", "Raise that")
+        yield fault("train_with_neg", None, "adds no passage while --train-hard-neg = 0", "Raise that")
     if data.train_hard_neg and not data.train_with_neg:
-        yield _fault("train_hard_neg", data.train_hard_neg, "changes nothing without --train-with-neg", "Add that")
+        yield fault("train_hard_neg", data.train_hard_neg, "changes nothing without --train-with-neg", "Add that")
 
 
 def biencoder_faults(run: Run) -> Iterator[Fault]:
@@ -60,22 +60,18 @@ def biencoder_faults(run: Run) -> Iterator[Fault]:
     stages = run.parallel.pipeline_model_parallel_size
     if stages > 1:
         rule = "cuts one stack of layers, and a bi-encoder has two that meet in the loss only"
-        yield _fault("pipeline_model_parallel_size", stages, rule, "Use tensor or data parallelism")
+        yield fault("pipeline_model_parallel_size", stages, rule, "Use tensor or data parallelism")
     if model.biencoder_projection_dim < 0:
         value = model.biencoder_projection_dim
-        yield _fault("biencoder_projection_dim", value, "must not be negative", "Give a width, or 0 for none")
+        yield fault("biencoder_projection_dim", value, "must not be negative", "Give a width, or 0 for none")
     if not 0 < run.data.sample_rate <= 1:
-        yield _fault("sample_rate", run.data.sample_rate, "must be above 0 and at most 1", "Give such a share")
+        yield fault("sample_rate", run.data.sample_rate, "must be above 0 and at most 1", "Give such a share")
     counts = evaluate.retriever_report_topk_accuracies
     if any(k < 1 for k in counts) or len(set(counts)) < len(counts):
         shown = " ".join(map(str, counts))
-        yield _fault("retriever_report_topk_accuracies", shown, "takes numbers above 0, each once", "Correct them")
+        yield fault("retriever_report_topk_accuracies", shown, "takes numbers above 0, each once", "Correct them")
     if checkpoint.bert_load is not None:
         if not Path(checkpoint.bert_load).is_dir():
-            yield _fault("bert_load", checkpoint.bert_load, "is not a directory", "Name the run directory of a bert")
+            yield fault("bert_load", checkpoint.bert_load, "is not a directory", "Name the run directory of a bert")
         if checkpoint.load is not None and checkpoint.load != checkpoint.save:
-            yield _fault("bert_load", checkpoint.bert_load, "contradicts --load: both give weights", "Leave one out")
-
-
-def _fault(name: str, value: object, rule: str, remedy: str) -> Fault:
-    return Fault(flag_of(name), value, rule, remedy)
+            yield fault("bert_load", checkpoint.bert_load, "contradicts --load: both give weights", "Leave one out")

@@ -5,7 +5,7 @@ The rules are Megatron-LM's where it has the setting, and those of the parts tha
 
 from collections.abc import Iterator
 
-from megalith.config import Fault, Run, flag_of
+from megalith.config import Fault, Run, fault
 from megalith.derived import global_batch_size, num_layers, recompute_granularity
 from megalith.parallel.settings import SPLIT_BACKWARD
 
@@ -52,17 +52,13 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _fault(name: str, value: object, rule: str, remedy: str) -> Fault:
-    return Fault(flag_of(name), value, rule, remedy)
-
-
 def _world(run: Run, world_size: int) -> Iterator[Fault]:
     if num_replicas(run, world_size) is not None:
         return
     others = f"--pipeline-model-parallel-size = {run.parallel.pipeline_model_parallel_size}"
     if run.parallel.context_parallel_size > 1:
         others += f" x --context-parallel-size = {run.parallel.context_parallel_size}"
-    yield _fault(
+    yield fault(
         "tensor_model_parallel_size",
         run.parallel.tensor_model_parallel_size,
         f"times {others} does not divide the {world_size} ranks",
@@ -78,10 +74,10 @@ def _tensor(run: Run) -> Iterator[Fault]:
     remedy = f"Tensor-parallel sizes that fit this model: {fits}"
     if heads and heads % size:
         rule = f"is not divisible by --tensor-model-parallel-size = {size}"
-        yield _fault("num_attention_heads", heads, rule, remedy)
+        yield fault("num_attention_heads", heads, rule, remedy)
     if inner and inner % size:
         rule = f"is not divisible by --tensor-model-parallel-size = {size}"
-        yield _fault("ffn_hidden_size", inner, rule, remedy)
+        yield fault("ffn_hidden_size", inner, rule, remedy)
 
 
 def _sequence(run: Run) -> Iterator[Fault]:
@@ -93,7 +89,7 @@ def _sequence(run: Run) -> Iterator[Fault]:
     context, tensor = run.parallel.context_parallel_size, run.parallel.tensor_model_parallel_size
     if context > 1 and length % (2 * context):
         fits = [n for n in range(1, 65) if n == 1 or length % (2 * n) == 0]
-        yield _fault(
+        yield fault(
             name,
             length,
             f"is not divisible by 2 x --context-parallel-size = {2 * context}",
@@ -105,7 +101,7 @@ def _sequence(run: Run) -> Iterator[Fault]:
         ranks = f"--tensor-model-parallel-size = {tensor}"
         if context > 1:
             ranks += f" x --context-parallel-size = {context}"
-        yield _fault(
+        yield fault(
             name,
             length,
             f"is not divisible by {ranks}, over which {why} cuts it",
@@ -124,7 +120,7 @@ def _context_heads(run: Run) -> Iterator[Fault]:
     if context == 1 or run.parallel.context_exchange != "all-to-all" or not heads or heads % tensor:
         return
     if (heads // tensor) % context:
-        yield _fault(
+        yield fault(
             "context_parallel_size",
             context,
             f"does not divide the {heads // tensor} heads of a tensor rank, which --context-exchange all-to-all trades",
@@ -137,13 +133,13 @@ def _parts(run: Run) -> Iterator[Fault]:
     stages, layers = run.parallel.pipeline_model_parallel_size, num_layers(run)
     chunk = run.parallel.num_layers_per_virtual_pipeline_stage
     if chunk is not None and stages < 2:
-        yield _fault(
+        yield fault(
             "num_layers_per_virtual_pipeline_stage", chunk, "needs more than one pipeline stage", "Leave it out"
         )
     if layers < 1:
         return
     if layers < stages:
-        yield _fault(
+        yield fault(
             "pipeline_model_parallel_size",
             stages,
             f"is more than the {layers} layers, of which each stage needs one",
@@ -152,7 +148,7 @@ def _parts(run: Run) -> Iterator[Fault]:
     elif chunk is not None and chunk > 0 and stages > 1 and layers % (stages * chunk):
         fits = divisors(layers // stages) if layers % stages == 0 else []
         stages_fit = [n for n in divisors(layers) if n > 1]
-        yield _fault(
+        yield fault(
             "num_layers_per_virtual_pipeline_stage",
             chunk,
             f"times --pipeline-model-parallel-size = {stages} does not divide the {layers} layers",
@@ -168,16 +164,16 @@ def _schedule(run: Run) -> Iterator[Fault]:
     if schedule is None:
         return
     if parallel.pipeline_model_parallel_size < 2:
-        yield _fault("pipeline_schedule", schedule, "needs more than one pipeline stage", "Leave it out")
+        yield fault("pipeline_schedule", schedule, "needs more than one pipeline stage", "Leave it out")
     elif schedule == "interleaved" and chunk is None:
-        yield _fault(
+        yield fault(
             "pipeline_schedule",
             schedule,
             "needs several parts of the model on each rank",
             "Add --num-layers-per-virtual-pipeline-stage N, or use 1f1b",
         )
     elif schedule not in OF_SEVERAL_PARTS and chunk is not None:
-        yield _fault(
+        yield fault(
             "pipeline_schedule",
             schedule,
             f"runs one part of the model on each rank, against --num-layers-per-virtual-pipeline-stage = {chunk}",
@@ -185,7 +181,7 @@ def _schedule(run: Run) -> Iterator[Fault]:
         )
     if schedule == SPLIT_BACKWARD and parallel.data_parallel_sharding == "parameters":
         # torch's FSDP2 then leaves gradients out, without a word (seen with torch 2.13).
-        yield _fault(
+        yield fault(
             "data_parallel_sharding",
             "parameters",
             "gives wrong gradients where --pipeline-schedule zero-bubble splits the backward pass",
@@ -214,7 +210,7 @@ def _microbatches(run: Run, world_size: int) -> Iterator[Fault]:
         else:
             continue
         name = "global_batch_size" if size == sizes[0] else "rampup_batch_size"
-        yield _fault(
+        yield fault(
             name,
             size,
             rule,
@@ -227,7 +223,7 @@ def _replicas(run: Run, world_size: int) -> Iterator[Fault]:
     parallel, replicas = run.parallel, num_replicas(run, world_size)
     shard = parallel.data_parallel_shard_size
     if shard is not None and parallel.data_parallel_sharding not in ("gradients", "parameters"):
-        yield _fault(
+        yield fault(
             "data_parallel_shard_size",
             shard,
             f"has nothing to share out with --data-parallel-sharding {parallel.data_parallel_sharding}",
@@ -235,7 +231,7 @@ def _replicas(run: Run, world_size: int) -> Iterator[Fault]:
         )
     sharing = None if replicas is None else replicas * parallel.context_parallel_size
     if shard is not None and shard > 0 and sharing is not None and sharing % shard:
-        yield _fault(
+        yield fault(
             "data_parallel_shard_size",
             shard,
             f"does not divide the {sharing} ranks that hold the same part of the model",
@@ -244,14 +240,14 @@ def _replicas(run: Run, world_size: int) -> Iterator[Fault]:
     if not parallel.deterministic:
         return
     if parallel.data_parallel_sharding != "none":
-        yield _fault(
+        yield fault(
             "deterministic",
             None,
             f"cannot order the sums of --data-parallel-sharding {parallel.data_parallel_sharding}",
             "Leave one of them out",
         )
     if parallel.pipeline_model_parallel_size > 1:
-        yield _fault(
+        yield fault(
             "deterministic",
             None,
             "cannot order the sums of a pipeline, whose schedule adds microbatches as they come",
@@ -262,18 +258,18 @@ def _replicas(run: Run, world_size: int) -> Iterator[Fault]:
 def _recomputation(run: Run) -> Iterator[Fault]:
     parallel = run.parallel
     if parallel.distribute_checkpointed_activations and recompute_granularity(run) != "full":
-        yield _fault(
+        yield fault(
             "distribute_checkpointed_activations", None, "needs --checkpoint-activations", "Add that, or leave this out"
         )
     if parallel.distribute_checkpointed_activations and parallel.sequence_parallel:
-        yield _fault(
+        yield fault(
             "distribute_checkpointed_activations",
             None,
             "contradicts --sequence-parallel, which has cut what is kept already",
             "Leave it out",
         )
     if parallel.checkpoint_activations and parallel.recompute_granularity == "selective":
-        yield _fault(
+        yield fault(
             "checkpoint_activations", None, "contradicts --recompute-granularity = selective", "Give only one of them"
         )
 
@@ -282,10 +278,10 @@ def _compiler(run: Run) -> Iterator[Fault]:
     parallel = run.parallel
     budget = parallel.activation_memory_budget
     if budget is not None and not 0 <= budget <= 1:
-        yield _fault("activation_memory_budget", budget, "must be from 0 to 1", "Give the share to keep")
+        yield fault("activation_memory_budget", budget, "must be from 0 to 1", "Give the share to keep")
     if budget is not None and parallel.compile == "off":
-        yield _fault("activation_memory_budget", budget, "is kept by the compiler", "Add --compile on")
+        yield fault("activation_memory_budget", budget, "is kept by the compiler", "Add --compile on")
     if parallel.fp8_format is not None and parallel.pipeline_schedule == SPLIT_BACKWARD:
-        yield _fault("fp8_format", parallel.fp8_format, "cannot split the backward pass", "Use another schedule")
+        yield fault("fp8_format", parallel.fp8_format, "cannot split the backward pass", "Use another schedule")
     if parallel.compile == "on" and parallel.pipeline_schedule == SPLIT_BACKWARD:
-        yield _fault("compile", parallel.compile, "cannot split the backward pass", "Use another --pipeline-schedule")
+        yield fault("compile", parallel.compile, "cannot split the backward pass", "Use another --pipeline-schedule")

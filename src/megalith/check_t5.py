@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from megalith.config import Fault, Run, flag_of, known_settings
+from megalith.config import Fault, Run, fault, flag_of, known_settings
 from megalith.data.masking import WORDPIECE
 from megalith.data.spans import SPECIAL_TOKENS
 from megalith.derived import tokenizer_type
@@ -36,32 +36,32 @@ def _lengths(run: Run) -> Iterator[Fault]:
     encoder = data.seq_length if data.seq_length is not None else data.encoder_seq_length
     if encoder is not None and 0 < encoder < SHORTEST:
         name = "seq_length" if data.seq_length is not None else "encoder_seq_length"
-        yield _fault(name, encoder, f"is too short for a t5, whose samples need {SHORTEST}", "Lengthen it")
+        yield fault(name, encoder, f"is too short for a t5, whose samples need {SHORTEST}", "Lengthen it")
     decoder = data.decoder_seq_length
     if decoder is None:
-        yield _fault("decoder_seq_length", None, "is required by t5 and was not given", "Add --decoder-seq-length")
+        yield fault("decoder_seq_length", None, "is required by t5 and was not given", "Add --decoder-seq-length")
         return
     tensor = parallel.tensor_model_parallel_size
     for name in ("sequence_parallel", "distribute_checkpointed_activations"):
         if getattr(parallel, name) and tensor > 0 and decoder % tensor:
             rule = f"is not divisible by --tensor-model-parallel-size = {tensor}, over which {flag_of(name)} cuts it"
             near = [length for length in (decoder // tensor * tensor, (decoder // tensor + 1) * tensor) if length]
-            yield _fault("decoder_seq_length", decoder, rule, f"Nearest lengths: {near}; or leave {flag_of(name)} out")
+            yield fault("decoder_seq_length", decoder, rule, f"Nearest lengths: {near}; or leave {flag_of(name)} out")
 
 
 def _spans(run: Run) -> Iterator[Fault]:
     data = run.data
     if not 0 < data.mask_prob < 1:
-        yield _fault("mask_prob", data.mask_prob, "must be above 0 and below 1 for t5", "Give such a share")
+        yield fault("mask_prob", data.mask_prob, "must be above 0 and below 1 for t5", "Give such a share")
         return
     if not 0 <= data.short_seq_prob <= 1:
-        yield _fault("short_seq_prob", data.short_seq_prob, "must be from 0 to 1", "Give such a share")
+        yield fault("short_seq_prob", data.short_seq_prob, "must be from 0 to 1", "Give such a share")
     encoder = data.seq_length if data.seq_length is not None else data.encoder_seq_length
     if encoder is None or data.decoder_seq_length is None or data.decoder_seq_length < 1:
         return
     masked = max(1, round(data.mask_prob * (encoder - SPECIAL_TOKENS)))
     if data.decoder_seq_length < masked + 2:
-        yield _fault(
+        yield fault(
             "decoder_seq_length",
             data.decoder_seq_length,
             f"has no room for the {masked} tokens that --mask-prob = {data.mask_prob} cuts out of {encoder}",
@@ -72,24 +72,24 @@ def _spans(run: Run) -> Iterator[Fault]:
 def _positions(run: Run) -> Iterator[Fault]:
     model, parallel = run.model, run.parallel
     if model.softmax_scale is not None and not model.softmax_scale > 0:
-        yield _fault("softmax_scale", model.softmax_scale, "must be above 0", "Give a positive number")
+        yield fault("softmax_scale", model.softmax_scale, "must be above 0", "Give a positive number")
     if model.position_embedding_type != "relative":
         return
     rows, longest = model.relative_attention_num_buckets, model.relative_attention_max_distance
     if rows < 4 or rows % 2:
         rule = "must be even and at least 4: half of the rows are for keys before the query"
-        yield _fault("relative_attention_num_buckets", rows, rule, "Give such a number, usually 32")
+        yield fault("relative_attention_num_buckets", rows, rule, "Give such a number, usually 32")
     elif longest <= rows // 2:
         rule = f"must be above half of --relative-attention-num-buckets = {rows}, whose distances have a row each"
-        yield _fault("relative_attention_max_distance", longest, rule, "Raise it, usually to 128")
+        yield fault("relative_attention_max_distance", longest, rule, "Raise it, usually to 128")
     if parallel.pipeline_schedule == SPLIT_BACKWARD:
         rule = "splits the backward pass, and all layers of a stack share one table of distances"
-        yield _fault("pipeline_schedule", SPLIT_BACKWARD, rule, "Use another schedule, or learned positions")
+        yield fault("pipeline_schedule", SPLIT_BACKWARD, rule, "Use another schedule, or learned positions")
     stages = parallel.pipeline_model_parallel_size
     if stages > 2 or (stages == 2 and parallel.num_layers_per_virtual_pipeline_stage is not None):
         rule = "cuts a stack of layers, all of which share one table of distances"
         remedy = "Use 2 stages without virtual ones, the encoder and the decoder, or learned positions"
-        yield _fault("pipeline_model_parallel_size", stages, rule, remedy)
+        yield fault("pipeline_model_parallel_size", stages, rule, remedy)
 
 
 def t5_alone(run: Run) -> Iterator[Fault]:
@@ -98,18 +98,14 @@ def t5_alone(run: Run) -> Iterator[Fault]:
         value = getattr(run.model, name)
         if value != known_settings()[name].field.default:
             shown = None if isinstance(value, bool) else value
-            yield _fault(name, shown, f"is an option of t5; {run.task} has none such", "Leave it out")
+            yield fault(name, shown, f"is an option of t5; {run.task} has none such", "Leave it out")
 
 
 def _sentinels(run: Run) -> Iterator[Fault]:
     kind = tokenizer_type(run)
     if run.data.corpus is None and kind not in (*WORDPIECE, WITH_SENTINELS):
         rule = "has no tokens to stand for spans"
-        yield _fault("tokenizer_type", kind, rule, f"Use {' or '.join(WORDPIECE)}, or a {WITH_SENTINELS} that has some")
+        yield fault("tokenizer_type", kind, rule, f"Use {' or '.join(WORDPIECE)}, or a {WITH_SENTINELS} that has some")
     if run.data.vocab_extra_ids == 0 and kind != WITH_SENTINELS:
         rule = "leaves t5 no token to stand for a span"
-        yield _fault("vocab_extra_ids", 0, rule, "Give the number of sentinel tokens, usually 100")
-
-
-def _fault(name: str, value: object, rule: str, remedy: str) -> Fault:
-    return Fault(flag_of(name), value, rule, remedy)
+        yield fault("vocab_extra_ids", 0, rule, "Give the number of sentinel tokens, usually 100")

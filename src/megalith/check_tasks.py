@@ -7,7 +7,7 @@ from megalith.check_classify import classify_faults
 from megalith.check_ict import ict_faults, retriever_faults
 from megalith.check_t5 import t5_alone, t5_faults
 from megalith.check_vit import vit_faults
-from megalith.config import Fault, Run, flag_of, known_settings
+from megalith.config import Fault, Run, fault, known_settings
 from megalith.fields import describe
 
 
@@ -30,34 +30,32 @@ def _layouts(run: Run) -> Iterator[Fault]:
     size = run.parallel.context_parallel_size
     if run.task != "gpt" and size > 1:
         rule = f"cuts the sequence of a gpt over ranks; {run.task} has no such layout"
-        yield Fault(flag_of("context_parallel_size"), size, rule, "Leave it out; use tensor or data parallelism")
+        yield fault("context_parallel_size", size, rule, "Leave it out; use tensor or data parallelism")
 
 
 def _norms(run: Run) -> Iterator[Fault]:
     """What shape_of would give any task, and only some have."""
     tasks = describe(known_settings()["norm_after_residual"].field)["task"]
     if run.model.norm_after_residual and run.task not in tasks.split(", "):
-        yield Fault(
-            flag_of("norm_after_residual"), None, f"is an option of {tasks}; {run.task} has none such", "Leave it out"
-        )
+        yield fault("norm_after_residual", None, f"is an option of {tasks}; {run.task} has none such", "Leave it out")
 
 
 def _mock_data(run: Run) -> Iterator[Fault]:
     if run.data.mock_data and run.task not in MOCKED:
         rule = f"makes up data for {', '.join(MOCKED)}, not for {run.task}"
-        yield Fault(flag_of("mock_data"), None, rule, "Give real data, or --corpus")
+        yield fault("mock_data", None, rule, "Give real data, or --corpus")
 
 
 def _corpus(run: Run) -> Iterator[Fault]:
     """A corpus is of text or of images."""
     corpus = run.data.corpus
     if corpus is not None and run.task == "classify":
-        yield Fault(flag_of("corpus"), corpus, "has no classes to learn", "Give --train-data and --valid-data")
+        yield fault("corpus", corpus, "has no classes to learn", "Give --train-data and --valid-data")
     elif corpus is not None and run.task == "retriever":
-        yield Fault(flag_of("corpus"), corpus, "has no questions", "Give --train-data and --valid-data")
+        yield fault("corpus", corpus, "has no questions", "Give --train-data and --valid-data")
     elif corpus is not None and (corpus == "shapes") != (run.task == "vit"):
         fits = "shapes" if run.task == "vit" else "python"
-        yield Fault(flag_of("corpus"), corpus, f"is no data for {run.task}", f"Use --corpus {fits}")
+        yield fault("corpus", corpus, f"is no data for {run.task}", f"Use --corpus {fits}")
 
 
 # Tasks whose rows can make up data.

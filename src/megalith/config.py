@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field
+from functools import cache
 from typing import Any
 
 from megalith.checkpoint.settings import CheckpointConfig
@@ -116,8 +117,9 @@ class Known:
         return not tasks or task in tasks.split(", ")
 
 
-def known_settings() -> dict[str, Known]:
-    """Every setting by its name. The names of all parts together are unique."""
+@cache
+def known_settings() -> Mapping[str, Known]:
+    """Every setting by its name, read-only. The names of all parts together are unique."""
     known: dict[str, Known] = {}
     for part in dataclasses.fields(Run):
         if part.name == "task":
@@ -127,12 +129,17 @@ def known_settings() -> dict[str, Known]:
         for declared in dataclasses.fields(config):
             assert declared.name not in known, f"two parts declare {declared.name}"
             known[declared.name] = Known(part.name, declared, hints[declared.name])
-    return known
+    return types.MappingProxyType(known)
 
 
 def flag_of(name: str) -> str:
     """The command line's spelling of a setting."""
     return known_settings()[name].flag
+
+
+def fault(name: str, value: object, rule: str, remedy: str) -> Fault:
+    """A fault of a setting, named by its flag."""
+    return Fault(flag_of(name), value, rule, remedy)
 
 
 def nearest(name: str, among: Iterable[str]) -> str:

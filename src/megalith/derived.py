@@ -23,6 +23,9 @@ TASK_DEFAULTS: dict[str, dict[str, str]] = {
     "retriever": {"tokenizer_type": "BertWordPieceLowerCase", "dataloader_type": "cyclic"},
 }
 
+# Stacks of --num-layers layers each, where a task's model has more than one: an encoder and a decoder.
+STACKS = {"t5": 2}
+
 
 def tokenizer_type(run: Run) -> str:
     """The kind of tokenizer: what was asked for, or the task's usual one."""
@@ -42,8 +45,8 @@ def sequence_length(run: Run) -> int:
 
 
 def num_layers(run: Run) -> int:
-    """Layers of all stacks, which pipeline stages share out: a t5 has an encoder and a decoder."""
-    return (run.model.num_layers or 0) * (2 if run.task == "t5" else 1)
+    """Layers of all stacks, which pipeline stages share out."""
+    return (run.model.num_layers or 0) * STACKS.get(run.task, 1)
 
 
 def global_batch_size(run: Run, data_parallel: int) -> int:

@@ -18,6 +18,7 @@ from megalith.derived import (
     collective_timeout,
     compute_dtype,
     global_batch_size,
+    num_layers,
     recompute_granularity,
     reference_arguments,
     tokenizer_type,
@@ -254,7 +255,7 @@ def model_sizes(run: Run, task: Task, vocab_size: int, dtype: torch.dtype) -> Si
     heads = shape.num_heads * shape.head_width
     layer = 8 * shape.width * heads + 4 * shape.width * shape.inner + 4 * tokens * heads
     return Sizes(
-        num_layers=task.num_layers(run),
+        num_layers=num_layers(run),
         width=shape.width,
         first_cost=0.0,  # looking up is no work next to a layer's
         last_cost=2 * shape.width * vocab_size / layer,

@@ -95,11 +95,6 @@ def stack_flops(run: Run, batch: int, *, length: int, vocab_size: int = 0, causa
     )
 
 
-def layers_of_stack(run: Run) -> int:
-    """The layers of a model that has one stack of them."""
-    return shape_of(run.model).num_layers
-
-
 def same_identity(run: Run) -> dict[str, Any]:
     """For a task whose weights mean the same wherever the sizes of the transformer are the same."""
     return {}
@@ -128,7 +123,6 @@ class Task:
     num_places: Callable[[Run], int]
     # Floating-point operations of a step, recomputation apart: (run, padded vocabulary size, sequences).
     step_flops: Callable[[Run, int, int], float]
-    num_layers: Callable[[Run], int] = layers_of_stack  # of all stacks, which pipeline stages share out
     # The same without any files, for measuring (--mock-data): (run, padded vocabulary size, targets).
     build_mock: Callable[[Run, int, Mapping[str, int]], Mapping[str, BatchSource]] | None = None
     # Operations of a step if scores that the causal order masks are not counted; None where nothing is masked so.

@@ -21,7 +21,7 @@ from megalith.data.spans import (
 )
 from megalith.data.tokenizer import Tokenizer
 from megalith.datasets import Report
-from megalith.derived import num_layers, sequence_length
+from megalith.derived import sequence_length
 from megalith.evaluate.loss import unigram_entropy
 from megalith.models.shape import shape_of
 from megalith.models.t5 import T5
@@ -170,7 +170,6 @@ TASK = Task(
     masks=lambda run: ("loss_mask",),
     num_places=num_places,
     step_flops=step_flops,
-    num_layers=num_layers,
     build_mock=build_mock,
     causal_flops=partial(step_flops, causal=True),
     baseline=unigram_baseline,
