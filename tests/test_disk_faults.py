@@ -21,10 +21,10 @@ from megalith.files import Disk
 from megalith.job import Job
 from megalith.keeper import Keeper
 from megalith.monitor.events import StepDone
-from megalith.monitor.outlet import read_records
 from tests.disturbed import INTERVAL, start_run
 from tests.faults.disk import Moment, Operation, Wire
 from tests.layouts.runs import steps_of
+from tests.records import read_records
 from tests.test_train import assert_same
 
 STEPS = 10

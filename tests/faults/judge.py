@@ -10,8 +10,8 @@ from megalith.checkpoint.directory import list_checkpoints, step_name
 from megalith.checkpoint.index import Index
 from megalith.checkpoint.shards import DamagedError
 from megalith.checkpoint.verify import verify
-from megalith.monitor.outlet import read_records
 from tests.faults.twin import SAVE_INTERVAL, Taken, Twin, noted_in, printed_in, taken_in
+from tests.records import read_records
 
 Kind = Literal["finished-identical", "recovered", "refused", "failure"]
 

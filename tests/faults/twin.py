@@ -16,10 +16,10 @@ from megalith.data.loader import Batch, Loader
 from megalith.job import Job
 from megalith.keeper import Keeper
 from megalith.monitor.events import StepDone
-from megalith.monitor.outlet import read_records
 from tests.faults.cluster import run_ranks
 from tests.faults.disk import Disturbance, Operation, recorded, recording, undisturbed
 from tests.layouts.runs import write_data
+from tests.records import read_records
 
 SAVE_INTERVAL = 2
 

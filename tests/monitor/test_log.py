@@ -12,10 +12,10 @@ import pytest
 
 from megalith.monitor import events
 from megalith.monitor.log import MOST_WAITING, RunLog, choose_format
-from megalith.monitor.outlet import read_records
 from megalith.monitor.scalars import Scalars
 from megalith.monitor.settings import MonitorConfig
 from tests.monitor.reports import STARTED, evaluated, interval_done, step_done
+from tests.records import read_records
 
 
 class Terminal(io.StringIO):

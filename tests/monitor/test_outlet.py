@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from megalith.monitor import outlet as outlet_module
 from megalith.monitor.events import MemoryReported, RankMemory, Warned
 from megalith.monitor.memory import MemoryUse
-from megalith.monitor.outlet import JsonLines, Outlet, json_line, plain, read_records, record_of
+from megalith.monitor.outlet import JsonLines, Outlet, json_line, plain, record_of
 from megalith.terminal import printable
+from tests.records import read_records
 
 
 @contextmanager

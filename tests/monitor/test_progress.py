@@ -12,9 +12,9 @@ import pytest
 
 from megalith.monitor import events
 from megalith.monitor.log import RunLog
-from megalith.monitor.outlet import read_records
 from megalith.monitor.progress import REFRESH_SECONDS, Pace, fitted
 from tests.monitor.reports import STARTED, evaluated, interval_done, step_done
+from tests.records import read_records
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*[39][0-9][0-9;]*m")
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -16,14 +16,6 @@ def test_the_settings_give_a_ramp() -> None:
     config = OptimizerConfig(micro_batch_size=1, global_batch_size=1024, rampup_batch_size=("16", "8", "300000"))
     ramp = make_batch_sizes(config, data_parallel=8)
     assert ramp == RampedBatch(1024, 1, 8, start=16, increment=8, ramp_samples=300000)
-    assert ramp.sentence() == (
-        "will use batch size rampup starting from global batch size 16 to global batch size 1024 with batch size "
-        "increments 8 over 300000 samples."
-    )
-
-
-def test_the_constant_sentence_is_the_references() -> None:
-    assert ConstantBatch(64, 8, 1).sentence() == "setting number of micro-batches to constant 8"
 
 
 @pytest.mark.parametrize(

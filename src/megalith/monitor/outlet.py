@@ -136,25 +136,6 @@ class JsonLines:
             self._descriptor = None
 
 
-def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a JSON-lines file, and the number of lines that are not whole: a kill leaves at most one.
-
-    After a resume some steps appear twice: the later record is of the run that went on.
-    """
-    records, damaged = [], 0
-    for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            damaged += 1
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-        else:
-            damaged += 1
-    return records, damaged
-
-
 def record_of(event: Any, *, time: float, step: int | None) -> dict[str, Any]:
     """An event as a JSON object: its kind, the Unix time, the step (its own, else the one given), then its values."""
     values = {field.name: plain(getattr(event, field.name)) for field in fields(event)}

@@ -36,10 +36,6 @@ class ConstantBatch:
         """Micro-batches of that step, per replica."""
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
 
-    def sentence(self) -> str:
-        """The start-up line that Megatron-LM prints."""
-        return f"setting number of micro-batches to constant {self.num_microbatches(0)}"
-
 
 @dataclass(frozen=True)
 class RampedBatch:
@@ -99,13 +95,6 @@ class RampedBatch:
                 f"multiples of {per_round}"
             )
         return size // per_round
-
-    def sentence(self) -> str:
-        """The start-up line that Megatron-LM prints."""
-        return (
-            f"will use batch size rampup starting from global batch size {self.start} to global batch size "
-            f"{self.global_batch_size} with batch size increments {self.increment} over {self.ramp_samples} samples."
-        )
 
 
 def make_batch_sizes(config: OptimizerConfig, *, data_parallel: int) -> ConstantBatch | RampedBatch:
