@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+import megalith.derived
 import megalith.train
-import megalith.watching
 from megalith.checkpoint.directory import list_checkpoints
 from megalith.checkpoint.verify import verify
 from megalith.data import index_cache, index_maps
@@ -137,7 +137,7 @@ def test_building_index_maps_for_longer_than_a_start_may_stand_still_is_no_hang(
 
     def disturb(rank: int) -> None:
         # Each array takes less than the limit of the start, all of them twice as much.
-        megalith.watching.START_SECONDS = 5.0
+        megalith.derived.START_SECONDS = 5.0
         real = index_maps.make_arrays
 
         def slowly(*arguments: Any, **named: Any) -> Iterator[tuple[str, Any]]:

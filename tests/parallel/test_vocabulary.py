@@ -76,7 +76,7 @@ def test_scores_loss_and_gradients_are_those_of_the_whole_vocabulary(sequence: b
 
 
 def loss_without_gradients_on_rank(rank: int) -> float:
-    groups = make_groups(Layout(RANKS, rank, 0, tensor=RANKS), torch.device("cpu"))
+    groups = make_groups(Layout(RANKS, rank, 0, tensor=RANKS), timeout=60.0)
     hidden, table, _, labels, weights = whole_tensors()
     share = -(-V // RANKS)
     part = table[rank * share : (rank + 1) * share].clone().requires_grad_()
