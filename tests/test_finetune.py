@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,16 +86,66 @@ def test_a_fine_tuning_learns_and_its_accuracy_is_that_of_all_pairs(
     assert [event["step"] for event in validated] == [0, 10, 20, 30, 40, 50, 50]
     assert validated[0]["losses"]["loss"] > 0.9 and validated[0]["losses"]["accuracy"] < 0.6
     assert validated[-1]["losses"]["loss"] < 0.7 and validated[-1]["losses"]["accuracy"] > 0.8
-    # Sixty-four pairs are whole batches of those that the run validates on.
+    found = evaluated(finetuned, capsys)
+    assert (found["pairs"], found["step"]) == (70, 50)
+    for figure in ("loss", "accuracy"):
+        assert validated[-1]["losses"][figure] == pytest.approx(found[figure], rel=1e-5)
     some = tmp_path / "some.tsv"
     some.write_text("\n".join(files[1].read_text().splitlines()[:65]))
-    assert main(["evaluate", str(finetuned), "--file", str(some), "--json", "--device", "cpu"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["pairs"], found["step"]) == (64, 50)
-    assert main(["evaluate", str(finetuned), "--json", "--device", "cpu"]) == 0
-    assert json.loads(capsys.readouterr().out)["pairs"] == 70
+    assert evaluated(finetuned, capsys, "--file", str(some))["pairs"] == 64
     assert main(["evaluate", str(finetuned), "--split", "test"]) == 2
     assert "pairs have no such part" in capsys.readouterr().err
+
+
+def evaluated(save: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    """What megalith evaluate tells of a run."""
+    assert main(["evaluate", str(save), *words, "--json", "--device", "cpu"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("count", "world_size", "words"),
+    [(23, 1, []), (23, 2, []), (70, 2, [PP, "2"])],
+    ids=["fewer than a batch", "a replica without a pair", "pp2"],
+)
+def test_every_validation_measures_all_pairs_once(
+    count: int, world_size: int, words: list[str], runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = write_mnli(tmp_path / "train.tsv", count=33, seed=1)
+    valid = write_mnli(tmp_path / "valid.tsv", count=count, seed=2)
+    # 33 pairs are one step an epoch.
+    frozen = ["--lr", "0", "--epochs", "4", *words]
+    save = finetune_on(world_size, runs(1), (train, valid), tmp_path / "run", *frozen)
+    figures = [tuple(event["losses"].values()) for event in events_of(save, "evaluated")]
+    assert len(figures) == 6 and len(set(figures)) == 1
+    found = evaluated(save, capsys)
+    assert found["pairs"] == count
+    assert figures[0] == pytest.approx((found["loss"], found["accuracy"]), rel=1e-5)
+
+
+def test_validations_are_the_same_while_the_batch_grows(runs: Runs, files: tuple[Path, Path], tmp_path: Path) -> None:
+    words = pretrain_words(finetune_words(runs(1), files, tmp_path / "run", "--lr", "0", "--eval-interval", "1"))
+    length = words.index("--train-iters")
+    words[length : length + 2] = ["--train-samples", "80", "--rampup-batch-size", "16", "16", "32"]
+    assert main(["pretrain", *words]) == 0
+    assert [step["global_batch_size"] for step in steps_of(tmp_path / "run")][::2] == [16, 32]
+    assert len({tuple(event["losses"].values()) for event in events_of(tmp_path / "run", "evaluated")}) == 1
+
+
+def test_fewer_validation_batches_are_the_same_pairs_each_time_and_told(
+    runs: Runs, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = finetune_words(runs(1), files, tmp_path / "run", "--lr", "0", "--train-iters", "2", "--eval-interval", "1")
+    assert main(["finetune", *words, "--eval-iters", "2"]) == 0
+    text = "--eval-iters = 2: validations measure the first 64 of 70 samples. --eval-iters 3 measures all."
+    assert text in capsys.readouterr().out
+    figures = {tuple(event["losses"].values()) for event in events_of(tmp_path / "run", "evaluated")}
+    some = tmp_path / "some.tsv"
+    some.write_text("\n".join(files[1].read_text().splitlines()[:65]))
+    found = evaluated(tmp_path / "run", capsys, "--file", str(some))
+    assert len(figures) == 1
+    assert figures.pop() == pytest.approx((found["loss"], found["accuracy"]), rel=1e-5)
 
 
 def test_all_weights_but_the_head_are_taken_over(runs: Runs, files: tuple[Path, Path], tmp_path: Path) -> None:

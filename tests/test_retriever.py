@@ -87,9 +87,25 @@ def test_the_command_fine_tunes_and_validates_among_wrong_passages(
         assert first["losses"][name] == pytest.approx(figure, rel=1e-4), name
 
 
-def validation_by_definition(ict: Path, file: Path) -> dict[str, float]:
-    """Loss, mean rank and accuracies before the first step, written out: four questions at a time, with the first three
-    hard and two other wrong passages of each."""
+@pytest.mark.parametrize("negatives", [[], ["--val-av-rank-hard-neg", "0", "--val-av-rank-other-neg", "0"]])
+def test_every_validation_measures_all_questions_once(
+    negatives: list[str], ict: Path, words: list[str], tmp_path: Path
+) -> None:
+    # Of 18 questions the fifth microbatch of four has two, and the sixth, which fills the batch of eight, has none.
+    few = tmp_path / "few.json"
+    few.write_text(json.dumps(json.loads(Path(words[words.index("--valid-data") + 1]).read_text())[:18]))
+    more = ["--valid-data", str(few), "--lr", "0", *micro(4), *negatives, "--save", str(tmp_path / "run")]
+    assert main(["finetune", *words, *more]) == 0
+    figures = [event["losses"] for event in events_of(tmp_path / "run", "evaluated")]
+    assert len(figures) == 5 and all(those == figures[0] for those in figures)
+    hard, others = (0, 0) if negatives else (3, 2)
+    for name, figure in validation_by_definition(ict, few, hard=hard, others=others).items():
+        assert figures[0][name] == pytest.approx(figure, rel=1e-4), name
+
+
+def validation_by_definition(ict: Path, file: Path, *, hard: int = 3, others: int = 2) -> dict[str, float]:
+    """Loss, mean rank and accuracies before the first step, written out: four questions at a time, with the first hard
+    and other wrong passages of each."""
     retriever = open_retriever(str(ict), step=None, device="cpu")
 
     def vector(tower: Any, *parts: str) -> torch.Tensor:
@@ -102,13 +118,13 @@ def validation_by_definition(ict: Path, file: Path) -> dict[str, float]:
     losses, ranks = [], []
     questions = read_training_questions([file])
     with torch.no_grad():
-        for first in range(0, QUESTIONS, 4):
+        for first in range(0, len(questions), 4):
             asked = questions[first : first + 4]
             right = [vector(retriever.model.context, q.positive.title, q.positive.text) for q in asked]
             wrong = [
                 vector(retriever.model.context, passage.title, passage.text)
                 for q in asked
-                for passage in [*q.hard[:3], *q.others[:2]]
+                for passage in [*q.hard[:hard], *q.others[:others]]
             ]
             for number, question in enumerate(asked):
                 scores = torch.stack([*right, *wrong]) @ vector(retriever.model.query, question.text) / 32**0.5

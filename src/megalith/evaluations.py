@@ -48,6 +48,9 @@ def evaluate_if_owed(job: Job, signals: StopSignals) -> str | None:
 def evaluate(job: Job, part: str, signals: StopSignals, *, final: bool) -> str | None:
     """Report the mean losses over the next eval_iters batches of a part, if the run has such data.
 
+    A task that validates all begins each time with the first sample, ends with the last, and weights batches by their
+    samples.
+
     None once that is done. Gives the name of a signal, the same on every rank, if one came first: then nothing is
     reported, and nothing has changed.
     """
@@ -55,24 +58,32 @@ def evaluate(job: Job, part: str, signals: StopSignals, *, final: bool) -> str |
         return None
     progress, sums = job.progress, dict[str, float]()
     began = time.perf_counter()
-    iterations = job.run.evaluate.eval_iters
-    num_microbatches = job.batch_sizes.num_microbatches(progress.consumed_train_samples)
+    loader, iterations = job.loaders[part], job.run.evaluate.eval_iters
+    size = job.batch_sizes.batch_size(progress.consumed_train_samples)
+    consumed = progress.consumed_valid_samples if part == "valid" else 0
+    if validates_all := job.task.validates_all:
+        # Not a ramp's size of the moment: all validations are of the same samples.
+        size, consumed = job.batch_sizes.global_batch_size, 0
+        iterations = min(iterations, -(-len(loader.source) // size))
+    num_microbatches = size // (loader.micro_batch_size * loader.data_parallel)
+    whole_batches = 0.0
     with job.ledger.spend("evaluation"), torch.no_grad():
-        consumed = progress.consumed_valid_samples if part == "valid" else 0
         for number in range(1, iterations + 1):
             if cut := signal_agreed(job, signals):
                 return cut
             job.ledger.move()
-            microbatches = job.loaders[part].step_batch(consumed, num_microbatches)
+            microbatches = loader.step_batch(consumed, num_microbatches)
             losses = run_microbatches(job, microbatches, scale=1.0, backward=False, timers=job.untimed)
-            consumed += job.batch_sizes.batch_size(progress.consumed_train_samples)
+            filled = min(1.0, (len(loader.source) - consumed) / size) if validates_all else 1.0
+            whole_batches += filled
+            consumed += size
             for name, loss in losses.items():
-                sums[name] = sums.get(name, 0.0) + float(loss)
+                sums[name] = sums.get(name, 0.0) + float(loss) * filled
             if part == "test" and number % job.run.monitor.log_interval == 0:
                 job.log.line(lines.evaluating(number, iterations), detail=True)
-    if part == "valid":
+    if part == "valid" and not validates_all:
         progress.consumed_valid_samples = consumed
-    means = {name: total / iterations for name, total in sums.items()}
+    means = {name: total / whole_batches for name, total in sums.items()}
     if part == "valid":
         job.validations.append((progress.step, means))
     split = "validation" if part == "valid" else part

@@ -92,7 +92,8 @@ def pretrain_words(words: Sequence[str]) -> list[str]:
     asked = read_command_line([*begun, *rest])
     counts = [_count(options.task, paths) for paths in (options.train_data, options.valid_data)]
     # Of each epoch the rest that fills no batch is left out, as in Megatron-LM.
-    steps, validations = (max(1, count // global_batch_size(asked, 1)) for count in counts)
+    size = global_batch_size(asked, 1)
+    steps, validations = max(1, counts[0] // size), -(-counts[1] // size)
     every = ["--eval-interval", str(steps), "--eval-iters", str(validations), "--save-interval", str(steps)]
     return [*begun, "--train-iters", str(options.epochs * steps), *every, *rest]
 

@@ -3,11 +3,11 @@
 from bisect import bisect_right
 
 from megalith.data.loader import BatchSource, Loader
-from megalith.data.order import CyclicOrder, Order, RoundOrder, SingleOrder, sample_counts
+from megalith.data.order import CyclicOrder, OnceOrder, Order, RoundOrder, SingleOrder, sample_counts
 from megalith.derived import dataloader_type
 from megalith.job import Job
 from megalith.monitor import lines
-from megalith.monitor.events import DatasetsBuilt, PlaceReached, TargetsSet, TimersReported
+from megalith.monitor.events import DatasetsBuilt, PlaceReached, TargetsSet, TimersReported, Warned
 from megalith.monitor.timers import SETUP_TIMERS
 from megalith.optim.batch_size import consumed_after
 
@@ -43,6 +43,8 @@ def open_data(job: Job) -> None:
         job.loaders = {name: make_loader(job, name, source) for name, source in parts.items()}
         if "train" in parts and dataloader_type(run) == "single":
             _check_enough(job, len(parts["train"]))
+        if "valid" in parts and job.task.validates_all:
+            _tell_what_is_measured(job, len(parts["valid"]))
     job.log.report(PlaceReached("after dataloaders are built"))
     job.log.line(lines.setup_done(), detail=True)
     job.log.report(TimersReported(job.timers.elapsed(SETUP_TIMERS)))
@@ -52,7 +54,9 @@ def make_loader(job: Job, name: str, source: BatchSource) -> Loader:
     """What reads this replica's share of a part."""
     total = len(source)
     order: Order
-    if name != "train":
+    if name != "train" and job.task.validates_all:
+        order = OnceOrder(total)
+    elif name != "train":
         # Evaluations go round: how many there will be is not known when a run is continued with more steps.
         order = RoundOrder(total)
     elif dataloader_type(job.run) == "cyclic":
@@ -68,6 +72,14 @@ def make_loader(job: Job, name: str, source: BatchSource) -> Loader:
         data_parallel=job.layout.data,
         pinned=job.device.type == "cuda",
     )
+
+
+def _tell_what_is_measured(job: Job, total: int) -> None:
+    """Warn if validations do not measure all samples of a task that could."""
+    size, batches = job.batch_sizes.global_batch_size, job.run.evaluate.eval_iters
+    if size * batches < total:
+        text = f"--eval-iters = {batches}: validations measure the first {size * batches:,} of {total:,} samples"
+        job.log.report(Warned(f"{text}. --eval-iters {-(-total // size)} measures all."))
 
 
 def _check_enough(job: Job, total: int) -> None:

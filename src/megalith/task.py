@@ -132,6 +132,9 @@ class Task:
     contrasts: bool = False  # a loss tells the right pairs among those of a microbatch on all replicas
     is_tied: Callable[[Run], bool] = lambda run: not run.model.untie_embeddings_and_output_weights
     baseline: Callable[[Run, BatchSource], Baseline | None] = no_baseline
+    # Every validation measures the same samples, each once: all of them, if --eval-iters batches hold as many. Its last
+    # batch may have places that no sample takes.
+    validates_all: bool = False
     # What a checkpoint's weights depend on beside the sizes of the transformer, by name of the setting.
     identity: Callable[[Run], dict[str, Any]] = same_identity
     origin: Callable[[Run], Origin | None] = no_origin

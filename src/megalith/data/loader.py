@@ -25,7 +25,10 @@ class BatchSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: NDArray[np.int64], samples: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """A batch of the samples with these indices, B first; samples are their positions in the run."""
+        """A batch of the samples with these indices, B first; samples are their positions in the run.
+
+        An index of -1, which only OnceOrder has, is a place that no sample takes: what stands there has no weight.
+        """
 
 
 class Loader:

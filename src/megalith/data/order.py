@@ -79,6 +79,22 @@ class RoundOrder:
         return np.arange(consumed, consumed + count) % self.total
 
 
+class OnceOrder:
+    """Each sample once, from the first to the last, and behind it -1: places that no sample takes.
+
+    So an evaluation of whole batches measures every sample once, whatever their number.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+
+    def global_indices(self, consumed: int, count: int) -> NDArray[np.int64]:
+        """The indices at these positions."""
+        _check(consumed, count)
+        positions = np.arange(consumed, consumed + count)
+        return np.where(positions < self.total, positions, -1)
+
+
 class CyclicOrder:
     """All samples in a new random order every epoch, without end; the epoch's number is the seed.
 

@@ -101,13 +101,13 @@ class ClassBatches:
 
     def read(self, indices: NDArray[np.int64], samples: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Each with B first: tokens and types, int64 BT; padding, int32 BT, 1 where a token is real; classes, int64;
-        class_mask, float32, all 1; samples, int64."""
+        class_mask, float32, 1, or 0 where an index is -1; samples, int64."""
         length = self.tokens.shape[1]
         return {
             "tokens": self.tokens[indices].astype(np.int64),
             "types": self.types[indices].astype(np.int64),
             "padding": (np.arange(length) < self.sizes[indices, None]).astype(np.int32),
             "classes": self.labels[indices],
-            "class_mask": np.ones(len(indices), np.float32),
+            "class_mask": (indices >= 0).astype(np.float32),
             "samples": np.asarray(samples, np.int64),
         }

@@ -77,7 +77,10 @@ class QuestionBatches:
         return len(self.questions)
 
     def read(self, indices: NDArray[np.int64], samples: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """queries BT and contexts BNT, for each which tokens are real; loss_mask B."""
+        """queries BT and contexts BNT, for each which tokens are real; loss_mask B.
+
+        Where an index is -1, no passage is there and the mask is 0.
+        """
         asked = [self.questions[int(index)] for index in indices]
         # By the sample's number: in another epoch others are chosen.
         chosen = [
@@ -95,12 +98,13 @@ class QuestionBatches:
             contexts[row, : len(passages)] = tokens[first : first + len(passages)]
             real_contexts[row, : len(passages)] = real[first : first + len(passages)]
             first += len(passages)
+        real_contexts[indices < 0] = 0
         return {
             "queries": queries,
             "queries_real": real_queries,
             "contexts": contexts,
             "contexts_real": real_contexts,
-            "loss_mask": np.ones(len(asked), np.float32),
+            "loss_mask": (indices >= 0).astype(np.float32),
             "samples": np.asarray(samples, np.int64),
         }
 

@@ -97,8 +97,8 @@ class Retriever(nn.Module):
     ) -> Tensor:
         """fp32 sums over questions of weight times: cross entropy, rank if reported, percent right among k for each k.
 
-        queries_real, contexts_real: int, 1 where a token is real; a passage without any is not there at all. rows:
-        int32 B(T + N S), the question's places, then the passages'.
+        queries_real, contexts_real: int, 1 where a token is real; a passage without any is not there at all; it may
+        be the right one where the weight is 0. rows: int32 B(T + N S), the question's places, then the passages'.
         """
         length = queries_BT.shape[1]
         query_rows = None if rows is None else rows[:, :length]
@@ -107,11 +107,12 @@ class Retriever(nn.Module):
         c_CE = self.context(contexts_BNS.flatten(0, 1), contexts_real.flatten(0, 1), context_rows)
         c_ME, first = self.gathered(c_CE.float())
         scores_BM = q_BE.float() @ c_ME.T * self.scale
-        if contexts_BNS.shape[1] > 1:
-            present_M, _ = self.gathered(contexts_real.flatten(0, 1).any(-1).float())
-            scores_BM = scores_BM.masked_fill(present_M == 0, -torch.inf)
+        present_M, _ = self.gathered(contexts_real.flatten(0, 1).any(-1).float())
+        scores_BM = scores_BM.masked_fill(present_M == 0, -torch.inf)
         right_B = first + torch.arange(len(q_BE), device=q_BE.device) * contexts_BNS.shape[1]
         losses_B = F.cross_entropy(scores_BM, right_B, reduction="none")
+        # Without its passage a question has no finite loss, and 0 times that is no number.
+        losses_B = losses_B.masked_fill(loss_weights == 0, 0)
         return torch.stack([losses_B @ loss_weights, *self.figures(scores_BM.detach(), right_B, loss_weights)])
 
     def figures(self, scores_BM: Tensor, right_B: Tensor, weights_B: Tensor) -> list[Tensor]:

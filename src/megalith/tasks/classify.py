@@ -117,6 +117,7 @@ TASK = Task(
     num_places=sequence_length,
     step_flops=step_flops,
     is_tied=lambda run: False,
+    validates_all=True,
     baseline=chance_baseline,
     identity=identity,
     identify_data=identify_training_files,

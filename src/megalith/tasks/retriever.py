@@ -99,4 +99,5 @@ TASK: Task = dataclasses.replace(
     build_mock=None,
     identify_data=identify_training_files,
     baseline=chance_baseline,
+    validates_all=True,
 )
