@@ -198,6 +198,44 @@ def test_evaluate_gives_the_accuracy_of_the_whole_validation_folder(
     assert "images have no such part" in capsys.readouterr().err
 
 
+def test_evaluate_counts_the_classes_as_the_checkpoint_does(
+    runs: Runs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = write_images(tmp_path)
+    kept = shutil.copytree(root / "val", tmp_path / "kept")
+    save = tmp_path / "run"
+    assert runs.go_on(1, ["--data-path", str(root), "--train-iters", "4", "--eval-iters", "0"], save) == 0
+
+    def evaluated(*words: str) -> dict[str, float] | str:
+        status = main(["evaluate", str(save), "--json", "--device", "cpu", *words])
+        told = capfd.readouterr()
+        if status:
+            assert status == 2
+            return told.err
+        found = json.loads(told.out)
+        return {figure: found[figure] for figure in ("images", "loss", "accuracy")}
+
+    whole = evaluated()
+    shutil.rmtree(kept / "cross")
+    some = evaluated("--file", str(kept))
+    assert whole != some and evaluated("--file", str(root / "val")) == whole
+    # Named anew, the classes would have other numbers.
+    for part in ("train", "val"):
+        (root / part / "circle").rename(root / part / "oval")
+    for words in ([], ["--file", str(root / "val")], ["--file", str(kept)]):
+        said = f"{root}/train: has other classes than the 3 that the model of step 4 was trained on."
+        assert said in str(evaluated(*words))
+    for part in ("train", "val"):
+        (root / part / "oval").rename(root / part / "circle")
+    # Without the training images all classes of the others say what they are called, and a part of them does not.
+    (root / "train").rename(tmp_path / "gone")
+    assert evaluated() == whole == evaluated("--file", str(root / "val"))
+    said = f"{root}/train: is gone, and {kept} does not have just the 3 classes that the model of step 4 was trained on"
+    assert said in str(evaluated("--file", str(kept)))
+    assert f"{tmp_path}/nowhere: is not a directory. Correct --file." in str(evaluated("--file", f"{tmp_path}/nowhere"))
+    assert f"{root}/train: is not a directory. Restore it, or give --file." in str(evaluated("--split", "train"))
+
+
 def test_a_damaged_image_stops_the_run_by_its_name(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     data = write_images(tmp_path, trained=3)
     (data / "train" / "ring" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n")

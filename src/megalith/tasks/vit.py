@@ -1,7 +1,7 @@
 """ViT: a transformer over the patches of images that learns which class each belongs to."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,12 @@ def identify_data(run: Run, tokenizer: Tokenizer | None, *, vocab_size: int, rep
         raise ValueError(
             f"{root / FOLDERS['train']}: cannot be read ({error.strerror}). Correct --data-path."
         ) from error
-    return [{"name": root.name, "classes_sha256": digest_of_bytes(json.dumps(classes))}]
+    return [{"name": root.name, "classes_sha256": digest_of_classes(classes)}]
+
+
+def digest_of_classes(classes: Sequence[str]) -> str:
+    """What tells the classes, in the order of their numbers, from others."""
+    return digest_of_bytes(json.dumps(list(classes)))
 
 
 def build_parts(
