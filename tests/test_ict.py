@@ -62,6 +62,7 @@ def test_a_run_without_faults_has_none(folder: Path) -> None:
         ("--context-parallel-size 2", "--context-parallel-size = 2: cuts the sequence of a gpt"),
         ("--indexer-batch-size 0", "--indexer-batch-size = 0: must be greater than 0."),
         ("--indexer-log-interval 0", "--indexer-log-interval = 0: must be greater than 0."),
+        ("--retriever-seq-length 17", "--retriever-seq-length = 17: is longer than --max-position-embeddings = 16."),
         ("--sample-rate 0", "--sample-rate = 0.0: must be above 0 and at most 1."),
     ],
 )

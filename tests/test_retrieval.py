@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from megalith.data.evidence import read_passages
 from megalith.evaluate.embeddings import open_embeddings
 from megalith.files import DISK, Disk
 from megalith.parallel.mesh import Layout, make_layout
+from megalith.trained import run_of
 from megalith.trained_retrieval import embed, open_retriever
 from tests.layouts.runs import Runs
 from tests.layouts.test_ict import MODEL, TITLES, VOCABULARY, micro, write_texts
@@ -276,6 +278,15 @@ def test_faults_of_an_index_are_told_at_once(run: Path, tmp_path: Path, capsys: 
     words = index_words(run, empty, tmp_path / "e", "--retriever-seq-length", "99")
     assert main(["index", *words]) == 2
     assert "--retriever-seq-length = 99: the model has 16 positions." in capsys.readouterr().err
+
+
+def test_a_length_that_nobody_gave_is_what_the_model_holds(run: Path, evidence: Path, tmp_path: Path) -> None:
+    untold = shutil.copytree(run, tmp_path / "run")
+    text = (untold / "run.toml").read_text()
+    (untold / "run.toml").write_text(text.replace("retriever_seq_length = 12\n", ""))
+    assert run_of(str(untold)).data.retriever_seq_length == 256
+    make(index_words(untold, evidence, tmp_path / "embeddings"))
+    assert open_embeddings(tmp_path / "embeddings").made_from["length"] == 16
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from pathlib import Path
 from megalith.config import Fault, Run, fault, flag_of
 from megalith.data.indexed import bin_path, idx_path
 from megalith.data.marked import FEWEST_TOKENS
+from megalith.derived import retriever_length
 
 
 def ict_faults(run: Run) -> Iterator[Fault]:
@@ -37,7 +38,7 @@ def ict_faults(run: Run) -> Iterator[Fault]:
 def retriever_faults(run: Run) -> Iterator[Fault]:
     """Every fault of a supervised retriever's settings."""
     yield from biencoder_faults(run)
-    data, places = run.data, run.model.max_position_embeddings
+    data = run.data
     for name, files in {"train_data": data.train_data, "valid_data": data.valid_data}.items():
         if not files and (name == "train_data" or run.evaluate.eval_iters > 0):
             remedy = f"Add {flag_of(name)} FILE" + ("" if name == "train_data" else ", or --eval-iters 0")
@@ -45,9 +46,6 @@ def retriever_faults(run: Run) -> Iterator[Fault]:
         for file in files or ():
             if not Path(file).is_file():
                 yield fault(name, file, "is not a file", "Correct the path")
-    if places is not None and data.retriever_seq_length > places:
-        rule = f"is longer than --max-position-embeddings = {places}"
-        yield fault("retriever_seq_length", data.retriever_seq_length, rule, "Shorten it")
     if data.train_with_neg and data.train_hard_neg == 0:
         yield fault("train_with_neg", None, "adds no passage while --train-hard-neg = 0", "Raise that")
     if data.train_hard_neg and not data.train_with_neg:
@@ -61,6 +59,10 @@ def biencoder_faults(run: Run) -> Iterator[Fault]:
     if stages > 1:
         rule = "cuts one stack of layers, and a bi-encoder has two that meet in the loss only"
         yield fault("pipeline_model_parallel_size", stages, rule, "Use tensor or data parallelism")
+    length, places = retriever_length(run), model.max_position_embeddings
+    if places is not None and length > places:
+        rule = f"is longer than --max-position-embeddings = {places}"
+        yield fault("retriever_seq_length", length, rule, "Shorten it")
     if model.biencoder_projection_dim < 0:
         value = model.biencoder_projection_dim
         yield fault("biencoder_projection_dim", value, "must not be negative", "Give a width, or 0 for none")

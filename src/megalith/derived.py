@@ -44,6 +44,13 @@ def sequence_length(run: Run) -> int:
     return length
 
 
+def retriever_length(run: Run) -> int:
+    """Tokens of a question or passage: --retriever-seq-length; where it says nothing, no more than there are places."""
+    length, places = run.data.retriever_seq_length, run.model.max_position_embeddings
+    is_usual = length == known_settings()["retriever_seq_length"].field.default
+    return min(length, places) if is_usual and places is not None else length
+
+
 def num_layers(run: Run) -> int:
     """Layers of all stacks, which pipeline stages share out."""
     return (run.model.num_layers or 0) * STACKS.get(run.task, 1)

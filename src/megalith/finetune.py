@@ -15,7 +15,7 @@ from megalith.config import Run, known_settings
 from megalith.data.pair_files import LAYOUTS, read_pairs
 from megalith.data.questions import read_training_questions
 from megalith.data.tokenizer import load_saved_tokenizer
-from megalith.derived import global_batch_size, sequence_length
+from megalith.derived import global_batch_size, retriever_length, sequence_length
 from megalith.fields import describe
 from megalith.sources import read_command_line
 from megalith.trained import run_of
@@ -105,10 +105,9 @@ def _count(task: str, paths: Sequence[str]) -> int:
 
 def question_words(run: Run) -> list[str]:
     """The flags by which a run's model reads questions and passages, and is measured."""
-    places = run.model.max_position_embeddings or 0
     reported = run.evaluate.retriever_report_topk_accuracies or REPORTED
     scaled = ["--retriever-score-scaling"] if run.evaluate.retriever_score_scaling else []
-    length = str(min(run.data.retriever_seq_length, places))
+    length = str(retriever_length(run))
     return ["--retriever-seq-length", length, "--retriever-report-topk-accuracies", *map(str, reported), *scaled]
 
 

@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--embedding-path", metavar="FILE", help="the file to make [what the run says]")
     add("--indexer-batch-size", type=int, metavar="N", help="passages embedded at once [what the run says, 128]")
     add("--indexer-log-interval", type=int, metavar="N", help="batches between progress lines [1000]")
-    add("--retriever-seq-length", type=int, metavar="N", help="tokens of a passage [what the run says, 256]")
+    add("--retriever-seq-length", type=int, metavar="N", help="tokens of a passage [what the run says]")
     add("--sample-rate", type=float, metavar="X", help="share of the passages that is read [1]")
     add("--embedding-dtype", choices=tuple(DTYPES), default="fp16", help="how vectors are kept [fp16]")
     add("--nproc", type=int, metavar="N", help="ranks to start on this machine")

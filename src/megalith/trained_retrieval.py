@@ -14,6 +14,7 @@ from torch import nn
 from megalith.config import Run
 from megalith.data.marked import Marks
 from megalith.data.tokenizer import Tokenizer, load_saved_tokenizer
+from megalith.derived import retriever_length
 from megalith.models.retrieval import Retriever
 from megalith.models.shape import shape_of
 from megalith.trained import compute_type, load_weights, run_of
@@ -44,7 +45,7 @@ def open_retriever(
     run = run_of(directory)
     if run.task not in BIENCODERS:
         raise ValueError(f"{directory}: holds a {run.task} model; only {' and '.join(BIENCODERS)} embed texts.")
-    length = run.data.retriever_seq_length if length is None else length
+    length = retriever_length(run) if length is None else length
     places = shape_of(run.model).num_positions
     if length > places:
         raise ValueError(f"--retriever-seq-length = {length}: the model has {places} positions. Give at most so many.")

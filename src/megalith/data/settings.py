@@ -40,7 +40,11 @@ class DataConfig:
         None, "T5 decoder length", section="data and dataloader", unit="tokens", task="t5"
     )
     retriever_seq_length: int = setting(
-        256, "retriever sequence length", section="data and dataloader", unit="tokens", task="ict, retriever"
+        256,
+        "retriever sequence length; if left alone, no more than the model has positions",
+        section="data and dataloader",
+        unit="tokens",
+        task="ict, retriever",
     )
     sample_rate: float = setting(1.0, "sub-sample retriever data", section="data and dataloader", task="ict, retriever")
     pairs_format: str | None = setting(

@@ -13,6 +13,7 @@ from megalith.data.question_batches import Negatives, QuestionBatches
 from megalith.data.questions import read_training_questions
 from megalith.data.tokenizer import Tokenizer
 from megalith.datasets import Report, identify_training_files
+from megalith.derived import retriever_length
 from megalith.parallel.apply import BuildPart
 from megalith.task import Baseline, Task
 from megalith.tasks import ict
@@ -48,7 +49,7 @@ def build_parts(
     moved: Callable[[], None],
 ) -> dict[str, QuestionBatches]:
     """The questions of --train-data and --valid-data. Raises ValueError naming the file that is no such data."""
-    marks = Marks.of(tokenizer, run.data.retriever_seq_length)
+    marks = Marks.of(tokenizer, retriever_length(run))
     lock = Lock()
     files = {"train": (run.data.train_data, training_negatives(run))}
     files["valid"] = (run.data.valid_data, validation_negatives(run))
@@ -74,12 +75,12 @@ def losses(run: Run) -> tuple[str, ...]:
 
 def num_places(run: Run) -> int:
     """Tokens of a question and of its passages."""
-    return run.data.retriever_seq_length * (1 + num_contexts(run))
+    return retriever_length(run) * (1 + num_contexts(run))
 
 
 def step_flops(run: Run, vocab_size: int, batch: int) -> float:
     """Operations of a step, by Megatron's convention."""
-    return ict.step_flops(run, vocab_size, batch, length=run.data.retriever_seq_length, contexts=num_contexts(run))
+    return ict.step_flops(run, vocab_size, batch, length=retriever_length(run), contexts=num_contexts(run))
 
 
 def chance_baseline(run: Run, source: BatchSource) -> Baseline:
