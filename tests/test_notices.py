@@ -120,6 +120,7 @@ VALUES = {
     "block_data_path": "blocks",
     "ict_load": "run",
     "ict_head_size": "8",
+    "sample_rate": "0.5",
     "adlr_autoresume_interval": "10",
 }
 

@@ -280,6 +280,41 @@ def test_faults_of_an_index_are_told_at_once(run: Path, tmp_path: Path, capsys: 
     assert "--retriever-seq-length = 99: the model has 16 positions." in capsys.readouterr().err
 
 
+def test_faults_of_the_evidence_are_told_before_anything_is_embedded(
+    run: Path, evidence: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(indexing, "embed")
+    rows = evidence.read_text().splitlines()
+    for line in (30, 70):  # counted from 1
+        rows[line - 1] = "\t".join([rows[9].split("\t")[0], *rows[line - 1].split("\t")[1:]])
+    bad = tmp_path / "bad.tsv"
+    bad.write_text("\n".join(rows))
+    words = index_words(run, bad, tmp_path / "embeddings")
+    assert main(["index", *words]) == 2
+    said = f"{bad}: 2 passages have the id of an earlier one: the first is 992, in lines 10, 30, 70. Give each"
+    assert said in capsys.readouterr().err
+    bad.write_text("\n".join([*rows[:20], "77\tonly a text"]))
+    assert main(["index", *words]) == 2
+    assert f"{bad}, line 21: has 2 columns; evidence has id, text and title" in capsys.readouterr().err
+    assert not (tmp_path / "embeddings.parts").exists()
+
+
+def test_all_passages_are_embedded_unless_a_share_is_asked_for(
+    run: Path, evidence: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampled = shutil.copytree(run, tmp_path / "run")
+    text = (sampled / "run.toml").read_text()
+    (sampled / "run.toml").write_text(text.replace("[data]\n", "[data]\nsample_rate = 0.1\n"))
+    assert run_of(str(sampled)).data.sample_rate == 0.1
+    assert main(["index", *index_words(sampled, evidence, tmp_path / "all")]) == 0
+    assert capsys.readouterr().out == f"{NUM_PASSAGES} passages are embedded in {tmp_path / 'all'}\n"
+    assert main(["index", *index_words(sampled, evidence, tmp_path / "some", "--sample-rate", "0.5")]) == 0
+    found = len(open_embeddings(tmp_path / "some"))
+    assert 25 < found < 60
+    told = f"{found} passages, chosen by --sample-rate 0.5, are embedded in {tmp_path / 'some'}\n"
+    assert capsys.readouterr().out == told
+
+
 def test_a_length_that_nobody_gave_is_what_the_model_holds(run: Path, evidence: Path, tmp_path: Path) -> None:
     untold = shutil.copytree(run, tmp_path / "run")
     text = (untold / "run.toml").read_text()

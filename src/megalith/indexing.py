@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megalith.command_line import CommandParser
-from megalith.data.evidence import Passage, read_passages
+from megalith.data.evidence import Passage, check_passages, read_passages
 from megalith.evaluate.embeddings import Embeddings, open_embeddings, write_block, write_joined
 from megalith.files import DISK, TEMPORARY_SUFFIX, Disk, digest_of, make_directories
 from megalith.launch import end_with_parent, launch
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--indexer-batch-size", type=int, metavar="N", help="passages embedded at once [what the run says, 128]")
     add("--indexer-log-interval", type=int, metavar="N", help="batches between progress lines [1000]")
     add("--retriever-seq-length", type=int, metavar="N", help="tokens of a passage [what the run says]")
-    add("--sample-rate", type=float, metavar="X", help="share of the passages that is read [1]")
+    add("--sample-rate", type=float, default=1.0, metavar="X", help="share of the passages that is embedded [1]")
     add("--embedding-dtype", choices=tuple(DTYPES), default="fp16", help="how vectors are kept [fp16]")
     add("--nproc", type=int, metavar="N", help="ranks to start on this machine")
     add("--step", type=int, metavar="N", help="checkpoint to use [the newest]")
@@ -108,7 +108,7 @@ def plan(options: argparse.Namespace, layout: Layout) -> Work:
     path = given("embedding_path", run.evaluate.embedding_path)
     batch = given("indexer_batch_size", run.evaluate.indexer_batch_size)
     interval = given("indexer_log_interval", run.evaluate.indexer_log_interval)
-    rate = given("sample_rate", run.data.sample_rate)
+    rate = options.sample_rate
     faults = [
         f"--{name}: is required and was not given. Add it." for name, value in _needed(evidence, path) if not value
     ]
@@ -162,29 +162,27 @@ def make_index(work: Work, layout: Layout, *, disk: Disk = DISK) -> None:
             clear(work.folder, disk=disk)  # the last start may have been killed between the two
         _say(layout, f"{work.path} is there already, made of the same weights and passages")
         return
+    # Whatever is wrong with a passage is found before the first is embedded.
+    count = check_passages(work.evidence, sample_rate=work.sample_rate, seed=int(work.made_from["seed"]))
     make_directories(work.folder, disk=disk)
-    count = embed_spans(work, layout, disk=disk)
-    if not count:
-        raise ValueError(f"{work.evidence}: holds no passage")
+    embed_spans(work, layout, disk=disk)
     _wait(layout)
     if layout.rank == 0:
         join_spans(work, count, disk=disk)
-        _say(layout, f"{count} passages are embedded in {work.path}")
+        share = f", chosen by --sample-rate {work.sample_rate:g}," if work.sample_rate < 1 else ""
+        _say(layout, f"{count} passages{share} are embedded in {work.path}")
     _wait(layout)
 
 
-def embed_spans(work: Work, layout: Layout, *, disk: Disk) -> int:
-    """Embed the spans of this rank that are not there yet; give the number of passages of all ranks."""
+def embed_spans(work: Work, layout: Layout, *, disk: Disk) -> None:
+    """Embed the spans of this rank that are not there yet."""
     size = work.batch * SPAN_BATCHES
     passages = read_passages(work.evidence, sample_rate=work.sample_rate, seed=int(work.made_from["seed"]))
     progress = _Progress(work, layout)
-    count = 0
     for number, span in groupby(passages, lambda passage: passage.number // size):
         if number % layout.world_size != layout.rank:
-            count += sum(1 for _ in span)
             continue
         held = list(span)
-        count += len(held)
         if _is_there(work, number, held):
             progress.found(len(held))
             continue
@@ -197,7 +195,6 @@ def embed_spans(work: Work, layout: Layout, *, disk: Disk) -> int:
                 f"passage {wrong}: its vector is not finite in {work.dtype}; --embedding-dtype fp32 is wider"
             )
         write_block(work.span(number), ids, rows, {**work.made_from, "span": number}, disk=disk)
-    return count
 
 
 def _batches(held: list[Passage], size: int) -> Iterator[list[Passage]]:

@@ -32,6 +32,7 @@ REPLACED = {
     "num_workers": "one background thread makes samples, which no step waits for; images are decoded by so many",
     "ict_load": "megalith index takes the run directory of the bi-encoder as its first word",
     "ict_head_size": "no program reads it, in Megatron-LM neither; --biencoder-projection-dim narrows embeddings",
+    "sample_rate": "megalith index takes it, and embeds all passages where it is not told",
     "block_data_path": "no program reads it, in Megatron-LM neither",
     "no_save_rng": "there is no generator state to save: everything random is derived from the seed and the step",
     "no_load_rng": "there is no generator state to load: everything random is derived from the seed and the step",

@@ -46,7 +46,12 @@ class DataConfig:
         unit="tokens",
         task="ict, retriever",
     )
-    sample_rate: float = setting(1.0, "sub-sample retriever data", section="data and dataloader", task="ict, retriever")
+    sample_rate: float = setting(
+        1.0,
+        "sub-sample retriever data (accepted; megalith index takes it)",
+        section="data and dataloader",
+        task="ict, retriever",
+    )
     pairs_format: str | None = setting(
         None,
         "how the files of pairs of sentences are laid out",
