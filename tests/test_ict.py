@@ -19,7 +19,7 @@ from megalith.models.retrieval import Retriever
 from megalith.sources import read_command_line
 from megalith.tasks.ict import step_flops
 from megalith.train import train
-from tests.layouts.runs import Runs, configured, events_of, weights_of
+from tests.layouts.runs import configured, events_of, run_on, weights_of
 from tests.layouts.test_ict import MODEL, SHARED, TITLES, micro, write_texts
 from tests.ranks import run_ranks
 from tests.test_vit import plain_attention
@@ -156,17 +156,22 @@ def test_operations_are_those_that_pytorch_counts(width: int) -> None:
     assert counter.get_total_flops() == pytest.approx(step_flops(run, 64, 5), rel=2e-3)
 
 
-@pytest.fixture(scope="module")
-def bert(folder: Path) -> Path:
-    """The run directory of a tiny BERT."""
+def bert_on(folder: Path, *more: str) -> Path:
+    """The run directory of a tiny BERT that is trained here."""
     words = """
         bert --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16
         --micro-batch-size 4 --global-batch-size 4 --lr 1e-3 --train-iters 2 --make-vocab-size-divisible-by 8
         --save-interval 2 --eval-iters 0 --log-format json --device cpu
     """.split()
-    return Runs(
-        folder, model=[*words, "--vocab-file", str(folder / "vocab.txt")], write=lambda f: f / "texts_sentence"
-    )(1)
+    vocabulary = ["--vocab-file", str(folder / "vocab.txt")]
+    save = folder / f"bert{len(more)}"
+    assert run_on(1, list(more), save, folder / "texts_sentence", model=[*words, *vocabulary]) == 0
+    return save
+
+
+@pytest.fixture(scope="module")
+def bert(folder: Path) -> Path:
+    return bert_on(folder)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -199,6 +204,14 @@ def test_another_berts_sizes_are_named(bert: Path, folder: Path, capfd: pytest.C
     assert main(["pretrain", *MODEL, *words, "--hidden-size", "16", "--num-layers", "1"]) == 2
     said = capfd.readouterr().err
     assert f"--bert-load = {bert}: num_layers is 2 there and 1 in this run; hidden_size is 32 there and 16" in said
+
+
+def test_a_bert_without_token_types_is_told_by_name(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    headless = bert_on(folder, "--bert-no-binary-head")
+    words = [*data_of(folder), *micro(4), "--bert-load", str(headless)]
+    assert main(["pretrain", *MODEL, *words]) == 2
+    said = f"--bert-load = {headless}: it has no token_type_embedding.weight: it was trained with --bert-no-binary-head"
+    assert f"{said}\n" in capfd.readouterr().err
 
 
 def test_the_flags_of_megatrons_program_train_two_steps(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """A run takes over the weights of another, as far as its task says that they fit (Fit and Origin in task.py)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ def begin_with(held: Mapping[str, Held], origin: Origin, *, identity: Mapping[st
             next(taken for taken in rounds if source not in taken)[source] = parameter
 
     def pieces(index: Index, taken: Mapping[str, Held]) -> dict[str, Piece]:
-        if faults := list(_faults(index, origin, identity, [prefix + name for name in taken])):
+        if faults := list(_faults(index, origin, identity, taken, prefix=prefix)):
             raise ValueError(f"{origin.flag} = {origin.directory}: {'; '.join(faults)}")
         return {prefix + name: Piece(local_part(h.parameter.data), h.whole, h.offset) for name, h in taken.items()}
 
@@ -100,7 +100,9 @@ def begin_with(held: Mapping[str, Held], origin: Origin, *, identity: Mapping[st
     return loaded
 
 
-def _faults(index: Index, origin: Origin, identity: Mapping[str, Any], names: list[str]) -> Iterator[str]:
+def _faults(
+    index: Index, origin: Origin, identity: Mapping[str, Any], names: Iterable[str], *, prefix: str
+) -> Iterator[str]:
     stored = index.state["model"]
     if stored.get("task") != origin.task:
         yield f"its task is {stored.get('task')}, not {origin.task}"
@@ -108,5 +110,6 @@ def _faults(index: Index, origin: Origin, identity: Mapping[str, Any], names: li
     for name in ENCODER:
         if stored.get(name) != identity.get(name):
             yield f"{name} is {stored.get(name)} there and {identity.get(name)} in this run"
-    if missing := [name for name in names if name not in index.tensors]:
-        yield f"it has no {', '.join(missing)}"
+    if missing := [name for name in names if prefix + name not in index.tensors]:
+        why = "" if stored.get("bert_binary_head", True) else ": it was trained with --bert-no-binary-head"
+        yield f"it has no {', '.join(missing)}{why}"
