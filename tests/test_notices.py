@@ -136,6 +136,29 @@ def test_values_that_are_done_as_asked_get_no_line(words: str) -> None:
     assert list(notes(run_of(words))) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("t5 --relative-attention-num-buckets 8", "there is no table of distances without --position-embedding-type"),
+        ("t5 --relative-attention-max-distance 64", "there is no table of distances without --position-embedding-type"),
+        ("vit --split 9,1,0", "the folders train and val part the images."),
+        ("vit --vocab-file vocab.txt", "a vit reads no text."),
+        ("classify --split 9,1,0", "its samples are those of --train-data and --valid-data."),
+    ],
+)
+def test_an_argument_that_the_task_has_no_use_for_is_answered(words: str, said: str) -> None:
+    task, flag, value = words.split()
+    usual = SMALL.replace("--data-path data", "") if task == "classify" else SMALL
+    run = read_command_line([task, *usual.split(), flag, value])
+    lines = list(notes(run))
+    assert len(lines) == 1 and lines[0].startswith(f"note: {flag} changes nothing: {said}")
+
+
+def test_a_table_of_distances_is_made_as_asked() -> None:
+    words = "--position-embedding-type relative --relative-attention-num-buckets 8".split()
+    assert list(notes(read_command_line(["t5", *SMALL.split(), *words]))) == []
+
+
 def test_an_argument_of_another_task_is_answered_with_that_task() -> None:
     assert list(notes(run_of("--mask-prob 0.3"))) == [
         "note: --mask-prob belongs to the task bert, t5; it changes nothing for gpt."

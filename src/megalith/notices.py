@@ -88,6 +88,16 @@ def idle(run: Run) -> Iterator[tuple[str, str]]:
         yield "eval_first", "an evaluation has --eval-iters = 0 batches"
     for name in ("sgd_momentum",) if optimizer.optimizer == "adam" else ("adam_beta1", "adam_beta2", "adam_eps"):
         yield name, f"the optimizer is {optimizer.optimizer}"
+    if run.task == "t5" and run.model.position_embedding_type != "relative":
+        for name in ("relative_attention_num_buckets", "relative_attention_max_distance"):
+            yield name, "there is no table of distances without --position-embedding-type relative"
+    if run.task == "vit":
+        yield "split", "the folders train and val part the images"
+        for name in ("vocab_file", "merge_file", "tokenizer_model", "tokenizer_type"):
+            yield name, "a vit reads no text"
+    if run.task in ("classify", "retriever"):
+        for name in ("split", "data_path"):
+            yield name, "its samples are those of --train-data and --valid-data"
     if run.task != "gpt":
         yield "sample_prompt", f"{run.task} continues no text"
         for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"):
