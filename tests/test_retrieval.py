@@ -381,6 +381,24 @@ def test_questions_are_answered_and_told_in_megatrons_words(
     assert report["passages"] == 83 and report["dev"]["questions"] == 21
 
 
+def test_accuracies_among_more_passages_than_are_found_are_left_out_and_told(
+    run: Path, evidence: Path, questions: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_of(str(run)).evaluate.retriever_report_topk_accuracies == (1, 3)
+
+    def told(*words: str) -> tuple[list[str], str]:
+        assert answered(run, evidence, questions, undisturbed, *words) == 0
+        said = capsys.readouterr()
+        return [line.split(":")[0] for line in said.out.splitlines() if re.match(r"top-\d", line)], said.err
+
+    flag = "--retriever-report-topk-accuracies"
+    few = ["--faiss-topk-retrievals", "2"]
+    assert told(*few) == (["top-1"], f"note: {flag} of the run: 3 left out, --faiss-topk-retrievals = 2.\n")
+    many = ["--faiss-topk-retrievals", "500", flag, "5", "84", "500"]
+    assert told(*many) == (["top-5"], f"note: {flag}: 84 500 left out, there are 83 passages.\n")
+    assert told() == (["top-1", "top-3"], "")
+
+
 def test_faults_of_an_evaluation_are_told_before_anything_is_searched(
     run: Path, evidence: Path, questions: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

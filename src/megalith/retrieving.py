@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megalith.config import Run
 from megalith.data.evidence import read_passages
 from megalith.data.questions import Question, read_questions
 from megalith.evaluate.answers import Match, PatternMatch, WordMatch, hits_at
@@ -62,9 +63,7 @@ def answer(options: argparse.Namespace) -> dict[str, Any]:
     evidence: str | None = options.evidence_data_path or run.data.evidence_data_path
     path: str | None = options.embedding_path or run.evaluate.embedding_path
     asked = {name: getattr(options, name) for name in SPLITS if getattr(options, name) is not None}
-    count = options.faiss_topk_retrievals
-    reported = options.retriever_report_topk_accuracies or run.evaluate.retriever_report_topk_accuracies
-    if faults := list(_faults(options, evidence, path, asked, reported)):
+    if faults := list(_faults(options, evidence, path, asked)):
         raise ValueError("\n".join(faults))
     assert evidence is not None and path is not None, "faults were told"
     questions = {SPLITS[name]: read_questions(file) for name, file in asked.items()}
@@ -77,8 +76,8 @@ def answer(options: argparse.Namespace) -> dict[str, Any]:
         options.run, step=options.step, device=options.device, length=length if isinstance(length, int) else None
     )
     _check_origin(retriever, embeddings, evidence)
-    count = min(count, len(embeddings))
-    reported = [k for k in reported or USUAL_COUNTS if k <= count]
+    count = min(options.faiss_topk_retrievals, len(embeddings))
+    reported = _reported(options, run, count, len(embeddings))
     ids = {
         split: SEARCHES[options.search](embeddings, embed_questions(retriever, of), count)[0]
         for split, of in questions.items()
@@ -100,7 +99,6 @@ def _faults(
     evidence: str | None,
     path: str | None,
     asked: dict[str, str],
-    reported: Sequence[int],
 ) -> Iterator[str]:
     if options.split is not None or options.file:
         yield "--split and --file: a bi-encoder answers questions. Use --qa-data-dev or --qa-data-test."
@@ -115,7 +113,7 @@ def _faults(
     count = options.faiss_topk_retrievals
     if count < 1:
         yield f"--faiss-topk-retrievals = {count}: must be greater than 0. Give a positive number."
-    wrong = [k for k in reported if not 1 <= k <= max(count, 1)]
+    wrong = [k for k in options.retriever_report_topk_accuracies or () if not 1 <= k <= max(count, 1)]
     if wrong:
         yield (
             f"--retriever-report-topk-accuracies = {' '.join(map(str, wrong))}: is not from 1 to "
@@ -123,6 +121,17 @@ def _faults(
         )
     if options.search == "faiss" and not has_faiss():
         yield "--search = faiss: FAISS is not installed. Run pip install 'megalith[faiss]', or use --search torch."
+
+
+def _reported(options: argparse.Namespace, run: Run, count: int, num_passages: int) -> list[int]:
+    """Of how many passages accuracies are told, at most count; of what was asked for, says what is left out."""
+    typed, of_run = options.retriever_report_topk_accuracies, run.evaluate.retriever_report_topk_accuracies
+    wanted = typed or of_run or ()
+    if left_out := [k for k in wanted if k > count]:
+        whose = "--retriever-report-topk-accuracies" + ("" if typed else " of the run")
+        why = f"--faiss-topk-retrievals = {count}" if count < num_passages else f"there are {num_passages} passages"
+        print(f"note: {whose}: {' '.join(map(str, left_out))} left out, {why}.", file=sys.stderr)
+    return [k for k in wanted or USUAL_COUNTS if k <= count]
 
 
 def _match(kind: str, question: Question, split: str) -> Match:
