@@ -79,6 +79,17 @@ def test_faults_are_named_with_a_remedy(words: str, said: str, data: Path, tmp_p
     assert any(fault.startswith(said.replace("POOR", str(poor))) for fault in faults), faults
 
 
+def test_a_vocabulary_may_begin_with_a_byte_order_mark(data: Path, tmp_path: Path) -> None:
+    marked = tmp_path / "vocab.txt"
+    plain = run_of(data).data.vocab_file
+    assert plain is not None and Path(plain).read_text().startswith("[PAD]")
+    marked.write_text(Path(plain).read_text(), encoding="utf-8-sig")
+    assert check(run_of(data, "--vocab-file", str(marked)), 1) == []
+    tokenizers = [load_tokenizer("BertWordPieceLowerCase", vocab_file=str(file)) for file in (plain, marked)]
+    assert tokenizers[0].pad == tokenizers[1].pad == 0
+    assert tokenizers[0].vocab_size == tokenizers[1].vocab_size
+
+
 def test_documents_that_are_not_split_are_refused_with_the_remedy(
     tmp_path: Path, data: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,7 +48,7 @@ def _tokenizer(run: Run) -> Iterator[Fault]:
         rule = f"does not say which tokens begin a word, on which {run.task} depends"
         yield fault("tokenizer_type", kind, rule, f"Use {' or '.join(WORDPIECE)}")
     elif path is not None and Path(path).is_file():
-        tokens = {line.strip() for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines()}
+        tokens = {line.strip() for line in Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()}
         if missing := [token for token in NEEDED if token not in tokens]:
             yield fault(
                 "vocab_file", path, f"has no {', no '.join(missing)}", f"A {run.task} needs them: add a line each"

@@ -203,8 +203,9 @@ def _token_of(entry: Any) -> str | None:
 
 
 def _decode(content: bytes, name: str) -> str:
+    """A file's text, without a byte order mark at its start."""
     try:
-        return content.decode()
+        return content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{name}: expected UTF-8 text, found byte 0x{content[error.start]:02x} at offset {error.start}"
