@@ -57,7 +57,11 @@ def test_a_run_without_faults_has_none(folder: Path) -> None:
         ("--retriever-report-topk-accuracies 5 5", "--retriever-report-topk-accuracies = 5 5: takes numbers above 0"),
         ("--bert-load nowhere", "--bert-load = nowhere: is not a directory. Name the run directory of a bert."),
         ("--bert-load . --load ..", "--bert-load = .: contradicts --load: both give weights."),
-        ("--data-path 1 a 2 b", "--data-path = 1 a 2 b: has 4 words; titles belong to the documents of one file"),
+        (
+            "--data-path 1 a 2 b",
+            "--data-path = 1 a 2 b: has 4 words; titles belong to the documents of one file, so ict "
+            "takes one prefix. Give one; megalith preprocess makes one of several --input.",
+        ),
         ("--titles-data-path nowhere", "--titles-data-path = nowhere: is no prefix of a token file (.bin and .idx)."),
         ("--context-parallel-size 2", "--context-parallel-size = 2: cuts the sequence of a gpt"),
         ("--indexer-batch-size 0", "--indexer-batch-size = 0: must be greater than 0."),

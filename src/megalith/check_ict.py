@@ -26,7 +26,9 @@ def ict_faults(run: Run) -> Iterator[Fault]:
         return
     if data.data_path and len(data.data_path) > 1:
         rule = f"has {len(data.data_path)} words; titles belong to the documents of one file, so ict takes one prefix"
-        yield fault("data_path", " ".join(data.data_path), rule, "Merge the files, or give one")
+        yield fault(
+            "data_path", " ".join(data.data_path), rule, "Give one; megalith preprocess makes one of several --input"
+        )
     if data.titles_data_path is None:
         remedy = "Add --titles-data-path PREFIX, of a file with the title of each document"
         yield fault("titles_data_path", None, "is required by ict and was not given", remedy)

@@ -502,6 +502,10 @@ def test_a_single_document_comes_with_advice(tmp_path: Path) -> None:
     report = prepare(config_for(tmp_path, str(tmp_path / "in.txt"), text_documents="paragraph", overwrite=True))
     assert report.sets[0].documents == 2
     assert not any("--text-documents" in line for line in report.lines())
+    (tmp_path / "in.jsonl").write_text('{"text": "One document."}')
+    report = prepare(config_for(tmp_path, str(tmp_path / "in.jsonl"), overwrite=True))
+    advice = "cut the text: into several JSON objects, or plain text with --text-documents paragraph"
+    assert any(line.endswith(advice) for line in report.lines())
 
 
 def test_token_files_take_the_smallest_type_that_fits(tmp_path: Path) -> None:
