@@ -100,7 +100,9 @@ def pretrain_words(words: Sequence[str]) -> list[str]:
 
 def _count(task: str, paths: Sequence[str]) -> int:
     """Samples in the files."""
-    return len(read_training_questions(paths) if task == QUESTIONS else read_pairs(paths, LAYOUTS[task]))
+    if task == QUESTIONS:
+        return len(read_training_questions(paths))
+    return len(read_pairs(paths, LAYOUTS[task], warn=lambda text: None))  # the training tells it
 
 
 def question_words(run: Run) -> list[str]:

@@ -1,5 +1,6 @@
 """A fine-tuned BERT from its run directory, and how often it is right about pairs of sentences."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from megalith.data.tokenizer import load_saved_tokenizer
 from megalith.derived import sequence_length
 from megalith.models.bert import Bert
 from megalith.tasks.classify import layout_of
+from megalith.terminal import printable
 from megalith.trained import compute_type, load_weights, run_of
 
 PAIRS_AT_ONCE = 64
@@ -33,7 +35,8 @@ def measure_pairs(
     paths = list(files) or list(parts[name] or ())
     layout = layout_of(run)
     tokenizer = load_saved_tokenizer(Path(directory) / "tokenizer")
-    batches = ClassBatches(read_pairs(paths, layout), tokenizer, length=sequence_length(run))
+    pairs = read_pairs(paths, layout, warn=lambda text: print(f"warning: {printable(text)}", file=sys.stderr))
+    batches = ClassBatches(pairs, tokenizer, length=sequence_length(run))
     chosen, dtype = compute_type(run, device)
     model, found_step = load_weights(
         directory,

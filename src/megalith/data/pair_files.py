@@ -6,7 +6,7 @@ in columns 8 and 9, counted from 0, the class in the last. QQP: id, qid1, qid2, 
 Shape letters: B batch, N pair, T sequence length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,21 @@ SPECIAL_TOKENS = 3  # [CLS] and two [SEP]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a line has what. classes: names, in the order of their numbers. num_columns: None for any that suffice."""
+    """Where a line has what. classes: names, in the order of their numbers. num_columns: None for any that suffice.
+
+    leaves_out: a line of other columns or with an empty sentence is left out, as Megatron-LM does; else it is refused.
+    """
 
     first: int
     second: int
     classes: tuple[str, ...]
     num_columns: int | None = None
+    leaves_out: bool = False
 
 
 LAYOUTS = {
     "MNLI": Layout(8, 9, ("contradiction", "entailment", "neutral")),
-    "QQP": Layout(3, 4, ("0", "1"), num_columns=6),
+    "QQP": Layout(3, 4, ("0", "1"), num_columns=6, leaves_out=True),
 }
 
 
@@ -44,12 +48,13 @@ class Pair:
     label: int
 
 
-def read_pairs(paths: Sequence[str], layout: Layout) -> list[Pair]:
-    """The pairs of all files in order.
+def read_pairs(paths: Sequence[str], layout: Layout, *, warn: Callable[[str], object]) -> list[Pair]:
+    """The pairs of all files in order. warn: called once for each file of which lines are left out.
 
-    Raises ValueError naming file and line for one that has other columns, a class that is none, or an empty sentence.
+    Raises ValueError naming file and line for a class that is none, and unless the layout leaves such lines out for
+    other columns or an empty sentence; and for a file without pairs.
     """
-    pairs = []
+    pairs: list[Pair] = []
     for path in paths:
         try:
             lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -58,22 +63,35 @@ def read_pairs(paths: Sequence[str], layout: Layout) -> list[Pair]:
         numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
         if len(numbered) < 2:
             raise ValueError(f"{path}: expected a line of column names and lines of pairs, found {len(numbered)} lines")
-        pairs += [_pair(line.rstrip("\r"), f"{path}, line {number}", layout) for number, line in numbered[1:]]
+        left_out: list[str] = []
+        for number, line in numbered[1:]:
+            columns = [column.strip() for column in line.split("\t")]
+            if fault := _fault(columns, layout):
+                if not layout.leaves_out:
+                    raise ValueError(f"{path}, line {number}: {fault}")
+                left_out.append(f"line {number}: {fault}")
+                continue
+            if columns[-1] not in layout.classes:
+                wanted = f"expected one of {', '.join(layout.classes)} in the last column"
+                raise ValueError(f"{path}, line {number}: {wanted}, found {columns[-1]!r}")
+            pairs.append(Pair(columns[layout.first], columns[layout.second], layout.classes.index(columns[-1])))
+        if left_out:
+            count = len(numbered) - 1
+            if len(left_out) == count:
+                raise ValueError(f"{path}: none of its {count} lines is a pair, the first is {left_out[0]}")
+            warn(f"{path}: {len(left_out)} of {count} lines are left out, the first is {left_out[0]}.")
     return pairs
 
 
-def _pair(line: str, where: str, layout: Layout) -> Pair:
-    columns = line.split("\t")
+def _fault(columns: Sequence[str], layout: Layout) -> str | None:
+    """Why columns are no pair of sentences, if they are not."""
     wanted = layout.num_columns or layout.second + 2
     if len(columns) < wanted or (layout.num_columns is not None and len(columns) > wanted):
         least = "" if layout.num_columns is not None else " or more"
-        raise ValueError(f"{where}: expected {wanted}{least} columns with tabs between them, found {len(columns)}")
-    first, second, label = columns[layout.first].strip(), columns[layout.second].strip(), columns[-1].strip()
-    if label not in layout.classes:
-        raise ValueError(f"{where}: expected one of {', '.join(layout.classes)} in the last column, found {label!r}")
-    if not first or not second:
-        raise ValueError(f"{where}: the {'second' if first else 'first'} sentence is empty")
-    return Pair(first, second, layout.classes.index(label))
+        return f"expected {wanted}{least} columns with tabs between them, found {len(columns)}"
+    if not columns[layout.first] or not columns[layout.second]:
+        return f"the {'second' if columns[layout.first] else 'first'} sentence is empty"
+    return None
 
 
 class ClassBatches:

@@ -15,6 +15,7 @@ from megalith.datasets import Report, identify_training_files
 from megalith.derived import sequence_length
 from megalith.models.bert import Bert
 from megalith.models.shape import shape_of
+from megalith.monitor.events import Warned
 from megalith.parallel.apply import BuildPart
 from megalith.parallel.step import Batch
 from megalith.task import Baseline, Fit, Task, chance_among, stack_flops
@@ -46,12 +47,14 @@ def build_parts(
 ) -> dict[str, ClassBatches]:
     """The pairs of the files for training and for validation, where they are asked for samples.
 
-    Raises ValueError naming the line of a file that is not as its format says.
+    Raises ValueError naming the line of a file that is not as its format says; what is left out is reported.
     """
     files = {"train": run.data.train_data or (), "valid": run.data.valid_data or ()}
     length = sequence_length(run)
     return {
-        name: ClassBatches(read_pairs(paths, layout_of(run)), tokenizer, length=length)
+        name: ClassBatches(
+            read_pairs(paths, layout_of(run), warn=lambda text: report(Warned(text))), tokenizer, length=length
+        )
         for name, paths in files.items()
         if paths and targets[name]
     }
