@@ -40,6 +40,7 @@ LEVELS = [
     },
     {
         "adopt",
+        "agreement",
         "bench",
         "candidates",
         "evaluations",

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import torch
 
 from megalith import __version__
+from megalith.agreement import require_same_settings
 from megalith.allocator import keep_freed_memory
 from megalith.check import check
 from megalith.command_line import CommandParser
@@ -135,6 +136,7 @@ def prepared(run: Run, *, started: float) -> Iterator[tuple[Job, Keeper]]:
         if device.type == "cpu":
             keep_freed_memory()
         stack.enter_context(joined(layout, device))
+        require_same_settings(run)
         silent: TextIO = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         log = stack.enter_context(RunLog("json", silent, is_printing_rank=False))
         job = build_job(run, layout, device, log, started=started)

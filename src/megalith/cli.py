@@ -132,10 +132,10 @@ def pretrain(words: Sequence[str], started: float) -> int:
     from megalith.config import ConfigError
     from megalith.parallel.mesh import ranks_in
 
-    rank, world_size, _ = ranks_in(os.environ)
+    _, world_size, local_rank = ranks_in(os.environ)
     if faults := [*check(run, world_size), *file_faults(run), *moved_run_files(words, run)]:
-        # One rank speaks for all; the others fail alike.
-        if rank == 0:
+        # One rank of each node, which has a command line and files of its own; the others fail alike.
+        if local_rank == 0:
             raise ConfigError(faults)
         return FAULT
 

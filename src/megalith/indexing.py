@@ -19,6 +19,7 @@ import numpy as np
 import torch.distributed as dist
 from torch import nn
 
+from megalith.agreement import require_same
 from megalith.command_line import CommandParser
 from megalith.data.evidence import Passage, check_passages, read_passages
 from megalith.evaluate.embeddings import Embeddings, open_embeddings, write_block, write_joined
@@ -73,7 +74,11 @@ def main(words: Sequence[str]) -> int:
         end_with_parent()
     layout = make_layout(os.environ, tensor=1, pipeline=1)
     with joined(layout, choose_device(options.device, layout.local_rank), timeout=LONGEST_WAIT):
-        make_index(plan(options, layout), layout)
+        work = plan(options, layout)
+        told = {"--embedding-path": work.path, "--indexer-log-interval": work.log_interval, **work.made_from}
+        rule = "all ranks must embed the same. Give every node the same command."
+        require_same({name: str(value) for name, value in told.items()}, rule)
+        make_index(work, layout)
     return 0
 
 

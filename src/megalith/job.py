@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megalith.agreement import require_same_data
 from megalith.compiling import decide
 from megalith.config import Run
 from megalith.continuity import data_of
@@ -166,6 +167,7 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
             f"vocabulary leave a tensor rank without any. Give {layout.tensor} or a multiple of it."
         )
     data = data_of(run, task, tokenizer, vocab_size, log)
+    require_same_data(data, tokenizer)
     if (folder := scalars_folder(run)) is not None:
         log.report(ScalarsOpened(folder))
     log.line(lines.initializing_distributed(), detail=True)

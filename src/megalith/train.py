@@ -14,6 +14,7 @@ from typing import SupportsFloat
 
 from torch import Tensor
 
+from megalith.agreement import require_same_settings
 from megalith.allocator import keep_freed_memory
 from megalith.checkpoint.exchange import Ranks
 from megalith.closing import tell_what_next
@@ -69,6 +70,7 @@ def train(run: Run, *, started: float) -> int:
             keep_freed_memory()
         meeting = joined(layout, device, join_timeout=run.parallel.join_timeout, timeout=collective_timeout(run))
         company = stack.enter_context(meeting)
+        require_same_settings(run)
         watch = stack.enter_context(open_watch(run, layout, company))
         lease = stack.enter_context(owned(run, layout))
         try_save_directory(run, layout)
