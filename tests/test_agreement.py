@@ -42,6 +42,11 @@ def command_on_ranks(
     return [end.value for end in ended], [(folder / f"errors-{rank}").read_text() for rank in range(world_size)]
 
 
+def on_its_node(rank: int) -> None:
+    """Let each rank be the first of a node."""
+    os.environ["LOCAL_RANK"] = "0"
+
+
 def words_of(folder: Path, data: Path) -> list[str]:
     return [*MODEL, "--data-path", str(data), "--save", str(folder / "run"), "--train-iters", "4"]
 
@@ -135,3 +140,43 @@ def test_thousands_of_ranks_are_named_in_a_short_sentence() -> None:
     assert named_ranks(range(0, 4096, 2), hosts) == (
         "ranks 0, 2, 4, 6 and 2044 more (hosts node0, node1, node2, node3 and 508 more)"
     )
+
+
+def test_nodes_that_do_not_share_the_run_directory_are_named_before_anything_is_trained(
+    data: Path, tmp_path: Path
+) -> None:
+    def words(rank: int) -> list[str]:
+        return [*words_of(tmp_path / ("b" if rank == 2 else "a"), data), "--global-batch-size", "12"]
+
+    statuses, said = command_on_ranks(tmp_path, words, 3, before=on_its_node)
+    assert statuses == [NOT_STARTED] * 3
+    assert said[0] == (
+        f"megalith: --save = {tmp_path / 'a' / 'run'}: rank 2 (host {HOST}) does not see what rank 0 (host {HOST}) "
+        "wrote there. Name a directory on a file system that all nodes share.\n"
+    )
+    assert said[1:] == ["", ""]
+    for node in ("a", "b"):
+        assert list((tmp_path / node / "run" / "checkpoints").iterdir()) == []
+        assert not (tmp_path / node / "run" / "log.jsonl").exists()
+
+
+def test_a_shared_run_directory_may_have_another_path_on_each_node(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").symlink_to("a")
+    statuses, said = command_on_ranks(tmp_path, lambda rank: words_of(tmp_path / "ab"[rank], data), 2)
+    assert statuses == [0, 0], said
+    assert [path.name for path in (tmp_path / "a" / "run" / "checkpoints").iterdir()] == ["step-0000004"]
+
+
+def test_a_run_directory_that_another_node_cannot_write_to_is_named(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "run").write_text("in the way")
+
+    def words(rank: int) -> list[str]:
+        return words_of(tmp_path / "ab"[rank], data)
+
+    statuses, said = command_on_ranks(tmp_path, words, 2, before=on_its_node)
+    assert statuses == [NOT_STARTED] * 2
+    assert said[0].startswith(f"megalith: --save = {tmp_path / 'a' / 'run'}: on rank 1, checkpoints cannot be written")
+    assert str(tmp_path / "b" / "run") in said[0] and said[0].endswith(". Choose another directory.\n")
+    assert list((tmp_path / "a" / "run" / "checkpoints").iterdir()) == []

@@ -5,8 +5,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from megalith.checkpoint.directory import CheckpointError, try_run_directory
-from megalith.checkpoint.exchange import Ranks
+from megalith.agreement import host_name, named_ranks, refuse
+from megalith.checkpoint.directory import (
+    CheckpointError,
+    Mark,
+    leave_mark,
+    remove_mark,
+    sees_mark,
+    try_run_directory,
+)
+from megalith.checkpoint.exchange import Ranks, RanksError
 from megalith.checkpoint.saver import AsyncSaver
 from megalith.checkpoint.store import steps_together
 from megalith.config import Run
@@ -16,29 +24,59 @@ from megalith.job import Job
 from megalith.monitor.events import CheckpointStarted, Warned
 from megalith.monitor.pace import SavePace
 from megalith.monitor.timers import Timer
-from megalith.owner import Lease
+from megalith.owner import Lease, remedy_for
 from megalith.parallel.mesh import Layout
 from megalith.report import report_saved
 from megalith.run_state import notes_of, state_of, tensors_of
 from megalith.sources import write_run_file
 
+SECONDS_TO_SEE = 5.0  # what another node has written
+
 
 def try_save_directory(run: Run, layout: Layout) -> None:
-    """Find out whether --save can be written to, on each host once. Raises ValueError on all ranks if not."""
+    """Find out whether --save can be written to from every node, and is the same directory on all; every rank calls it.
+
+    If not, rank 0 says what is wrong and where, and ConfigError is raised on all ranks.
+    """
     save = run.checkpoint.save
     if save is None or run.train.exit_before_training:
         return
+    ranks, marks = Ranks(), list[Mark]()
 
     def try_here() -> str:
         try:
             if layout.local_rank == 0:
                 try_run_directory(save, disk=DISK)
-        except CheckpointError as error:
-            return str(error)
-        return ""
+            if ranks.rank == 0 and ranks.size > 1:
+                marks.append(leave_mark(save, disk=DISK))
+        except (CheckpointError, OSError) as error:
+            raise ValueError(f"{error}. {remedy_for(error)}") from error
+        return host_name()
 
-    if faults := [fault for fault in Ranks().gather(try_here()) if fault]:
-        raise ValueError(f"--save = {save}: {faults[0]}. Choose another directory.")
+    try:
+        hosts = ranks.together(try_here)
+        if ranks.size > 1:
+            mark = Mark(*ranks.from_first(marks)[0])
+            sees = ranks.gather(_is_seen(save, mark))
+    except RanksError as failed:
+        rank, message, _ = failed.failures[0]
+        where = f"on rank {rank}, " if ranks.size > 1 else ""
+        refuse(ranks, f"--save = {save}: {where}{message}")
+    finally:
+        for own in marks:
+            remove_mark(save, own, disk=DISK)
+    if ranks.size > 1 and (blind := [rank for rank, is_seen in enumerate(sees) if not is_seen]):
+        verb = "do" if len(blind) > 1 else "does"
+        what = f"{named_ranks(blind, hosts)} {verb} not see what {named_ranks([0], hosts)} wrote there"
+        refuse(ranks, f"--save = {save}: {what}. Name a directory on a file system that all nodes share.")
+
+
+def _is_seen(save: str, mark: Mark) -> bool:
+    """Whether rank 0's mark is seen from here; a network's file system may take a moment to show it."""
+    until = time.monotonic() + SECONDS_TO_SEE
+    while not (seen := sees_mark(save, mark, disk=DISK)) and time.monotonic() < until:
+        time.sleep(0.2)
+    return seen
 
 
 def keep_what_is_trained(run: Run, tokenizer: Tokenizer | None) -> None:

@@ -7,6 +7,7 @@ SECONDS_WITHOUT_BEAT of the watcher's own clock. The calendar plays no part. Of 
 look and write under a lock of the kernel's on the directory, and the owner looks again before each save.
 """
 
+import errno
 import json
 import secrets
 import sys
@@ -36,6 +37,7 @@ SECONDS_BETWEEN_BEATS = 10.0
 SECONDS_WITHOUT_BEAT = 60.0
 SECONDS_FOR_LOCK = 10.0
 SECONDS_WITHOUT_LOCK = 1.0  # where the file system has none: for others who looked at the same time to have written
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 TICK = 0.5  # seconds between two looks at another's heartbeat
 
 
@@ -264,7 +266,7 @@ def owned(run: Run, layout: Layout) -> Iterator[Lease | None]:
     if refused is not None:
         if isinstance(refused, OwnedError):
             raise refused
-        raise ValueError(f"--save = {run.checkpoint.save}: {refused}. Choose another directory.") from refused
+        raise ValueError(f"--save = {run.checkpoint.save}: {refused}. {remedy_for(refused)}") from refused
     if not is_ours:
         raise ConfigError(())  # rank 0 speaks for all
     if lease is None:
@@ -272,6 +274,12 @@ def owned(run: Run, layout: Layout) -> Iterator[Lease | None]:
         return
     with lease:
         yield lease
+
+
+def remedy_for(error: BaseException) -> str:
+    """What a user can do about a run directory that could not be written to for that, or for its cause."""
+    codes = {getattr(found, "errno", None) for found in (error, error.__cause__)}
+    return "Make room, or choose another directory." if codes & NO_ROOM else "Choose another directory."
 
 
 def _told(seconds: float) -> str:

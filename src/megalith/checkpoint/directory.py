@@ -8,11 +8,12 @@ import os
 import re
 import secrets
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from megalith.checkpoint.settings import FOLDER as FOLDER
-from megalith.checkpoint.shards import DamagedError
+from megalith.checkpoint.shards import DamagedError, read_file
 from megalith.files import Disk, Location, make_directories, sync_directory, write_whole
 
 STEP_NAME = re.compile(r"step-([0-9]{7,12})")
@@ -66,6 +67,39 @@ def try_run_directory(run_dir: Location, *, disk: Disk) -> None:
         discard(StepDirectory(0, trial), disk=disk)
     except (OSError, DamagedError) as failed:
         raise CheckpointError(f"checkpoints cannot be written to {folder}: {failed}", folder) from failed
+
+
+class Mark(NamedTuple):
+    """A file by which a run directory is known from any other: what holds it in the folder of checkpoints, its text."""
+
+    name: str
+    text: str
+
+
+def leave_mark(run_dir: Location, *, disk: Disk) -> Mark:
+    """Leave a mark that nobody else can have left. Raises OSError.
+
+    It is named as what a killed save leaves behind, so that the next start removes it if this is killed.
+    """
+    mark = Mark(new_name("tmp", 0), secrets.token_hex(16))
+    disk.make_directory(folder_of(run_dir) / mark.name)
+    write_whole(folder_of(run_dir) / mark.name / LONGEST_NAME, mark.text, disk=disk)
+    return mark
+
+
+def sees_mark(run_dir: Location, mark: Mark, *, disk: Disk) -> bool:
+    """Whether the mark is seen from here."""
+    try:
+        text = read_file(folder_of(run_dir) / mark.name / LONGEST_NAME, len(mark.text), disk=disk)
+    except (OSError, DamagedError):
+        return False
+    return text == mark.text.encode()
+
+
+def remove_mark(run_dir: Location, mark: Mark, *, disk: Disk) -> None:
+    """Remove a mark; where that fails the next start does it."""
+    with suppress(OSError, DamagedError):
+        discard(StepDirectory(0, folder_of(run_dir) / mark.name), disk=disk)
 
 
 def step_name(step: int) -> str:
