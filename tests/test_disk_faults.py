@@ -197,6 +197,34 @@ def test_an_unfit_run_directory_is_refused_before_the_first_step(
     assert line.startswith(f"megalith: --save = {tmp_path / 'run'}: ") and "hoose another directory" in line
 
 
+def test_a_run_directory_may_be_a_link_or_lie_below_one(data: Path, whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "scratch" / "runs").mkdir(parents=True)
+    (tmp_path / "run").symlink_to("scratch/runs")
+    ended = start(tmp_path, data, "--keep-last", "2", "--exit-interval", "6")
+    assert ended.statuses == (0,) and not ended.said, ended
+    assert start(tmp_path, data, "--keep-last", "2").statuses == (0,)
+    assert saved_steps(tmp_path) == [8, 10]
+    assert_same(tmp_path / "run", whole)
+    assert (tmp_path / "run").is_symlink() and not (tmp_path / "run" / "lease.json").exists()
+    below = start(tmp_path, data, "--save", str(tmp_path / "run" / "other"))
+    assert below.statuses == (0,) and not below.said, below
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "tokenizer", "checkpoints/step-0000004"])
+def test_a_link_in_a_run_directory_is_not_followed(name: str, data: Path, tmp_path: Path) -> None:
+    assert start(tmp_path, data, "--exit-interval", "4").statuses == (0,)
+    path, elsewhere = tmp_path / "run" / name, tmp_path / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    before = {found: found.stat().st_mtime_ns for found in (elsewhere, *elsewhere.rglob("*"))}
+    ended = start(tmp_path, data, "--exit-interval", "6")
+    assert {found: found.stat().st_mtime_ns for found in (elsewhere, *elsewhere.rglob("*"))} == before
+    if name == "checkpoints/step-0000004":
+        assert ended.statuses == (0,) and any(f"{path} is a link" in text for text in warned(tmp_path))
+    else:
+        assert ended.statuses == (2,) and f"{path} is a link, which is not followed" in ended.said, ended
+
+
 def test_a_read_only_file_system_is_refused_before_the_first_step(data: Path, tmp_path: Path) -> None:
     def act(moment: Moment, operation: Operation) -> None:
         if operation.name in ("create", "make_directory", "rename") and moment == "before":

@@ -212,9 +212,14 @@ def _replaced(path: Path, disk: Disk) -> Iterator[_DigestedFile]:
                 disk.remove(temporary)
 
 
+def open_directory(path: Location, *, disk: Disk) -> int:
+    """A descriptor of a directory, to sync or to lock it; one that a user names may be a link, and is followed."""
+    return disk.open(Path(os.path.realpath(path) if os.path.islink(path) else path))
+
+
 def sync_directory(path: Location, *, disk: Disk = DISK) -> None:
     """Return when the names in a directory are on the medium; without it a rename may be undone by a power loss."""
-    descriptor = disk.open(Path(path))
+    descriptor = open_directory(path, disk=disk)
     try:
         disk.sync(descriptor)
     finally:

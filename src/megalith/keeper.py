@@ -87,7 +87,10 @@ def keep_what_is_trained(run: Run, tokenizer: Tokenizer | None) -> None:
     if run.checkpoint.save is not None:
         write_run_file(run)
         if tokenizer is not None:
-            tokenizer.save(Path(run.checkpoint.save) / "tokenizer")
+            folder = Path(run.checkpoint.save) / "tokenizer"
+            if folder.is_symlink():
+                raise ValueError(f"{folder} is a link, which is not followed: move it away.")
+            tokenizer.save(folder)
 
 
 def has_checkpoint(run: Run) -> bool:

@@ -24,7 +24,7 @@ from megalith.checkpoint.directory import discard_leftovers
 from megalith.checkpoint.exchange import Ranks
 from megalith.checkpoint.shards import DamagedError, read_file
 from megalith.config import ConfigError, Run
-from megalith.files import DISK, Disk, Location, make_directories, sync_directory, write_whole
+from megalith.files import DISK, Disk, Location, make_directories, open_directory, sync_directory, write_whole
 from megalith.monitor.peers import Peer, this_process
 from megalith.parallel.mesh import Layout
 from megalith.terminal import printable, say
@@ -214,7 +214,7 @@ class Lease:
     @contextmanager
     def _locked(self) -> Iterator[bool]:
         """Nobody else looks at the lease or writes it meanwhile; False where the file system knows no locks."""
-        descriptor = self._disk.open(self.path.parent)
+        descriptor = open_directory(self.path.parent, disk=self._disk)
         try:
             yield self._lock(descriptor)
         finally:

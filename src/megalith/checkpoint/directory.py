@@ -58,6 +58,7 @@ def try_run_directory(run_dir: Location, *, disk: Disk) -> None:
     folder = folder_of(run_dir)
     try:
         make_directories(folder, disk=disk)
+        refuse_link(folder)
         # Named as what a killed save leaves behind, so that the next start removes it if this is killed.
         trial = folder / new_name("tmp", 0)
         disk.make_directory(trial)
@@ -138,6 +139,12 @@ def check_directory(path: Path) -> None:
             raise DamagedError(f"{directory} can be written by everybody, so its files cannot be trusted: chmod o-w it")
 
 
+def refuse_link(folder: Path) -> None:
+    """Raise OSError if a run directory's folder of checkpoints is a link: who else writes there holds another lease."""
+    if folder.is_symlink():
+        raise OSError(f"{folder} is a link, which is not followed: let the run directory itself be one")
+
+
 def discard(directory: StepDirectory, *, disk: Disk) -> None:
     """Remove a checkpoint: it stops being one in a single step, then its files go.
 
@@ -158,6 +165,7 @@ def discard_leftovers(run_dir: Location, *, disk: Disk) -> None:
     A directory in which others put files keeps those. Raises OSError.
     """
     folder = folder_of(run_dir)
+    refuse_link(folder)
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     for name in filter(LEFTOVER_NAME.fullmatch, names):
