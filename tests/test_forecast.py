@@ -44,6 +44,39 @@ def test_what_a_forecast_does_not_count_is_told(capsys: pytest.CaptureFixture[st
     assert "not counted               --activation-memory-budget" in shown
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--train-iters 6 --rampup-batch-size 3 2 100",
+        "--train-samples 1000 --rampup-batch-size 3 2 100",
+        "--train-samples 1000 --rampup-batch-size 2 2",
+        "--train-samples 1000 --rampup-batch-size 64 8 100",
+        "--train-iters 6 --lr-warmup-iters 6",
+        "--train-iters 6 --lr-decay-samples 100",
+        "--train-iters 6 --train-samples 100",
+        "--train-iters 6 --lr 1e-5 --min-lr 1e-3",
+        "--train-iters 6 --save run --save-interval 0",
+        "--train-iters 6 --keep-every 2",
+    ],
+)
+def test_what_pretrain_refuses_is_refused_alike(words: str) -> None:
+    given = [*XL, "--micro-batch-size", "4", "--lr", "1e-4", *words.split()]
+    faults = check(read_command_line([*given, "--mock-data"]), 2)
+    assert faults
+    for search in ([], ["--search"]):
+        with pytest.raises(ConfigError) as refused:
+            main(["--ranks", "2", *given, *search])
+        # A search chooses the microbatch, by which batches are divided.
+        assert set(map(str, refused.value.faults)) <= set(map(str, faults))
+        assert search or len(refused.value.faults) == len(faults)
+
+
+@pytest.mark.parametrize("words", ["--rampup-batch-size 8 8 100", "--lr-decay-samples 100", "--lr-warmup-iters 5"])
+def test_a_plan_needs_no_length_rate_or_data(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for more in ([], ["--save", "run", "--load", "nowhere", "--finetune", "--on-nan", "rewind", "--profile"]):
+        printed(capsys, "--ranks", "2", *XL, "--micro-batch-size", "4", *words.split(), *more)
+
+
 def test_a_job_that_does_not_fit_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert "does NOT fit into 79 GiB" in printed(capsys, *WIDE, "--micro-batch-size", "1")
 

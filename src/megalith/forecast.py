@@ -8,7 +8,7 @@ from typing import Any
 
 from megalith.bench import made_for_measuring
 from megalith.candidates import Candidate, candidates, fits, flags_of
-from megalith.check import check
+from megalith.check import MOST, check
 from megalith.command_line import CommandParser
 from megalith.config import ConfigError, Fault, Run, flag_of
 from megalith.derived import compute_dtype, global_batch_size
@@ -33,11 +33,13 @@ NOT_COUNTED = ("activation_memory_budget",)
 def main(words: Sequence[str]) -> int:
     """Print the forecast as a table or one JSON object."""
     options, rest = _parse(words)
-    run = made_for_measuring(read_command_line(rest), steps=1)
+    asked = read_command_line(rest)
+    run = made_for_measuring(asked, steps=1)
     if run.task != "gpt":
         raise ValueError(f"{run.task}: only a gpt job can be planned; measure with megalith bench {run.task}")
     ranks = options.ranks or run.parallel.nproc or 1
-    faults = check(without_layout(run), 1) if options.search else check(run, ranks)
+    whole = completed(asked)
+    faults = check(without_layout(whole), 1) if options.search else check(whole, ranks)
     if options.search and run.optimizer.global_batch_size is None:
         rule = "is missing: layouts are compared by what they take for the same step"
         faults.append(Fault("--global-batch-size", None, rule, "Say how many sequences a step has"))
@@ -72,6 +74,26 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.ranks is not None and options.ranks < 1:
         raise ValueError(f"--ranks = {options.ranks}: must be at least 1")
     return options, rest
+
+
+def completed(run: Run) -> Run:
+    """The run with all that pretrain needs and a plan does not, so that what pretrain refuses besides is refused.
+
+    No file or directory of another run is looked for.
+    """
+    measured, optimizer, train = made_for_measuring(run, steps=1), run.optimizer, run.train
+    if train.train_iters is None and train.train_samples is None:
+        by_samples = any((optimizer.rampup_batch_size, optimizer.lr_decay_samples, optimizer.lr_warmup_samples))
+        iters, samples = (None, MOST) if by_samples else (MOST, None)
+        train = dataclasses.replace(train, train_iters=iters, train_samples=samples)
+    interval = 1 if run.checkpoint.save_interval is None else run.checkpoint.save_interval
+    return dataclasses.replace(
+        measured,
+        optimizer=dataclasses.replace(optimizer, lr=measured.optimizer.lr),
+        checkpoint=dataclasses.replace(run.checkpoint, load=None, finetune=False, save_interval=interval),
+        evaluate=run.evaluate,
+        train=train,
+    )
 
 
 def machine_of(name: str, run: Run, ranks: int) -> Machine:
