@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from megalith.command_line import CommandParser
+from megalith.descriptors import open_standard_streams
 from megalith.launch import PEER_LOST, PeerLostError, end_with_parent
 from megalith.terminal import printable
 
@@ -27,6 +28,7 @@ OUT_OF_MEMORY = 79  # of one that got no more memory, on the host or on a device
 def main(words: Sequence[str] | None = None) -> int:
     """Run a subcommand; return the exit status."""
     started = time.monotonic()
+    closed = open_standard_streams()
     # Nothing that is written can be changed by everybody, whatever the umask was.
     os.umask(os.umask(0o022) | 0o002)
     words = list(sys.argv[1:] if words is None else words)
@@ -44,8 +46,10 @@ def main(words: Sequence[str] | None = None) -> int:
         return FAULT
     try:
         if words[0] not in ANSWERING:
+            if "stdout" in closed and os.environ.get("RANK", "0") == "0":
+                print(f"megalith: standard output is closed: what {words[0]} says there is lost", file=sys.stderr)
             return command(words[1:], started)
-        if sys.stdout is None:
+        if "stdout" in closed:
             raise ValueError(f"standard output is closed: megalith {words[0]} has no place for its answer. Open it.")
         status = command(words[1:], started)
         _flush()
