@@ -97,6 +97,19 @@ def test_a_dead_rank_takes_the_job_down_within_two_seconds() -> None:
     assert shared_memory() <= before
 
 
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [
+        (signal.SIGKILL, "if memory ran out, a smaller --micro-batch-size needs less"),
+        (signal.SIGBUS, "a data file that was being read has become shorter, or its disk failed"),
+    ],
+)
+def test_what_a_signal_that_ended_a_rank_may_mean_is_said(number: signal.Signals, hint: str) -> None:
+    with launched(f"ready(); os.kill(os.getpid(), {int(number)})", 1) as job:
+        status, said = job.end()
+    assert status == 128 + number and said.endswith(f"was ended by {number.name}; {hint}\n")
+
+
 def test_a_killed_launcher_takes_its_ranks_along() -> None:
     before = shared_memory()
     with launched(SLEEPING, 3) as job:

@@ -33,6 +33,12 @@ SECONDS_TO_TELL = 30.0
 # A launcher, a scheduler and a terminal may each hand on the same signal: what follows so soon is no second request.
 SECONDS_OF_ONE_REQUEST = 1.0
 
+# By signal: what may be the reason that a rank was ended by it.
+HINTS = {
+    signal.SIGKILL: "; if memory ran out, a smaller --micro-batch-size needs less",
+    signal.SIGBUS: "; a data file that was being read has become shorter, or its disk failed",
+}
+
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
@@ -153,10 +159,10 @@ class _Launcher:
         causes = {r: s for r, s in failed.items() if s != PEER_LOST} or failed
         rank, status = next(iter(causes.items()))
         if status < 0:
-            name = signal.Signals(-status).name
-            hint = "; if memory ran out, a smaller --micro-batch-size needs less" if -status == signal.SIGKILL else ""
+            number = signal.Signals(-status)
             followed = "; the others were ended" if len(self.ranks) > 1 else ""
-            _say(f"rank {rank} (process {self.ranks[rank].pid}) was ended by {name}{followed}{hint}")
+            process = self.ranks[rank].pid
+            _say(f"rank {rank} (process {process}) was ended by {number.name}{followed}{HINTS.get(number, '')}")
             return 128 - status
         if status in (1, PEER_LOST):
             _say(f"rank {rank} ended with status {status}: what it printed above says why")

@@ -60,9 +60,10 @@ class CausalDataset:
     def batch(self, indices: NDArray[np.int64]) -> NDArray[Any]:
         """The samples at these places of the shuffled order, [B, S1], in the file's dtype.
 
-        Raises ValueError for an index out of range, for maps that do not fit the token file, and for a token that is
-        not in the vocabulary, naming document and position.
+        Raises ValueError for an index out of range, for a file that was cut short, for maps that do not fit the token
+        file, and for a token that is not in the vocabulary, naming document and position.
         """
+        self.indexed.check_sizes()
         pieces = self._pieces(np.asarray(indices, np.int64))
         num_tokens = len(indices) * (self.sequence_length + 1)
         # Where each piece lies in the file, less where it lies in the batch.

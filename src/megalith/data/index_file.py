@@ -58,16 +58,22 @@ class Index:
 
 
 def read_index(
-    path: Path, *, impl: str, bin_path: Path, bin_size: int, merged: bool = False, survey: Survey | None = None
+    path: Path,
+    content: mmap.mmap | bytes,
+    *,
+    impl: str,
+    bin_path: Path,
+    bin_size: int,
+    merged: bool = False,
+    survey: Survey | None = None,
 ) -> Index:
-    """The checked content of an .idx; the arrays are views of the file, unless it is of the old format.
+    """The checked content of an .idx; the arrays are views of it, unless it is of the old format.
 
-    impl: mmap, lazy, cached (the latter two are one format) or infer. bin_size: bytes of the .bin it belongs to.
-    merged: the document index may end before the last item, as Megatron-LM's merge leaves it. survey: items and
-    documents that it knows to be sound are not looked at again. Raises ValueError with the file, the field, what was
-    expected and what was found.
+    content: of the file, as `map_file` gives it. impl: mmap, lazy, cached (the latter two are one format) or infer.
+    bin_size: bytes of the .bin it belongs to. merged: the document index may end before the last item, as Megatron-LM's
+    merge leaves it. survey: items and documents that it knows to be sound are not looked at again. Raises ValueError
+    with the file, the field, what was expected and what was found.
     """
-    content = map_file(path)
     formats = {"mmap": MAGIC, "lazy": OLD_MAGIC, "cached": OLD_MAGIC}
     if impl not in {"infer", *formats}:
         raise ValueError(f"data_impl={impl!r} is none of mmap, lazy, cached, infer")
@@ -98,6 +104,19 @@ def map_file(path: Path) -> mmap.mmap | bytes:
         return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) if status.st_size else b""
     finally:
         os.close(descriptor)
+
+
+def check_mapped(path: Path, content: mmap.mmap | bytes) -> None:
+    """Raise ValueError if a mapped file has become shorter: who reads what is gone is ended by SIGBUS.
+
+    It costs a system call on the descriptor that the map keeps.
+    """
+    size = content.size() if isinstance(content, mmap.mmap) else 0
+    if size < len(content):
+        raise ValueError(
+            f"{path}: was cut short while it was read: it had {len(content)} bytes when it was opened and has {size}. "
+            "Restore it and give the same command again; write other data under another name"
+        )
 
 
 def refuse(path: Path, field: str, expected: object, found: object) -> NoReturn:

@@ -16,7 +16,7 @@ from typing import IO, Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megalith.data.index_file import CODES, MAX_LENGTH, DType, encode_index, map_file, read_index
+from megalith.data.index_file import CODES, MAX_LENGTH, DType, check_mapped, encode_index, map_file, read_index
 from megalith.data.survey import Survey
 from megalith.files import DISK, Disk, Location, open_whole, sync_directory
 
@@ -39,9 +39,17 @@ class IndexedDataset:
         self.prefix = find_prefix(prefix)
         self.bin_path, self.idx_path = bin_path(self.prefix), idx_path(self.prefix)
         content = map_file(self.bin_path)
+        index_content = map_file(self.idx_path)
         index = read_index(
-            self.idx_path, impl=impl, bin_path=self.bin_path, bin_size=len(content), merged=merged, survey=survey
+            self.idx_path,
+            index_content,
+            impl=impl,
+            bin_path=self.bin_path,
+            bin_size=len(content),
+            merged=merged,
+            survey=survey,
         )
+        self._mapped = ((self.bin_path, content), (self.idx_path, index_content))
         self.dtype = index.dtype
         self.lengths = index.lengths
         self.offsets = index.offsets
@@ -59,6 +67,11 @@ class IndexedDataset:
     @property
     def num_tokens(self) -> int:
         return len(self.tokens)
+
+    def check_sizes(self) -> None:
+        """Raise ValueError if one of the two files has become shorter; to be called before each batch is read."""
+        for path, content in self._mapped:
+            check_mapped(path, content)
 
     def read(self, item: int, start: int = 0, count: int | None = None) -> NDArray[Any]:
         """count tokens of an item from its token start on (None: all that follow), as a read-only view of the file."""

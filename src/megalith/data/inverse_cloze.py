@@ -80,6 +80,8 @@ class ClozeBatches:
 
     def read(self, indices: NDArray[np.int64], samples: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """queries BT and contexts B1T, for each which tokens are real; loss_mask B."""
+        for rows in (self._sentences, self._titles):
+            rows.indexed.check_sizes()
         made = [self.sample(int(index)) for index in indices]
         queries, real_queries = self.marks.fill([sample.query for sample in made])
         contexts, real_contexts = self.marks.fill([sample.block for sample in made])

@@ -125,6 +125,7 @@ class PairRows:
         """[B, 3 T + 2]"""
         length = self.rule.length
         rows = np.empty((len(indices), 3 * length + 2), np.int64)
+        self.sentences.indexed.check_sizes()
         for row, index in zip(rows, indices, strict=True):
             sample = self.sample(int(index))
             row[:length], row[length : 2 * length] = sample.tokens, sample.types

@@ -115,6 +115,7 @@ class SpanRows:
     def batch(self, indices: NDArray[np.int64]) -> NDArray[Any]:
         """[B, E + 2 T]"""
         rows = np.empty((len(indices), self.rule.encoder_length + 2 * self.rule.decoder_length), np.int64)
+        self.sentences.indexed.check_sizes()
         for row, index in zip(rows, indices, strict=True):
             sample = self.sample(int(index))
             row[:] = np.concatenate([sample.encoder, sample.decoder, sample.labels])
