@@ -77,6 +77,32 @@ def test_a_mistake_is_one_sentence_on_standard_error_and_status_2(words: list[st
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "locale", "said"),
+    [
+        (b"e7\xff\xfe", {}, "e7\\udcff\\udcfe: is not valid UTF-8. Rename the file or directory."),
+        (
+            "caf\u00e9".encode(),
+            {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+            "caf\\udcc3\\udca9: cannot be read in this locale. Set PYTHONUTF8=1, or a locale of UTF-8 such as C.UTF-8.",
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [(["pretrain", "--mock-data", "--save"], "--save = "), (["convert", "--from", "megatron", "x", "--to"], "")],
+)
+def test_a_directory_that_no_run_file_can_name_is_refused(
+    words: list[str], flag: str, name: bytes, locale: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    command = [os.fsencode(word) for word in (sys.executable, "-m", "megalith", *words)]
+    done = subprocess.run(
+        [*command, name], capture_output=True, timeout=120, cwd=tmp_path, env={**os.environ, **locale}
+    )
+    assert done.returncode == 2 and done.stderr.decode().splitlines() == [f"megalith: {flag}{said}"]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_data_is_named_with_what_lies_near(tmp_path: Path) -> None:
     prefix = write_data(tmp_path)
     words = ["--tokenizer-type", "ByteLevelTokenizer", "--num-layers", "1", "--hidden-size", "8"]

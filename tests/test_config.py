@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+import tomllib
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -218,6 +219,24 @@ def test_a_run_file_written_from_a_run_gives_the_same_run(tmp_path: Path) -> Non
     run = read_command_line([*REFERENCE, "--save", 'odd "name"\\\n', "--rampup-batch-size", "8", "8", "64"])
     (tmp_path / "run.toml").write_text(as_toml(run))
     assert read_command_line([str(tmp_path / "run.toml")]) == run
+
+
+def test_a_run_file_keeps_every_character() -> None:
+    """Of each block of Unicode some, and of the first ones all; halves of pairs are no characters."""
+    codes = {*range(1, 0x3000), *range(0x3000, 0x110000, 61), 0x2028, 0xFEFF, 0xFFFF, 0x1F600, 0xE0001, 0x10FFFF}
+    characters = "".join(chr(code) for code in sorted(codes) if not 0xD800 <= code <= 0xDFFF)
+    words = [characters[start : start + 1000] for start in range(0, len(characters), 1000)]
+    for word in [*words, 'a"b\\c\td', "\\u0041", "\x7f\x85", ""]:
+        run = read_command_line([*SMALL, f"--save={word}"])
+        assert tomllib.loads(as_toml(run))["checkpoint"]["save"] == word
+
+
+@pytest.mark.parametrize("flag", ["--save", "--load", "--data-path", "--sample-prompt"])
+def test_bytes_that_are_no_text_are_refused(flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"{flag} = e7\udcff\udcfe: is not valid UTF-8. Rename"):
+        read_command_line([*SMALL, flag, "e7\udcff\udcfe"])
+    with pytest.raises(ConfigError, match=f"{flag} = .*: cannot be read in this locale. Set PYTHONUTF8=1"):
+        read_command_line([*SMALL, flag, "é".encode().decode("ascii", "surrogateescape")])
 
 
 def test_every_preset_can_start() -> None:

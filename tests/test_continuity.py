@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from megalith import run_state
 from megalith.checkpoint.directory import list_checkpoints
 from megalith.cli import OUT_OF_MEMORY, main
 from megalith.config import Run, known_settings
@@ -83,6 +84,18 @@ def test_data_may_move_and_settings_that_differ_are_told(save: Path, data: Path)
     told = next(text for text in lines if text.startswith("settings that differ"))
     assert "--clip-grad is 0.5 and was 1.0" in told
     assert "data-path" not in told and len(events_of(save, "step_done")) == 4
+
+
+def test_settings_of_a_checkpoint_that_cannot_be_read_are_not_compared(data: Path, tmp_path: Path) -> None:
+    def spoil(rank: int) -> None:
+        setattr(run_state, "as_toml", lambda run: '[checkpoint]\nsave = "\\udcff"\n')  # noqa: B010
+
+    save = tmp_path / "spoilt"
+    assert run_on(1, [*FEW[:-1], "--train-iters", "2"], save, data, before=spoil) == 0
+    assert run_on(1, [*FEW, "--train-iters", "4"], save, data) == 0
+    lines = [record["text"] for record in events_of(save, "line")]
+    (told,) = [text for text in lines if text.startswith("settings that differ")]
+    assert "what cannot be compared (the checkpoint's settings: is not valid TOML" in told and " and was " not in told
 
 
 def test_swapped_data_is_refused_unless_it_is_allowed_and_then_told(save: Path, data: Path, kept: Path) -> None:

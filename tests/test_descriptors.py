@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from megalith.monitor.outlet import read_records
 from tests.layouts.runs import steps_of
 from tests.processes import MARK, marked
+from tests.records import read_records
 
 TRAINING = """
     pretrain --num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16

@@ -22,6 +22,7 @@ from megalith.models.settings import ModelConfig
 from megalith.monitor.settings import MonitorConfig
 from megalith.optim.settings import OptimizerConfig
 from megalith.parallel.settings import ParallelConfig
+from megalith.terminal import why_no_text
 
 TASKS = ("gpt", "bert", "t5", "ict", "vit", "classify", "retriever")
 
@@ -165,6 +166,9 @@ def convert(name: str, known: Known, value: object, *, is_typed: bool = False) -
         lists = {int: "whole numbers", str: "a list of texts or numbers"}
         wanted = lists[typing.get_args(kind)[0]] if typing.get_origin(kind) is tuple else words[kind]
         return None, Fault(known.flag, value, f"must be {wanted}", "Change the value")
+    texts = converted if isinstance(converted, tuple) else (converted,)
+    if unfit := next((why for text in texts if isinstance(text, str) and (why := why_no_text(text))), None):
+        return None, Fault(known.flag, converted, *unfit)
     choices = described["choices"]
     if choices and converted not in choices:
         return None, Fault(known.flag, value, f"must be one of {', '.join(choices)}", nearest(str(value), choices))

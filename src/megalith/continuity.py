@@ -151,7 +151,10 @@ def _setting_differences(run: Run, text: object) -> list[str]:
     """Settings that may differ, and do: flag, value now and value in the checkpoint."""
     if not isinstance(text, str):
         return []
-    values, _ = settings_of_toml(text, "the checkpoint's settings")
+    values, faults = settings_of_toml(text, "the checkpoint's settings")
+    unread = [f"what cannot be compared ({fault})" for fault in faults]
+    if unread and not values:
+        return unread
     saved = compose(values.pop("task", run.task), values)
     differences = []
     for part in PARTS:
@@ -160,4 +163,4 @@ def _setting_differences(run: Run, text: object) -> list[str]:
             now, then = getattr(ours, name), getattr(theirs, name)
             if now != then and name not in CHANGE_NOTHING and name not in DECIDE_SAMPLES:
                 differences.append(f"{known_settings()[name].flag} is {now} and was {then}")
-    return differences
+    return differences + unread

@@ -8,13 +8,16 @@ import argparse
 from collections.abc import Sequence
 
 from megalith.command_line import CommandParser
-from megalith.terminal import printable
+from megalith.terminal import printable, why_no_text
 
 HUGGING_FACE = "huggingface"  # a kind of checkpoint
 
 
 def main(words: Sequence[str]) -> int:
     """Convert a checkpoint of Megatron-LM into a run directory, or the newest of a run directory into its files."""
+    for word in words:
+        if unfit := why_no_text(word):
+            raise ValueError(f"{word}: {unfit[0]}. {unfit[1]}.")
     options = _parser().parse_args(words)
 
     from megalith.checkpoint.directory import CheckpointError

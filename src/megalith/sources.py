@@ -127,7 +127,12 @@ def _toml_value(value: object) -> str:
         flat = f"[{', '.join(items)}]"
         return flat if len(flat) <= LONGEST_LIST else "[\n    " + ",\n    ".join(items) + ",\n]"
     text = redacted(str(value)).replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text) + '"'
+    return '"' + "".join(c if c.isprintable() else _toml_escape(c) for c in text) + '"'
+
+
+def _toml_escape(character: str) -> str:
+    code = ord(character)
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
 
 
 class _Parser(argparse.ArgumentParser):

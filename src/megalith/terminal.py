@@ -16,6 +16,22 @@ SECRET_VALUE = re.compile(
 )
 
 
+def why_no_text(word: str) -> tuple[str, str] | None:
+    """What is wrong with a word of a command line that holds bytes which are no characters, and what to do about it.
+
+    None if it is text, which can be kept in a file.
+    """
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        try:
+            word.encode(errors="surrogateescape").decode()
+        except UnicodeError:
+            return "is not valid UTF-8", "Rename the file or directory"
+        return "cannot be read in this locale", "Set PYTHONUTF8=1, or a locale of UTF-8 such as C.UTF-8"
+    return None
+
+
 def redacted(text: str) -> str:
     """The text without what opens doors: who asks in an address, and values after keys that are named so."""
     if "://" in text:
