@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from megalith.config import Fault, Run, fault
 from megalith.derived import global_batch_size, num_layers, recompute_granularity
+from megalith.models.shape import inner_width
 from megalith.parallel.settings import SPLIT_BACKWARD
 
 # Schedules that hold several parts of the model on a rank.
@@ -69,7 +70,7 @@ def _world(run: Run, world_size: int) -> Iterator[Fault]:
 def _tensor(run: Run) -> Iterator[Fault]:
     """What is cut over tensor ranks: whole heads, and inner features."""
     size, model = run.parallel.tensor_model_parallel_size, run.model
-    heads, inner = model.num_attention_heads, model.ffn_hidden_size or 4 * (model.hidden_size or 0)
+    heads, inner = model.num_attention_heads, inner_width(model)
     fits = [n for n in divisors(heads or 1) if inner % n == 0]
     remedy = f"Tensor-parallel sizes that fit this model: {fits}"
     if heads and heads % size:

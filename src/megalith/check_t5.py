@@ -2,23 +2,13 @@
 
 from collections.abc import Iterator
 
-from megalith.config import Fault, Run, fault, flag_of, known_settings
+from megalith.config import Fault, Run, fault, flag_of
 from megalith.data.masking import WORDPIECE
 from megalith.data.spans import SPECIAL_TOKENS
 from megalith.derived import tokenizer_type
 from megalith.parallel.settings import SPLIT_BACKWARD
 
 WITH_SENTINELS = "HuggingFaceTokenizer"  # a kind whose files may hold them
-# Options that make a t5 the original one.
-ONLY_T5 = (
-    "normalization",
-    "add_bias_linear",
-    "activation_function",
-    "softmax_scale",
-    "position_embedding_type",
-    "output_bias",
-    "scale_decoder_outputs",
-)
 SHORTEST = SPECIAL_TOKENS + 2  # tokens of the encoder: a sample has two at least
 
 
@@ -90,15 +80,6 @@ def _positions(run: Run) -> Iterator[Fault]:
         rule = "cuts a stack of layers, all of which share one table of distances"
         remedy = "Use 2 stages without virtual ones, the encoder and the decoder, or learned positions"
         yield fault("pipeline_model_parallel_size", stages, rule, remedy)
-
-
-def t5_alone(run: Run) -> Iterator[Fault]:
-    """Settings of the model that only a t5 has."""
-    for name in ONLY_T5:
-        value = getattr(run.model, name)
-        if value != known_settings()[name].field.default:
-            shown = None if isinstance(value, bool) else value
-            yield fault(name, shown, f"is an option of t5; {run.task} has none such", "Leave it out")
 
 
 def _sentinels(run: Run) -> Iterator[Fault]:

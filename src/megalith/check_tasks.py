@@ -5,22 +5,22 @@ from collections.abc import Callable, Iterator
 from megalith.check_bert import bert_faults
 from megalith.check_classify import classify_faults
 from megalith.check_ict import ict_faults, retriever_faults
-from megalith.check_t5 import t5_alone, t5_faults
+from megalith.check_t5 import t5_faults
 from megalith.check_vit import vit_faults
 from megalith.config import Fault, Run, fault, known_settings
 from megalith.fields import describe
+from megalith.models.shape import OPTIONS
 
 
 def task_faults(run: Run) -> list[Fault]:
     """Every fault of the settings of the run's task."""
     rules = RULES.get(run.task)
-    alone = [] if run.task == "t5" else [*t5_alone(run)]
     return [
         *_layouts(run),
-        *_norms(run),
+        *_options(run),
+        *_activation(run),
         *_mock_data(run),
         *_corpus(run),
-        *alone,
         *(() if rules is None else rules(run)),
     ]
 
@@ -33,11 +33,20 @@ def _layouts(run: Run) -> Iterator[Fault]:
         yield fault("context_parallel_size", size, rule, "Leave it out; use tensor or data parallelism")
 
 
-def _norms(run: Run) -> Iterator[Fault]:
+def _options(run: Run) -> Iterator[Fault]:
     """What shape_of would give any task, and only some have."""
-    tasks = describe(known_settings()["norm_after_residual"].field)["task"]
-    if run.model.norm_after_residual and run.task not in tasks.split(", "):
-        yield fault("norm_after_residual", None, f"is an option of {tasks}; {run.task} has none such", "Leave it out")
+    for name in OF_SOME_TASKS:
+        value, declared = getattr(run.model, name), known_settings()[name].field
+        tasks = describe(declared)["task"]
+        if value != declared.default and run.task not in tasks.split(", "):
+            shown = None if isinstance(value, bool) else value
+            yield fault(name, shown, f"is an option of {tasks}; {run.task} has none such", "Leave it out")
+
+
+def _activation(run: Run) -> Iterator[Fault]:
+    activation = run.model.activation_function
+    if run.model.swiglu and activation != "gelu":
+        yield fault("activation_function", activation, "contradicts --swiglu", "Give only one of them")
 
 
 def _mock_data(run: Run) -> Iterator[Fault]:
@@ -58,6 +67,15 @@ def _corpus(run: Run) -> Iterator[Fault]:
         yield fault("corpus", corpus, f"is no data for {run.task}", f"Use --corpus {fits}")
 
 
+# Options of the model that are not every task's.
+OF_SOME_TASKS = (
+    "norm_after_residual",
+    *OPTIONS,
+    "softmax_scale",
+    "position_embedding_type",
+    "output_bias",
+    "scale_decoder_outputs",
+)
 # Tasks whose rows can make up data.
 MOCKED = ("gpt", "bert", "t5", "ict", "vit")
 # What is checked for one task alone.

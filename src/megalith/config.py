@@ -218,6 +218,7 @@ RIVALS = (
     ("data_path", "corpus", "mock_data"),
     ("load", "bert_load"),
     ("norm_after_residual", "apply_residual_connection_post_layernorm"),
+    ("swiglu", "activation_function"),
 )
 
 # What else has no place beside a setting, or beside a value of it: a corpus brings its own, only made-up tokens have a

@@ -13,11 +13,11 @@ from megalith.checkpoint.megatron import FILE_NAME, TRACKER, Grid, iteration_nam
 from megalith.checkpoint.megatron_contents import Kept, file_contents
 from megalith.checkpoint.pieces import TORCH_DTYPES, Piece, whole
 from megalith.checkpoint.store import load_latest
-from megalith.config import Run
+from megalith.config import Run, flag_of
 from megalith.data.tokenizer import load_saved_tokenizer, padded_vocab_size
 from megalith.derived import compute_dtype, reference_arguments
 from megalith.files import make_directories, open_whole, write_whole
-from megalith.models.shape import shape_of
+from megalith.models.shape import options_of, shape_of
 from megalith.parallel.mesh import Layout
 from megalith.trained import refuse_another_tokenizer, run_of
 
@@ -83,6 +83,11 @@ def gpt_of(run_dir: str) -> Run:
         raise ValueError(f"{run_dir}: holds a {run.task} model; only a gpt can be converted.")
     if run.model.untie_embeddings_and_output_weights:
         raise ValueError(f"{run_dir}: has --untie-embeddings-and-output-weights, which Megatron-LM does not have.")
+    if options := options_of(run.model):
+        given = ", ".join(map(flag_of, options))
+        raise ValueError(
+            f"{run_dir}: has {given}, which Megatron-LM of the version that these files are of does not have."
+        )
     return run
 
 

@@ -6,6 +6,7 @@
 from typing import Any
 
 from megalith.config import Run, known_settings
+from megalith.models.shape import inner_width
 from megalith.parallel.mesh import Layout
 
 # Reading data sets, making their index and compiling the first step take their time.
@@ -110,7 +111,7 @@ def reference_arguments(run: Run, layout: Layout) -> dict[str, Any]:
         "dataloader_type": dataloader_type(run),
         "encoder_seq_length": sequence_length(run),
         "seq_length": sequence_length(run),
-        "ffn_hidden_size": model.ffn_hidden_size or 4 * (model.hidden_size or 0),
+        "ffn_hidden_size": inner_width(model),
         "kv_channels": model.kv_channels or (model.hidden_size or 0) // (model.num_attention_heads or 1),
         "accumulate_allreduce_grads_in_fp32": optimizer.accumulate_allreduce_grads_in_fp32 or optimizer.bf16,
     }
@@ -131,6 +132,7 @@ OURS = (
     "normalization",
     "add_bias_linear",
     "activation_function",
+    "swiglu",
     "softmax_scale",
     "position_embedding_type",
     "relative_attention_num_buckets",

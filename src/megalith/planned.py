@@ -14,7 +14,7 @@ from megalith.derived import (
     tokenizer_type,
 )
 from megalith.job import MOCK_VOCABULARY
-from megalith.models.shape import shape_of
+from megalith.models.shape import activation_of, normalization_of, shape_of
 from megalith.parallel.apply import num_chunks, schedule_of
 from megalith.parallel.mesh import Layout
 from megalith.plan.job import Job
@@ -90,6 +90,9 @@ def planned(run: Run, ranks: int, *, vocab_size: int, device: str) -> Job:
         optimizer=run.optimizer.optimizer,
         moments=run.optimizer.optimizer_state_dtype,
         tied=not run.model.untie_embeddings_and_output_weights,
+        biases=run.model.add_bias_linear,
+        activation=activation_of(run.model),
+        normalization=normalization_of(run.model),
         # auto compiles on a GPU where the run is long, and what is planned is.
         compiled=device == "cuda" and parallel.compile != "off",
         tensor=layout.tensor,

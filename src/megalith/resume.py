@@ -16,7 +16,15 @@ from megalith.job import Job
 from megalith.monitor.events import CheckpointLoaded, CheckpointMissing, LoadStarted, Warned
 from megalith.monitor.ledger import LedgerFile
 from megalith.optim.groups import take_optimizer_tensors
-from megalith.run_state import WEIGHT, identity_of, optimizer_pieces, restore, samples_of, weight_pieces
+from megalith.run_state import (
+    WEIGHT,
+    differing,
+    identity_of,
+    optimizer_pieces,
+    restore,
+    samples_of,
+    weight_pieces,
+)
 
 
 @dataclass(frozen=True)
@@ -177,10 +185,9 @@ def wanted(job: Job, index: Index, *, with_optimizer: bool, adoption: Adoption |
     # Another head takes nothing from the output layer.
     may_differ = () if adoption is None else (*adoption.fit.may_differ, "untie_embeddings_and_output_weights")
     faults = [
-        f"{name} is {index.state['model'].get(name)} in the checkpoint and {value} in this run"
-        for name, value in identity_of(job).items()
-        # Checkpoints of earlier versions do not say all of it.
-        if index.state["model"].get(name, value) != value and name not in may_differ
+        f"{name} is {stored} in the checkpoint and {value} in this run"
+        for name, stored, value in differing(index.state["model"], identity_of(job))
+        if name not in may_differ
     ]
     if faults:
         raise ValueError(f"the checkpoint of step {index.step} is of another model: {'; '.join(faults)}")

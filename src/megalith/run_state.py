@@ -1,7 +1,7 @@
 """What a checkpoint holds of a run, tensors and the rest of its state, and how a run takes the rest over."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megalith import __version__
@@ -10,7 +10,8 @@ from megalith.checkpoint.store import Loaded
 from megalith.continuity import decisive
 from megalith.evaluations import OWED
 from megalith.job import Job
-from megalith.models.shape import shape_of
+from megalith.models.settings import ModelConfig
+from megalith.models.shape import OPTIONS, shape_of
 from megalith.optim.finite import BadSteps
 from megalith.optim.groups import num_updates, readable_tensors, set_num_updates
 from megalith.optim.schedule import resumed_schedule, schedule_to_json
@@ -94,6 +95,19 @@ def identity_of(job: Job) -> dict[str, Any]:
         "tokenizer": None if job.tokenizer is None else job.tokenizer.digest,
         **job.task.identity(job.run),
     }
+
+
+def differing(stored: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Names and both values of what is not the same in two identities of models, a checkpoint's and a run's."""
+    plain = ModelConfig()
+    for name in {**own, **{name: None for name in stored if name in OPTIONS}}:
+        if name in OPTIONS:
+            there, here = (model.get(name, getattr(plain, name)) for model in (stored, own))
+        else:
+            # Checkpoints of earlier versions do not say all of it.
+            there, here = stored.get(name, own[name]), own[name]
+        if there != here:
+            yield name, there, here
 
 
 def restore(job: Job, loaded: Loaded, *, with_optimizer: bool, goes_on: bool = True) -> None:

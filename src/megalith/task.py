@@ -11,7 +11,8 @@ from torch import Tensor
 from megalith.config import Run
 from megalith.data.loader import BatchSource
 from megalith.datasets import identify_token_files
-from megalith.models.shape import shape_of
+from megalith.layers.feedforward import GATED
+from megalith.models.shape import activation_of, shape_of
 from megalith.monitor.flops import training_flops
 from megalith.parallel.apply import BuildPart
 from megalith.parallel.step import RunPart
@@ -91,7 +92,7 @@ def stack_flops(run: Run, batch: int, *, length: int, vocab_size: int = 0, causa
         ffn_hidden_size=shape.inner,
         attention_width=shape.num_heads * shape.head_width,
         causal=causal,
-        gated=run.model.activation_function == "gated-gelu",
+        gated=activation_of(run.model) in GATED,
     )
 
 

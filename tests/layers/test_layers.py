@@ -50,6 +50,21 @@ def test_rms_norm_is_that_of_torch(dtype: torch.dtype) -> None:
     torch.testing.assert_close(norm(x).double(), expected, rtol=torch.finfo(dtype).eps * 4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_rms_norm_are_those_of_its_formula(dtype: torch.dtype) -> None:
+    norm = RMSNorm(8, 1e-6)
+    with torch.no_grad():
+        norm.weight.copy_(1 + 0.3 * draw(8))
+    x, grad = draw(3, 5, 8, dtype=dtype).requires_grad_(), draw(5, 8, 3).permute(2, 0, 1).to(dtype)
+    norm(x).backward(grad)
+    wide, weight = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
+    F.rms_norm(wide, (8,), weight, 1e-6).backward(grad.double())
+    assert x.grad is not None and x.grad.dtype == dtype and wide.grad is not None
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=torch.finfo(dtype).eps * 4, atol=1e-6)
+    assert norm.weight.grad is not None and norm.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(norm.weight.grad.double(), weight.grad, rtol=1e-5, atol=1e-5)
+
+
 def test_a_linear_cut_over_inputs_adds_the_bias_once() -> None:
     whole, half = Linear(8, 6, NORMAL), Linear(4, 6, NORMAL)
     draw_weights(whole, 1)
@@ -108,6 +123,18 @@ def test_feed_forward_is_two_products_around_a_gelu() -> None:
     draw_weights(layer, 1)
     x = draw(2, 3, 8)
     torch.testing.assert_close(layer(x), F.gelu(x @ layer.up.weight.T) @ layer.down.weight.T)
+
+
+def test_a_gate_multiplies_the_product_with_a_third_ones_silu() -> None:
+    layer = FeedForward(8, 32, "tanh", up=NORMAL, down=NORMAL, activation="swiglu", bias=False)
+    draw_weights(layer, 1)
+    assert layer.gate is not None
+    x = draw(2, 3, 8)
+    gate = x @ layer.gate.weight.T
+    expected = (gate * torch.sigmoid(gate) * (x @ layer.up.weight.T)) @ layer.down.weight.T
+    torch.testing.assert_close(layer(x), expected)
+    layer.enter = lambda x: 2 * x
+    torch.testing.assert_close(layer(0.5 * x), expected)
 
 
 def test_dropout_keeps_the_mean_and_drops_the_same_features_again() -> None:

@@ -18,6 +18,8 @@ CONFIG = ModelConfig(
     num_layers=3, hidden_size=16, num_attention_heads=4, max_position_embeddings=12, init_method_std=0.3
 )
 STILL = dataclasses.replace(CONFIG, hidden_dropout=0.0, attention_dropout=0.0)
+LLAMA = dataclasses.replace(STILL, normalization="RMSNorm", add_bias_linear=False, swiglu=True)
+KINDS = {"plain": STILL, "llama": LLAMA}
 POSITIONS = torch.arange(T).expand(B, T)
 SAMPLES = torch.tensor([7, 0, 3])
 
@@ -111,8 +113,9 @@ def test_microbatches_with_dropout_add_up_to_the_batch() -> None:
         torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=1e-6)
 
 
-def test_documents_in_a_sample_are_as_if_alone() -> None:
-    model = decoder(STILL)
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_in_a_sample_are_as_if_alone(kind: str) -> None:
+    model = decoder(KINDS[kind])
     whole = tokens()[:, :-1]
     documents = torch.tensor([[0] * 4 + [1] * 6] * B, dtype=torch.int32)
     positions = torch.cat([POSITIONS[:, :4], POSITIONS[:, :6]], 1)
@@ -177,8 +180,9 @@ def test_16_bit_losses_and_gradients_are_finite_and_near_fp32(dtype: torch.dtype
     assert stream.dtype == (torch.float32 if wide_stream else dtype)
 
 
-def test_cached_tokens_give_the_logits_of_the_whole_sequence() -> None:
-    model = decoder(STILL)
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_tokens_give_the_logits_of_the_whole_sequence(kind: str) -> None:
+    model = decoder(KINDS[kind])
     whole = tokens()[:, :-1]
     expected = model(whole, POSITIONS)
     cache = KeyValueCache(B, T, device=torch.device("cpu"))
@@ -190,8 +194,9 @@ def test_cached_tokens_give_the_logits_of_the_whole_sequence() -> None:
     torch.testing.assert_close(torch.cat(logits, 1), expected.detach(), rtol=0, atol=1e-5)
 
 
-def test_cached_rows_of_different_lengths_do_not_see_each_others_padding() -> None:
-    model = decoder(STILL)
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_rows_of_different_lengths_do_not_see_each_others_padding(kind: str) -> None:
+    model = decoder(KINDS[kind])
     whole = tokens()[:, :-1]
     lengths = [4, 1, 6]
     cache = KeyValueCache(B, T, device=torch.device("cpu"))

@@ -19,6 +19,13 @@ def test_sizes_that_are_set_are_taken() -> None:
     assert (shape.head_width, shape.inner) == (5, 7)
 
 
+def test_three_matrices_have_the_weights_of_two() -> None:
+    # As Megatron-LM's: whole 64s.
+    for width, inner in ((4096, 10880), (1600, 4224), (24, 64), (8, 64)):
+        assert shape_of(replace(CONFIG, hidden_size=width, kv_channels=8, swiglu=True)).inner == inner
+    assert shape_of(replace(CONFIG, swiglu=True, ffn_hidden_size=7)).inner == 7
+
+
 def test_projections_back_to_the_stream_start_narrower_with_depth() -> None:
     into, out = initial_weights(CONFIG)
     assert into.kind == out.kind == "normal"

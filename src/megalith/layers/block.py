@@ -14,7 +14,7 @@ from megalith.layers.cache import KeyValueCache
 from megalith.layers.dropout import drop
 from megalith.layers.feedforward import Activation, FeedForward, Gelu
 from megalith.layers.mask import Mask
-from megalith.layers.norm import LayerNorm, Normalization, make_norm
+from megalith.layers.norm import LayerNorm, Normalization, RMSNorm, make_norm
 from megalith.layers.products import Again
 from megalith.layers.random import key, number_words, on_device
 
@@ -139,7 +139,11 @@ class Block(nn.Module):
 
     def _again(self, x_BTD: Tensor, norm: nn.Module) -> Again | None:
         """How what enters a branch can be made again of what is kept anyway; None where it cannot."""
-        if self.shape.norm_after_residual or x_BTD.dtype != self.shape.dtype or not isinstance(norm, LayerNorm):
+        if (
+            self.shape.norm_after_residual
+            or x_BTD.dtype != self.shape.dtype
+            or not isinstance(norm, LayerNorm | RMSNorm)
+        ):
             return None
         return norm.again(x_BTD)
 

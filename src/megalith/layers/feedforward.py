@@ -1,5 +1,6 @@
 """The feed-forward half of a block."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -14,8 +15,10 @@ from megalith.layers.sixteen import has_kernels
 # tanh: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))); erf: the exact form; onnx: erf with the divisor 1.41421, as
 # Megatron-LM writes it for --onnx-safe.
 Gelu = Literal["tanh", "erf", "onnx"]
-# gelu and relu (max(x, 0)) stand between two matrices; gated-gelu multiplies the product with a third's GELU.
-Activation = Literal["gelu", "relu", "gated-gelu"]
+# gelu and relu (max(x, 0)) stand between two matrices; gated-gelu multiplies the product with a third's GELU, swiglu
+# with a third's SiLU, x / (1 + exp(-x)).
+Activation = Literal["gelu", "relu", "gated-gelu", "swiglu"]
+GATED: tuple[Activation, ...] = ("gated-gelu", "swiglu")
 
 
 def gelu(x: Tensor, form: Gelu) -> Tensor:
@@ -28,7 +31,10 @@ def gelu(x: Tensor, form: Gelu) -> Tensor:
 class FeedForward(nn.Module):
     """down(gelu(up(x))), from width to inner features and back, without the dropout and residual that follow.
 
-    Or down(relu(up(x))), or down(gelu(gate(x)) up(x)) (Shazeer 2020, arXiv:2002.05202).
+    Or down(relu(up(x))), or with a gate down(gelu(gate(x)) up(x)) or down(silu(gate(x)) up(x)) (GEGLU and SwiGLU,
+    Shazeer 2020, arXiv:2002.05202).
+
+    Seam for tensor parallelism: enter is applied to what up and gate take, so that it is communicated once.
     """
 
     def __init__(
@@ -45,23 +51,29 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         self.up = Linear(width, inner, up, bias=bias, device=device)
-        self.gate = Linear(width, inner, up, bias=bias, device=device) if activation == "gated-gelu" else None
+        self.gate = Linear(width, inner, up, bias=bias, device=device) if activation in GATED else None
         self.down = Linear(inner, width, down, bias=bias, device=device)
         self.form: Gelu = form
         self.activation = activation
+        self.enter: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x_BTD: Tensor, again: Again | None = None) -> Tensor:
         """again: how the backward pass can make x again instead of keeping it."""
+        if self.enter is not None:
+            x_BTD, again = self.enter(x_BTD), None
         joined = self.up.joined(x_BTD) if self.activation == "gelu" and has_kernels(form=self.form) else None
         if joined is not None:
             made: Tensor = self.down(joined.gelu(tanh=self.form == "tanh"))
             return made
         inner_BTF = self.up(x_BTD, again)
         if self.gate is not None:
-            inner_BTF = gelu(self.gate(x_BTD), self.form) * inner_BTF
-        elif self.activation == "relu":
-            inner_BTF = F.relu(inner_BTF)
+            inner_BTF = self._activated(self.gate(x_BTD, again)) * inner_BTF
         else:
-            inner_BTF = gelu(inner_BTF, self.form)
+            inner_BTF = self._activated(inner_BTF)
         down: Tensor = self.down(inner_BTF)
         return down
+
+    def _activated(self, x_BTF: Tensor) -> Tensor:
+        if self.activation == "relu":
+            return F.relu(x_BTF)
+        return F.silu(x_BTF) if self.activation == "swiglu" else gelu(x_BTF, self.form)

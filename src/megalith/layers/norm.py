@@ -1,7 +1,7 @@
 """Normalisation over the features of a token."""
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,10 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, epsilon: float) -> T
 
 
 class RMSNorm(nn.Module):
-    """Division by the root of the mean square (Zhang and Sennrich 2019, arXiv:1910.07467), in fp32; no bias."""
+    """Division by the root of the mean square (Zhang and Sennrich 2019, arXiv:1910.07467), in fp32; no bias.
+
+    Beside x the backward pass keeps one number for each token.
+    """
 
     def __init__(self, width: int, epsilon: float, *, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -45,9 +48,40 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-        return (normed * self.weight).to(x.dtype)
+        y: Tensor = _RMSNorm.apply(x, self.weight, self.epsilon)
+        return y
+
+    def again(self, x: Tensor) -> Again:
+        """How the norm of x is made, and can be made again."""
+        return Again(partial(_rms_norm, epsilon=self.epsilon), (x, self.weight))
+
+
+def _rms_norm(x: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:
+    return (x.float() * _inverse_rms(x, epsilon) * weight).to(x.dtype)
+
+
+def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
+    """fp32, one for each token: what its features are multiplied by."""
+    return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        inverse = _inverse_rms(x, epsilon)
+        ctx.save_for_backward(x, weight, inverse)
+        return (x.float() * inverse * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        grad, normed = grad_y.float(), x.float() * inverse
+        grad_weight = (grad * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None
+        grad = grad * weight
+        grad_x = inverse * (grad - normed * (grad * normed).mean(-1, keepdim=True))
+        return grad_x.to(x.dtype), grad_weight, None
 
 
 def make_norm(

@@ -12,7 +12,11 @@ class ModelConfig:
     num_layers: int | None = setting(None, "transformer layers", section="network size", unit="layers")
     hidden_size: int | None = setting(None, "model width", section="network size", unit="features")
     ffn_hidden_size: int | None = setting(
-        None, "MLP inner width", section="network size", usual="4 x hidden size", unit="features"
+        None,
+        "MLP inner width",
+        section="network size",
+        usual="4 x hidden size, with --swiglu 2/3 of that in whole 64s",
+        unit="features",
     )
     num_attention_heads: int | None = setting(None, "attention heads", section="network size")
     kv_channels: int | None = setting(
@@ -24,7 +28,7 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = setting(
         128, "vocabulary padding multiple", section="network size", unit="tokens"
     )
-    layernorm_epsilon: float = setting(1e-05, "LayerNorm epsilon", section="network size")
+    layernorm_epsilon: float = setting(1e-05, "epsilon of all norms", section="network size", also=("--norm-epsilon",))
     apply_residual_connection_post_layernorm: bool = setting(
         False, "take the residual from the LayerNorm output", section="network size", switch="on"
     )
@@ -34,6 +38,32 @@ class ModelConfig:
         section="network size",
         switch="on",
         task="bert, ict, classify, retriever",
+    )
+    # Of Llama and of Hugging Face's T5; the names are Megatron-LM's of later years where it has the same.
+    normalization: str = setting(
+        "LayerNorm", "kind of all norms", section="network size", choices=("LayerNorm", "RMSNorm"), task="gpt, t5"
+    )
+    add_bias_linear: bool = setting(
+        True,
+        "no biases in the linear layers of blocks",
+        section="network size",
+        flag="--disable-bias-linear",
+        switch="off",
+        task="gpt, t5",
+    )
+    activation_function: str = setting(
+        "gelu",
+        "of the feed-forward: gelu or relu between two matrices, gated-gelu with a third",
+        section="network size",
+        choices=("gelu", "relu", "gated-gelu"),
+        task="gpt, t5",
+    )
+    swiglu: bool = setting(
+        False,
+        "a feed-forward of three matrices with a SiLU gate, as Llama has it",
+        section="network size",
+        switch="on",
+        task="gpt, t5",
     )
     openai_gelu: bool = setting(False, "tanh GELU with --no-bias-gelu-fusion too", section="network size", switch="on")
     onnx_safe: bool | None = setting(
@@ -103,24 +133,6 @@ class ModelConfig:
         False, "give the output layer a table of its own", section="network size", switch="on"
     )
     # As Hugging Face's T5 has them; the names are Megatron-LM's of later years where it has the same.
-    normalization: str = setting(
-        "LayerNorm", "kind of all norms", section="t5", choices=("LayerNorm", "RMSNorm"), task="t5"
-    )
-    add_bias_linear: bool = setting(
-        True,
-        "no biases in the linear layers of blocks",
-        section="t5",
-        flag="--disable-bias-linear",
-        switch="off",
-        task="t5",
-    )
-    activation_function: str = setting(
-        "gelu",
-        "of the feed-forward: gelu or relu between two matrices, gated-gelu with a third",
-        section="t5",
-        choices=("gelu", "relu", "gated-gelu"),
-        task="t5",
-    )
     softmax_scale: float | None = setting(
         None, "what attention scores are multiplied by", section="t5", task="t5", usual="1 / sqrt(kv_channels)"
     )

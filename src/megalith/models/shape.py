@@ -12,6 +12,9 @@ from megalith.layers.initial import Initial
 from megalith.layers.norm import Normalization
 from megalith.models.settings import ModelConfig
 
+# Settings that make a model another one at the same sizes.
+OPTIONS = ("normalization", "add_bias_linear", "activation_function", "swiglu")
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -26,7 +29,7 @@ class Shape:
 
 
 def shape_of(config: ModelConfig) -> Shape:
-    """The sizes that the settings give: heads share the width and feed-forwards have 4 times the width if not set.
+    """The sizes that the settings give: if not set, heads share the width and feed-forwards have their `inner_width`.
 
     Raises ValueError if a size is missing or the width cannot be shared out.
     """
@@ -42,9 +45,27 @@ def shape_of(config: ModelConfig) -> Shape:
         width=width,
         num_heads=num_heads,
         head_width=width // num_heads if config.kv_channels is None else config.kv_channels,
-        inner=4 * width if config.ffn_hidden_size is None else config.ffn_hidden_size,
+        inner=inner_width(config),
         num_positions=_given(config, "max_position_embeddings"),
     )
+
+
+def inner_width(config: ModelConfig) -> int:
+    """Features inside a feed-forward: those given, or 4 times the width.
+
+    With --swiglu two thirds of that in whole 64s, so that three matrices have the weights of two; as Megatron-LM has
+    it, but at least 64.
+    """
+    if config.ffn_hidden_size is not None:
+        return config.ffn_hidden_size
+    wide = 4 * (config.hidden_size or 0)
+    return max(64, wide * 2 // 3 // 64 * 64) if config.swiglu else wide
+
+
+def options_of(config: ModelConfig) -> dict[str, object]:
+    """Those of the OPTIONS that are not at their defaults, by name: a plain GPT has none."""
+    plain = ModelConfig()
+    return {name: getattr(config, name) for name in OPTIONS if getattr(config, name) != getattr(plain, name)}
 
 
 def initial_weights(config: ModelConfig) -> tuple[Initial, Initial]:
@@ -79,7 +100,7 @@ def block_shape(config: ModelConfig, dtype: torch.dtype) -> BlockShape:
         residual_after_norm=config.apply_residual_connection_post_layernorm,
         norm_after_residual=config.norm_after_residual,
         normalization=normalization_of(config),
-        activation=cast(Activation, config.activation_function),
+        activation=activation_of(config),
         dtype=dtype,
     )
 
@@ -87,6 +108,11 @@ def block_shape(config: ModelConfig, dtype: torch.dtype) -> BlockShape:
 def normalization_of(config: ModelConfig) -> Normalization:
     """The kind of all norms."""
     return cast(Normalization, config.normalization)
+
+
+def activation_of(config: ModelConfig) -> Activation:
+    """What stands inside a feed-forward."""
+    return "swiglu" if config.swiglu else cast(Activation, config.activation_function)
 
 
 def _gelu(config: ModelConfig) -> Gelu:

@@ -129,6 +129,8 @@ def _cut_feed_forward(module: FeedForward, path: str, cutter: Cutter) -> None:
     cutter.columns(module.up, f"{path}.up")
     if module.gate is not None:
         cutter.columns(module.gate, f"{path}.gate")
+        # What both take comes together once, and so does its gradient.
+        module.enter, module.up.enter, module.gate.enter = module.up.enter, None, None
     cutter.rows(module.down, f"{path}.down")
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from megalith.layers.feedforward import GATED
+
 FP32 = 4  # bytes
 
 
@@ -31,6 +33,9 @@ class Job:
     optimizer: str = "adam"
     moments: str = "fp32"
     tied: bool = True
+    biases: bool = True  # of a layer's products
+    activation: str = "gelu"  # gelu, relu, gated-gelu or swiglu
+    normalization: str = "LayerNorm"
     compiled: bool = False
     tensor: int = 1
     sequence_parallel: bool = False
@@ -69,6 +74,16 @@ class Job:
         return self.micro_batch_size * self.sequence_length / self.context
 
     @property
+    def is_gated(self) -> bool:
+        """Whether a feed-forward has three matrices."""
+        return self.activation in GATED
+
+    @property
+    def norm_parameters(self) -> int:
+        """Elements of a norm's weights."""
+        return (1 if self.normalization == "RMSNorm" else 2) * self.width
+
+    @property
     def cut(self) -> int:
         """Ways in which the stream between blocks is cut along its tokens."""
         return self.tensor if self.sequence_parallel else 1
@@ -80,9 +95,10 @@ class Job:
 
 
 def layer_matrices(job: Job) -> list[tuple[float, float]]:
-    """(features in, features out) of the four products of a layer on a rank."""
+    """(features in, features out) of the products of a layer on a rank, four or with a gate five."""
     heads, inner = job.num_heads * job.head_width / job.tensor, job.inner / job.tensor
-    return [(job.width, 3 * heads), (heads, job.width), (job.width, inner), (inner, job.width)]
+    entering = [(job.width, inner)] * (2 if job.is_gated else 1)
+    return [(job.width, 3 * heads), (heads, job.width), *entering, (inner, job.width)]
 
 
 def parameters_in_products(job: Job) -> float:
@@ -92,8 +108,8 @@ def parameters_in_products(job: Job) -> float:
 
 def layer_parameters(job: Job) -> float:
     """Elements of the weights of one layer on a rank."""
-    biases_of_cut_products = (3 * job.num_heads * job.head_width + job.inner) / job.tensor
-    return parameters_in_products(job) + biases_of_cut_products + 2 * job.width + 4 * job.width
+    biases = sum(leaving for _, leaving in layer_matrices(job)) if job.biases else 0.0
+    return parameters_in_products(job) + biases + 2 * job.norm_parameters
 
 
 def table_parameters(job: Job) -> float:
@@ -104,7 +120,7 @@ def table_parameters(job: Job) -> float:
 def parameters_on_rank(job: Job) -> float:
     """Elements of the weights that a rank uses, before replicas share anything out."""
     tables = table_parameters(job) * (1 if job.tied or job.pipeline > 1 else 2)
-    ends = tables + job.num_positions * job.width + 2 * job.width
+    ends = tables + job.num_positions * job.width + job.norm_parameters
     return job.layers_of_a_stage * layer_parameters(job) + ends
 
 

@@ -89,7 +89,7 @@ def delayed_bytes(job: Job) -> float:
         return 0.0
     heads, inner = job.num_heads * job.head_width / job.tensor, job.inner / job.tensor
     entered = job.width * 2 + heads + inner
-    left = 3 * heads + job.width * 2 + inner
+    left = 3 * heads + job.width * 2 + (2 if job.is_gated else 1) * inner
     layers = job.layers_of_a_stage / job.parts
     parts = job.pipeline + (1 if job.parts > 1 else 0)  # as many as were counted on ranks that hold most
     return parts * layers * job.tokens * (entered + left) * job.compute_bytes
@@ -109,7 +109,8 @@ def gathered_bytes(job: Job) -> float:
 
 
 def layer_activations(job: Job) -> float:
-    """What one layer keeps of a microbatch: inputs of its norms and products, queries, keys, values, two of GELU.
+    """What one layer keeps of a microbatch: inputs of its norms and products, queries, keys, values, and what is inside
+    the feed-forward.
 
     Where products go to oneDNN the outputs of norms are made again.
     """
@@ -117,16 +118,19 @@ def layer_activations(job: Job) -> float:
     heads, inner = job.num_heads * job.head_width / job.tensor, job.inner / job.tensor
     between = 2 * job.stream_bytes * job.width / job.cut  # before each norm
     entering = 2 * job.width + heads + inner  # the four products
+    # Inside a feed-forward besides what enters the last product; that is what relu itself keeps.
+    inside = 3 if job.is_gated else 1
     if job.fp8:
         # Products keep what entered them in 8 bits; compiled ones make that again of what others keep.
-        kept = e * (3 * heads + heads + inner) + (0.0 if job.compiled else entering)
+        entering += job.width if job.is_gated else 0
+        kept = e * (3 * heads + heads + inside * inner) + (0.0 if job.compiled else entering)
         copies = 0.0 if job.compiled or is_rounded_once(job) else parameters_in_products(job)
     else:
         normed = job.width / job.cut * (_is_kept(job, 3 * heads) + _is_kept(job, inner))
-        kept = e * (normed + 3 * heads + heads + 2 * inner)
+        kept = e * (normed + 3 * heads + heads + (inside + (job.activation != "relu")) * inner)
         copies = 0.0 if is_rounded_once(job) or job.shares_weights else copy_bytes(job)
     masks = (2 * job.width / job.cut) if job.dropout else 0.0
-    statistics = FP32 * (4 / job.cut + job.num_heads / job.tensor)
+    statistics = FP32 * (2 * job.norm_parameters / job.width / job.cut + job.num_heads / job.tensor)
     words = FP32 * (job.num_heads / job.tensor + 1) if job.attention_dropout else 0.0
     return tokens * (between + kept + masks + statistics + words) + copies + context_activations(job)
 

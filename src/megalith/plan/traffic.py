@@ -73,8 +73,9 @@ def _tensor(job: Job) -> Iterator[Transfer]:
 
 def _held_alike(job: Job) -> float:
     """Elements of a stage's weights that its tensor ranks do not share out: norms, biases of sums, positions."""
-    last_norm = 2 if job.pipeline == 1 else 0
-    return (job.layers_of_a_stage * 6 + job.num_positions + last_norm) * job.width
+    layer = 2 * job.norm_parameters + (2 * job.width if job.biases else 0)
+    last_norm = job.norm_parameters if job.pipeline == 1 else 0
+    return job.layers_of_a_stage * layer + job.num_positions * job.width + last_norm
 
 
 def _context(job: Job) -> Iterator[Transfer]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from megalith.datasets import build_causal_parts
 from megalith.derived import sequence_length
 from megalith.evaluate.loss import unigram_entropy
 from megalith.models.decoder import Decoder
+from megalith.models.shape import options_of
 from megalith.parallel.apply import BuildPart
 from megalith.parallel.step import Batch
 from megalith.task import Baseline, Task, made_up, stack_flops
@@ -70,6 +72,11 @@ def unigram_baseline(run: Run, source: BatchSource) -> Baseline | None:
     return Baseline("lm loss", entropy, "unigram entropy", meaning)
 
 
+def identity(run: Run) -> dict[str, Any]:
+    """What the weights depend on beside the sizes of the transformer: options, where there are any."""
+    return options_of(run.model)
+
+
 TASK = Task(
     title="GPT",
     build_part=build_part,
@@ -82,6 +89,7 @@ TASK = Task(
     build_mock=build_mock,
     causal_flops=partial(step_flops, causal=True),
     baseline=unigram_baseline,
+    identity=identity,
     next_commands=(
         ("talk", 'megalith generate {save} --prompt "..."'),
         ("measure", "megalith evaluate {save}"),

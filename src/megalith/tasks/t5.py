@@ -154,6 +154,7 @@ def identity(run: Run) -> dict[str, Any]:
         "ffn_hidden_size": shape_of(model).inner,
         "normalization": model.normalization,
         "activation_function": model.activation_function,
+        "swiglu": model.swiglu,
         "position_embedding_type": model.position_embedding_type,
         "softmax_scale": model.softmax_scale,
         **(relative if model.position_embedding_type == "relative" else {}),

@@ -1,0 +1,109 @@
+"""A GPT with the options that make it a Llama: what is refused, counted and kept of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megalith.bench import made_for_measuring
+from megalith.check import check
+from megalith.convert_to_megatron import gpt_of
+from megalith.models.decoder import Decoder
+from megalith.plan.job import parameters_on_rank
+from megalith.planned import padded_vocabulary, planned
+from megalith.run_state import differing
+from megalith.sources import read_command_line
+from megalith.tasks.gpt import identity, step_flops
+
+SIZES = """
+    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 20 --mock-data
+    --vocab-size 60 --micro-batch-size 2 --hidden-dropout 0 --attention-dropout 0 --make-vocab-size-divisible-by 8
+""".split()
+OPTIONS = {
+    "norms": "--normalization RMSNorm",
+    "gate": "--swiglu --ffn-hidden-size 40",
+    "biases": "--disable-bias-linear",
+    "gelu gate": "--activation-function gated-gelu",
+    "all": "--normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights",
+}
+
+
+def faults_of(*words: str, world_size: int = 1) -> list[str]:
+    return [str(fault) for fault in check(made_for_measuring(read_command_line([*SIZES, *words]), steps=1), world_size)]
+
+
+def model_of(words: str, **options: object) -> Decoder:
+    run = read_command_line([*SIZES, *words.split()])
+    return Decoder(run.model, padded_vocabulary(run), **options)  # type: ignore[arg-type]
+
+
+def test_options_of_a_llama_are_options_of_a_gpt_and_no_bert() -> None:
+    for words in OPTIONS.values():
+        assert faults_of(*words.split()) == []
+    faults = [str(fault) for fault in check(read_command_line(["bert", *OPTIONS["all"].split()]), 1)]
+    assert "--normalization = RMSNorm: is an option of gpt, t5; bert has none such. Leave it out." in faults
+    assert "--swiglu: is an option of gpt, t5; bert has none such. Leave it out." in faults
+    assert "--disable-bias-linear: is an option of gpt, t5; bert has none such. Leave it out." in faults
+
+
+def test_what_contradicts_is_told_at_once() -> None:
+    assert faults_of("--swiglu", "--activation-function", "relu", "--tensor-model-parallel-size", "5") == [
+        "--tensor-model-parallel-size = 5: times --pipeline-model-parallel-size = 1 does not divide the 1 ranks. "
+        "Products that fit: [1]; or start another number of ranks (torchrun --nproc-per-node).",
+        "--num-attention-heads = 4: is not divisible by --tensor-model-parallel-size = 5. "
+        "Tensor-parallel sizes that fit this model: [1, 2, 4].",
+        "--ffn-hidden-size = 64: is not divisible by --tensor-model-parallel-size = 5. "
+        "Tensor-parallel sizes that fit this model: [1, 2, 4].",
+        "--activation-function = relu: contradicts --swiglu. Give only one of them.",
+    ]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_its_parameters_are_those_that_are_planned(option: str) -> None:
+    run = made_for_measuring(read_command_line([*SIZES, *OPTIONS[option].split()]), steps=1)
+    job = planned(run, 1, vocab_size=padded_vocabulary(run), device="cpu")
+    model = model_of(OPTIONS[option], device="meta")
+    assert parameters_on_rank(job) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_its_operations_are_those_that_pytorch_counts(option: str) -> None:
+    run = read_command_line([*SIZES, *OPTIONS[option].split()])
+    model = model_of(OPTIONS[option])
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    # Attention out of plain products, which the counter knows.
+    for module in model.modules():
+        if hasattr(module, "attend"):
+            module.attend = plain_attention  # type: ignore[assignment]
+    tokens = torch.ones(5, 16, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, torch.arange(16).expand(5, 16)).sum().backward()
+    assert counter.get_total_flops() == pytest.approx(step_flops(run, padded_vocabulary(run), 5), rel=1e-3)
+
+
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    return torch.softmax(q @ k.mT, -1) @ v
+
+
+def test_a_checkpoint_of_another_kind_of_model_is_told_by_its_options() -> None:
+    kept = {name: identity(read_command_line([*SIZES, *words.split()])) for name, words in OPTIONS.items()}
+    plain = identity(read_command_line(SIZES))
+    # So that a plain GPT's checkpoints are what they were.
+    assert plain == {}
+    assert json.loads(json.dumps(kept)) == kept
+    assert [*differing(kept["gate"], kept["gelu gate"])] == [
+        ("activation_function", "gelu", "gated-gelu"),
+        ("swiglu", True, False),
+    ]
+    assert [*differing(plain, kept["norms"])] == [("normalization", "LayerNorm", "RMSNorm")]
+    assert [*differing(kept["biases"], plain)] == [("add_bias_linear", False, True)]
+    assert [*differing({"hidden_size": 32, **kept["all"]}, {"hidden_size": 32, **kept["all"]})] == []
+
+
+def test_megatrons_files_hold_none_of_it(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('task = "gpt"\n[model]\nswiglu = true\nadd_bias_linear = false\n')
+    with pytest.raises(ValueError, match="has --disable-bias-linear, --swiglu, which Megatron-LM"):
+        gpt_of(str(tmp_path))
