@@ -57,6 +57,7 @@ TP, PP, CP, SHARD = (
     "--context-parallel-size",
     "--data-parallel-sharding",
 )
+ROPE = ["--position-embedding-type", "rope"]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "dp2": (2, []),
     "dp2-deterministic": (2, ["--deterministic"]),
@@ -78,7 +79,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tp2-full": (2, [TP, "2", "--checkpoint-activations"]),
     "tp2-full-shared": (2, [TP, "2", "--checkpoint-activations", "--distribute-checkpointed-activations"]),
     "tp2-sp-full": (2, [TP, "2", "--sequence-parallel", "--checkpoint-activations", "--hidden-dropout", "0"]),
-    "tp2-llama": (2, [TP, "2", "--normalization", "RMSNorm", "--disable-bias-linear", "--swiglu"]),
+    "tp2-llama": (2, [TP, "2", "--normalization", "RMSNorm", "--disable-bias-linear", "--swiglu", *ROPE]),
     "tp2-bf16": (2, [TP, "2", "--bf16"]),
     "zero3-bf16": (2, [SHARD, "parameters", "--bf16"]),
     "cp2-full": (2, [CP, "2", "--checkpoint-activations"]),

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megalith.bench import made_for_measuring
 from megalith.check import check
+from megalith.config import ConfigError
 from megalith.convert_to_megatron import gpt_of
 from megalith.models.decoder import Decoder
 from megalith.plan.job import parameters_on_rank
@@ -26,7 +27,9 @@ OPTIONS = {
     "gate": "--swiglu --ffn-hidden-size 40",
     "biases": "--disable-bias-linear",
     "gelu gate": "--activation-function gated-gelu",
-    "all": "--normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights",
+    "rope": "--position-embedding-type rope --rotary-percent 0.5",
+    "all": "--normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights "
+    "--position-embedding-type rope --rotary-base 500000",
 }
 
 
@@ -58,6 +61,29 @@ def test_what_contradicts_is_told_at_once() -> None:
         "Tensor-parallel sizes that fit this model: [1, 2, 4].",
         "--activation-function = relu: contradicts --swiglu. Give only one of them.",
     ]
+
+
+def test_positions_that_fit_no_head_or_task_are_refused() -> None:
+    assert faults_of("--rotary-base", "100") == [
+        "--rotary-base = 100.0: is of --position-embedding-type rope, not of learned_absolute. "
+        "Add that, or leave this out."
+    ]
+    rope = ["--position-embedding-type", "rope"]
+    assert faults_of(*rope, "--rotary-percent", "0.4", "--rotary-base", "0") == [
+        "--rotary-base = 0.0: must be above 1. Give such a number; 10000 is usual.",
+        "--rotary-percent = 0.4: gives 3 of a head's 8 features, and they turn in pairs. "
+        "Change it, or --kv-channels, to an even number.",
+    ]
+    assert faults_of(*rope, "--rotary-percent", "1.5") == [
+        "--rotary-percent = 1.5: must be above 0 and at most 1. 1 is usual."
+    ]
+    assert faults_of("--position-embedding-type", "relative") == [
+        "--position-embedding-type = relative: is an option of t5. Use learned_absolute or rope."
+    ]
+    faults = [str(fault) for fault in check(read_command_line(["t5", *rope]), 1)]
+    assert "--position-embedding-type = rope: is an option of gpt. Use learned_absolute or relative." in faults
+    with pytest.raises(ConfigError, match="Use --position-embedding-type rope instead"):
+        read_command_line(["--use-rotary-position-embeddings"])
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -100,6 +126,12 @@ def test_a_checkpoint_of_another_kind_of_model_is_told_by_its_options() -> None:
     ]
     assert [*differing(plain, kept["norms"])] == [("normalization", "LayerNorm", "RMSNorm")]
     assert [*differing(kept["biases"], plain)] == [("add_bias_linear", False, True)]
+    assert [*differing(kept["rope"], kept["all"])][-2:] == [
+        ("rotary_base", 10000.0, 500000.0),
+        ("rotary_percent", 0.5, 1.0),
+    ]
+    # Without a table of positions there may be more of them.
+    assert kept["rope"]["max_position_embeddings"] is None
     assert [*differing({"hidden_size": 32, **kept["all"]}, {"hidden_size": 32, **kept["all"]})] == []
 
 

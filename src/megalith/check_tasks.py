@@ -9,7 +9,7 @@ from megalith.check_t5 import t5_faults
 from megalith.check_vit import vit_faults
 from megalith.config import Fault, Run, fault, known_settings
 from megalith.fields import describe
-from megalith.models.shape import OPTIONS
+from megalith.models.shape import OPTIONS, options_of
 
 
 def task_faults(run: Run) -> list[Fault]:
@@ -19,6 +19,7 @@ def task_faults(run: Run) -> list[Fault]:
         *_layouts(run),
         *_options(run),
         *_activation(run),
+        *_positions(run),
         *_mock_data(run),
         *_corpus(run),
         *(() if rules is None else rules(run)),
@@ -49,6 +50,33 @@ def _activation(run: Run) -> Iterator[Fault]:
         yield fault("activation_function", activation, "contradicts --swiglu", "Give only one of them")
 
 
+def _positions(run: Run) -> Iterator[Fault]:
+    """Positions of a kind that the task has not, and angles that fit no head."""
+    model, kind = run.model, run.model.position_embedding_type
+    others = [task for task, kinds in POSITIONS.items() if kind in kinds and task != run.task]
+    if run.task in POSITIONS and kind not in POSITIONS[run.task]:
+        known = " or ".join(POSITIONS[run.task])
+        yield Fault(flag_of("position_embedding_type"), kind, f"is an option of {', '.join(others)}", f"Use {known}")
+    if kind != "rope":
+        for name in ("rotary_base", "rotary_percent"):
+            if name in options_of(model) and run.task == "gpt":
+                rule = f"is of --position-embedding-type rope, not of {kind}"
+                yield Fault(flag_of(name), getattr(model, name), rule, "Add that, or leave this out")
+        return
+    if not model.rotary_base > 1:
+        yield Fault(flag_of("rotary_base"), model.rotary_base, "must be above 1", "Give such a number; 10000 is usual")
+    heads, width = model.num_attention_heads, model.kv_channels
+    if width is None and heads and model.hidden_size and model.hidden_size % heads == 0:
+        width = model.hidden_size // heads
+    if not 0 < model.rotary_percent <= 1:
+        yield Fault(flag_of("rotary_percent"), model.rotary_percent, "must be above 0 and at most 1", "1 is usual")
+    elif width and (turned := int(width * model.rotary_percent)) % 2 + (turned == 0):
+        rule = f"gives {turned} of a head's {width} features, and they turn in pairs"
+        yield Fault(
+            flag_of("rotary_percent"), model.rotary_percent, rule, "Change it, or --kv-channels, to an even number"
+        )
+
+
 def _mock_data(run: Run) -> Iterator[Fault]:
     if run.data.mock_data and run.task not in MOCKED:
         rule = f"makes up data for {', '.join(MOCKED)}, not for {run.task}"
@@ -72,10 +100,11 @@ OF_SOME_TASKS = (
     "norm_after_residual",
     *OPTIONS,
     "softmax_scale",
-    "position_embedding_type",
     "output_bias",
     "scale_decoder_outputs",
 )
+# Kinds of positions of the tasks that have several.
+POSITIONS = {"gpt": ("learned_absolute", "rope"), "t5": ("learned_absolute", "relative")}
 # Tasks whose rows can make up data.
 MOCKED = ("gpt", "bert", "t5", "ict", "vit")
 # What is checked for one task alone.

@@ -26,11 +26,12 @@ from megalith.terminal import why_no_text
 
 TASKS = ("gpt", "bert", "t5", "ict", "vit", "classify", "retriever")
 
-# Flags that Megatron-LM itself removed, with what took their place.
+# Flags that Megatron-LM itself removed or is about to, with what took their place.
 REMOVED = {
     "--batch-size": "--micro-batch-size",
     "--warmup": "--lr-warmup-fraction",
     "--model-parallel-size": "--tensor-model-parallel-size",
+    "--use-rotary-position-embeddings": "--position-embedding-type rope",
 }
 
 

@@ -135,6 +135,8 @@ OURS = (
     "swiglu",
     "softmax_scale",
     "position_embedding_type",
+    "rotary_base",
+    "rotary_percent",
     "relative_attention_num_buckets",
     "relative_attention_max_distance",
     "output_bias",

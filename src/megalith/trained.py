@@ -23,9 +23,9 @@ from megalith.data.record import check_prepared
 from megalith.data.split import split_documents
 from megalith.data.tokenizer import Tokenizer, load_saved_tokenizer
 from megalith.derived import compute_dtype, sequence_length
-from megalith.evaluate.generate import Sampling
+from megalith.evaluate.generate import Sampling, tokens_held
 from megalith.evaluate.loss import StreamLoss, stream_loss
-from megalith.evaluate.talk import continuations, eod_of, shown, stream_text, tokens_held
+from megalith.evaluate.talk import continuations, eod_of, shown, stream_text
 from megalith.models.decoder import Decoder
 from megalith.parallel.mesh import choose_device
 from megalith.run_state import WEIGHT

@@ -41,13 +41,16 @@ MODELS = {
     "dropout": [],
     "no-dropout": ["--hidden-dropout", "0", "--attention-dropout", "0"],
     "untied": ["--untie-embeddings-and-output-weights"],
-    "llama": "--normalization RMSNorm --disable-bias-linear --swiglu --untie-embeddings-and-output-weights".split(),
+    "llama": """
+        --normalization RMSNorm --disable-bias-linear --swiglu --untie-embeddings-and-output-weights
+        --position-embedding-type rope --reset-position-ids --reset-attention-mask
+    """.split(),
 }
 QUICK = {
     "dropout": {"dp2", "tp2-sp", "pp2", "pp2-zero-bubble", "cp2", "zero1", "hybrid", "pp2-tp2-dp2"},
     "untied": {"pp2-interleaved"},
     "no-dropout": {"tp2-cp2"},
-    "llama": {"tp2-sp", "pp2-zero-bubble", "zero3"},
+    "llama": {"tp2-sp", "pp2-zero-bubble", "cp2"},
 }
 
 

@@ -18,7 +18,9 @@ CONFIG = ModelConfig(
     num_layers=3, hidden_size=16, num_attention_heads=4, max_position_embeddings=12, init_method_std=0.3
 )
 STILL = dataclasses.replace(CONFIG, hidden_dropout=0.0, attention_dropout=0.0)
-LLAMA = dataclasses.replace(STILL, normalization="RMSNorm", add_bias_linear=False, swiglu=True)
+LLAMA = dataclasses.replace(
+    STILL, normalization="RMSNorm", add_bias_linear=False, swiglu=True, position_embedding_type="rope"
+)
 KINDS = {"plain": STILL, "llama": LLAMA}
 POSITIONS = torch.arange(T).expand(B, T)
 SAMPLES = torch.tensor([7, 0, 3])
@@ -209,6 +211,14 @@ def test_cached_rows_of_different_lengths_do_not_see_each_others_padding(kind: s
         for b, length in enumerate(lengths):
             alone = model(whole[b : b + 1, : length + 1], POSITIONS[:1, : length + 1])
             torch.testing.assert_close(logits[b, 0], alone[0, -1], rtol=0, atol=1e-5)
+
+
+def test_rotary_positions_need_no_table_and_tell_distances_alone() -> None:
+    model, tabled = decoder(LLAMA), decoder(dataclasses.replace(LLAMA, position_embedding_type="learned_absolute"))
+    assert num_parameters(tabled) - num_parameters(model) == 12 * 16
+    whole = tokens()[:, :-1]
+    torch.testing.assert_close(model(whole, POSITIONS + 90), model(whole, POSITIONS), rtol=0, atol=1e-4)
+    assert not torch.allclose(model(whole, POSITIONS * 2), model(whole, POSITIONS), atol=1e-2)
 
 
 def test_a_full_cache_refuses_more() -> None:

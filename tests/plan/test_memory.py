@@ -28,7 +28,7 @@ MODEL = """
     --vocab-size 2000 --micro-batch-size 4 --hidden-dropout 0 --attention-dropout 0 --device cpu
 """.split()
 MOST_TABLE = "--hidden-size 128 --seq-length 64 --micro-batch-size 1 --vocab-size 20000 --checkpoint-activations"
-LLAMA = "--normalization RMSNorm --disable-bias-linear --swiglu"
+LLAMA = "--normalization RMSNorm --disable-bias-linear --swiglu --position-embedding-type rope"
 CASES = {
     "plain": "--global-batch-size 8",
     "one microbatch": "--global-batch-size 4",
@@ -50,11 +50,11 @@ CASES = {
     "bf16, a wide vocabulary": "--global-batch-size 8 --bf16 --vocab-size 20000",
     "8-bit products": "--global-batch-size 8 --bf16 --fp8-format e4m3",
     "8-bit products in fp32": "--global-batch-size 8 --fp8-format hybrid",
-    "a gate, RMSNorm and no biases": f"--global-batch-size 8 {LLAMA}",
-    "a gate, RMSNorm and no biases, selective": f"--global-batch-size 8 {LLAMA} --recompute-granularity selective",
-    "a gate, RMSNorm and no biases, full": f"--global-batch-size 8 {LLAMA} --checkpoint-activations",
-    "a gate, RMSNorm and no biases, bf16": f"--global-batch-size 8 {LLAMA} --bf16",
-    "a gate, RMSNorm and no biases, 8-bit products": f"--global-batch-size 8 {LLAMA} --bf16 --fp8-format e4m3",
+    "as a llama": f"--global-batch-size 8 {LLAMA}",
+    "as a llama, selective": f"--global-batch-size 8 {LLAMA} --recompute-granularity selective",
+    "as a llama, full": f"--global-batch-size 8 {LLAMA} --checkpoint-activations",
+    "as a llama, bf16": f"--global-batch-size 8 {LLAMA} --bf16",
+    "as a llama, 8-bit products": f"--global-batch-size 8 {LLAMA} --bf16 --fp8-format e4m3",
     "relu": "--global-batch-size 8 --activation-function relu",
     "a wide vocabulary, untied": "--global-batch-size 8 --vocab-size 20000 --untie-embeddings-and-output-weights",
 }

@@ -17,6 +17,7 @@ from torch import Tensor
 from megalith.layers.cache import KeyValueCache
 from megalith.layers.random import key, uniform_at
 from megalith.models.decoder import Decoder
+from megalith.models.shape import shape_of
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def stream_tokens(
     model's max_position_embeddings, whichever comes first. vocab_size: the tokenizer's; ids that only pad the model's
     table are never chosen. Raises ValueError for a prompt that is empty, too long, or has ids beyond vocab_size.
     """
-    num_positions = model.position_embedding.weight.shape[0]
-    device = model.position_embedding.weight.device
+    num_positions = tokens_held(model)
+    device = model.word_embedding.weight.device
     check_prompts(prompts, num_positions, vocab_size)
     wheres = _prompt_keys(prompts, sampling.seed)
     capacity = min(num_positions, max(map(len, prompts), default=0) + max_new_tokens)
@@ -113,6 +114,11 @@ def stream_tokens(
             running = [running[row] for row in stay]
         new = torch.tensor([[tokens[row]] for row in stay], dtype=torch.int64, device=device).view(-1, 1)
         counts = [1] * len(stay)
+
+
+def tokens_held(model: Decoder) -> int:
+    """How many tokens a model can hold, those of the prompt among them."""
+    return shape_of(model.config).num_positions
 
 
 def choose(logits_V: Tensor, sampling: Sampling, uniform: float) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, TextIO
 
 from megalith.data.tokenizer import TextStream, Tokenizer
-from megalith.evaluate.generate import Sampling, check_prompts, generate, stream_tokens
+from megalith.evaluate.generate import Sampling, check_prompts, generate, stream_tokens, tokens_held
 from megalith.models.decoder import Decoder
 
 
@@ -67,11 +67,6 @@ def stream_text(
     stream.write(shown(text.finish()) + "\n")
     stream.flush()
     return _is_cut(model, len(ids), made, max_new_tokens)
-
-
-def tokens_held(model: Decoder) -> int:
-    """How many tokens a model can hold, those of the prompt among them."""
-    return int(model.position_embedding.weight.shape[0])
 
 
 def _is_cut(model: Decoder, num_prompt: int, num_made: int, max_new_tokens: int) -> bool:

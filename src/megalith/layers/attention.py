@@ -19,6 +19,7 @@ from megalith.layers.linear import Linear
 from megalith.layers.mask import Mask
 from megalith.layers.products import Again
 from megalith.layers.random import mix, number_words, rows_for
+from megalith.layers.rotary import Rotation, rotate
 from megalith.layers.sixteen import has_kernels
 
 
@@ -125,9 +126,14 @@ class SelfAttention(_Attention):
         rows_BT: Tensor | None = None,
         cache: KeyValueCache | None = None,
         again: Again | None = None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
-        """again: how the backward pass can make x again instead of keeping it."""
+        """again: how the backward pass can make x again instead of keeping it. rotation: of the tokens' positions."""
         q_BTHK, k_BSHK, v_BSHK = self._project(x_BTD, again)
+        if rotation is not None:
+            q_BTHK, k_BSHK = rotate(q_BTHK, rotation), rotate(k_BSHK, rotation)
+            # A copy, or the queries and keys beside it would be kept before and after they turned.
+            v_BSHK = v_BSHK.clone()
         if cache is not None:
             k_BHSK, v_BHSK = cache.extend(self.number, k_BSHK.transpose(1, 2), v_BSHK.transpose(1, 2))
             k_BSHK, v_BSHK = k_BHSK.transpose(1, 2), v_BHSK.transpose(1, 2)

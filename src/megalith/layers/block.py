@@ -17,6 +17,7 @@ from megalith.layers.mask import Mask
 from megalith.layers.norm import LayerNorm, Normalization, RMSNorm, make_norm
 from megalith.layers.products import Again
 from megalith.layers.random import key, number_words, on_device
+from megalith.layers.rotary import Rotation
 
 
 @dataclass(frozen=True)
@@ -108,16 +109,20 @@ class Block(nn.Module):
         rows_BT: Tensor | None = None,
         *,
         cache: KeyValueCache | None = None,
+        rotation: Rotation | None = None,
         memory_BSD: Tensor | None = None,
         memory_mask: Mask | None = None,
     ) -> Tensor:
-        """The stream after this block, in its own type. rows_BT: None for no dropout. memory: the encoder's output."""
+        """The stream after this block, in its own type. rows_BT: None for no dropout. memory: the encoder's output.
+
+        rotation: of the tokens' positions, None where they are known otherwise.
+        """
         dtype = self.shape.dtype
         stream_rows = self.cut(rows_BT) if self.cut is not None and rows_BT is not None else rows_BT
 
         entering = self._entering(x_BTD, self.attention_norm)
         again = self._again(x_BTD, self.attention_norm)
-        branch = self.attention(entering.to(dtype), mask, rows_BT, cache, again)
+        branch = self.attention(entering.to(dtype), mask, rows_BT, cache, again, rotation)
         x_BTD = self._add(x_BTD, entering, branch, stream_rows, self.drop_attention, self.attention_norm)
 
         if self.cross is not None and self.cross_norm is not None:

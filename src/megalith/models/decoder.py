@@ -12,13 +12,17 @@ from megalith.layers.cache import KeyValueCache
 from megalith.layers.embedding import Embedding
 from megalith.layers.linear import Linear
 from megalith.layers.random import key
+from megalith.layers.rotary import rotation_at
 from megalith.models.settings import ModelConfig
-from megalith.models.shape import initial_weights, shape_of
+from megalith.models.shape import initial_weights, rotary_width, shape_of
 from megalith.models.transformer import LanguageModel
 
 
 class Decoder(LanguageModel):
-    """A decoder-only transformer (GPT-2, Radford et al. 2019), with Megatron-LM's options."""
+    """A decoder-only transformer (GPT-2, Radford et al. 2019), with Megatron-LM's options, Llama's among them.
+
+    Positions are rows of a table, or angles by which queries and keys turn: then there is none.
+    """
 
     def __init__(
         self,
@@ -34,9 +38,10 @@ class Decoder(LanguageModel):
         super().__init__(config, dtype=dtype, first=first, last=last)
         shape = shape_of(config)
         table, _ = initial_weights(config)
+        self.rotary = rotary_width(config)
         if first or (last and self.tied):
             self.word_embedding = Embedding(vocab_size, shape.width, table, device=device)
-        if first:
+        if first and not self.rotary:
             self.position_embedding = Embedding(shape.num_positions, shape.width, table, device=device)
         self.layers = self.make_blocks(layers, device=device)
         if last:
@@ -103,12 +108,15 @@ class Decoder(LanguageModel):
         else:
             dense = self.drops_scores(rows)
             mask = self.mask_for(num_tokens, causal=True, query_documents_BT=documents, dense=dense)
-        return self.run_blocks(list(self.layers.values()), x_BTD, mask, rows, cache=cache)
+        rotation = None
+        if self.rotary:
+            rotation = rotation_at(positions_BT, width=self.rotary, base=self.config.rotary_base)
+        return self.run_blocks(list(self.layers.values()), x_BTD, mask, rows, cache=cache, rotation=rotation)
 
     def embed(self, tokens_BT: Tensor, positions_BT: Tensor, rows_BT: Tensor | None) -> Tensor:
         """BTD: the stream that enters the first block."""
         return self._embedded(self.word_embedding(tokens_BT), positions_BT, rows_BT)
 
     def _embedded(self, looked_up_BTD: Tensor, positions_BT: Tensor, rows_BT: Tensor | None) -> Tensor:
-        x_BTD = looked_up_BTD + self.position_embedding(positions_BT)
+        x_BTD = looked_up_BTD if self.rotary else looked_up_BTD + self.position_embedding(positions_BT)
         return self.entering(x_BTD, rows_BT, key("dropout", "embedding"))

@@ -23,7 +23,7 @@ class ModelConfig:
         None, "per-head width", section="network size", usual="hidden size / heads", unit="features per head"
     )
     max_position_embeddings: int | None = setting(
-        None, "rows of the position table", section="network size", unit="tokens"
+        None, "rows of the position table; the longest sequence", section="network size", unit="tokens"
     )
     make_vocab_size_divisible_by: int = setting(
         128, "vocabulary padding multiple", section="network size", unit="tokens"
@@ -64,6 +64,23 @@ class ModelConfig:
         section="network size",
         switch="on",
         task="gpt, t5",
+    )
+    position_embedding_type: str = setting(
+        "learned_absolute",
+        "a table of positions; rope (gpt): queries and keys turn with their place; relative (t5): a bias of each head "
+        "by the distance of query and key, one table for each stack",
+        section="network size",
+        choices=("learned_absolute", "rope", "relative"),
+        task="gpt, t5",
+    )
+    rotary_base: float = setting(
+        10000.0,
+        "what the angles of rope fall by from a head's first features to its last",
+        section="network size",
+        task="gpt",
+    )
+    rotary_percent: float = setting(
+        1.0, "share of a head's features that rope turns", section="network size", task="gpt"
     )
     openai_gelu: bool = setting(False, "tanh GELU with --no-bias-gelu-fusion too", section="network size", switch="on")
     onnx_safe: bool | None = setting(
@@ -135,13 +152,6 @@ class ModelConfig:
     # As Hugging Face's T5 has them; the names are Megatron-LM's of later years where it has the same.
     softmax_scale: float | None = setting(
         None, "what attention scores are multiplied by", section="t5", task="t5", usual="1 / sqrt(kv_channels)"
-    )
-    position_embedding_type: str = setting(
-        "learned_absolute",
-        "a table of positions, or a bias of each head by the distance of query and key, one table for each stack",
-        section="t5",
-        choices=("learned_absolute", "relative"),
-        task="t5",
     )
     relative_attention_num_buckets: int = setting(
         32, "rows of a table of distances", section="t5", unit="distances", task="t5"

@@ -13,7 +13,15 @@ from megalith.layers.norm import Normalization
 from megalith.models.settings import ModelConfig
 
 # Settings that make a model another one at the same sizes.
-OPTIONS = ("normalization", "add_bias_linear", "activation_function", "swiglu")
+OPTIONS = (
+    "normalization",
+    "add_bias_linear",
+    "activation_function",
+    "swiglu",
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_percent",
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class Shape:
     num_heads: int
     head_width: int  # features per head
     inner: int  # features inside a feed-forward
-    num_positions: int  # rows of the position table
+    num_positions: int  # rows of the position table, where there is one; the longest sequence
 
 
 def shape_of(config: ModelConfig) -> Shape:
@@ -60,6 +68,11 @@ def inner_width(config: ModelConfig) -> int:
         return config.ffn_hidden_size
     wide = 4 * (config.hidden_size or 0)
     return max(64, wide * 2 // 3 // 64 * 64) if config.swiglu else wide
+
+
+def rotary_width(config: ModelConfig) -> int:
+    """Features of a head that turn with its place; 0 where positions are known otherwise."""
+    return int(shape_of(config).head_width * config.rotary_percent) if config.position_embedding_type == "rope" else 0
 
 
 def options_of(config: ModelConfig) -> dict[str, object]:

@@ -17,7 +17,7 @@ class Job:
     head_width: int
     inner: int
     vocab_size: int  # padded
-    num_positions: int
+    num_positions: int  # rows of a table of positions
     sequence_length: int
     micro_batch_size: int
     num_microbatches: int  # of a step, on a rank
@@ -36,6 +36,7 @@ class Job:
     biases: bool = True  # of a layer's products
     activation: str = "gelu"  # gelu, relu, gated-gelu or swiglu
     normalization: str = "LayerNorm"
+    rotary: int = 0  # features of a head that turn with its place
     compiled: bool = False
     tensor: int = 1
     sequence_parallel: bool = False

@@ -172,12 +172,14 @@ def end_bytes(job: Job) -> float:
 
 
 def stage_activations(job: Job) -> float:
-    """What a stage keeps of one microbatch, what leaves each of its parts included."""
+    """What a stage keeps of one microbatch, what leaves each of its parts included, and the angles that all layers of a
+    part share."""
     layers = job.layers_of_a_stage
+    ends = job.parts * (end_bytes(job) + FP32 * job.tokens * job.rotary)
     if job.recompute != "full":
-        return layers * layer_activations(job) + job.parts * end_bytes(job)
+        return layers * layer_activations(job) + ends
     chunks = job.parts * -(-layers // (job.parts * job.recompute_every))
-    return chunks * job.stream / (job.tensor if job.cuts_kept else 1) + job.parts * end_bytes(job)
+    return chunks * job.stream / (job.tensor if job.cuts_kept else 1) + ends
 
 
 def recomputed_activations(job: Job) -> float:

@@ -16,7 +16,7 @@ from megalith.datasets import build_causal_parts
 from megalith.derived import sequence_length
 from megalith.evaluate.loss import unigram_entropy
 from megalith.models.decoder import Decoder
-from megalith.models.shape import options_of
+from megalith.models.shape import options_of, rotary_width
 from megalith.parallel.apply import BuildPart
 from megalith.parallel.step import Batch
 from megalith.task import Baseline, Task, made_up, stack_flops
@@ -73,8 +73,12 @@ def unigram_baseline(run: Run, source: BatchSource) -> Baseline | None:
 
 
 def identity(run: Run) -> dict[str, Any]:
-    """What the weights depend on beside the sizes of the transformer: options, where there are any."""
-    return options_of(run.model)
+    """What the weights depend on beside the sizes of the transformer: options, where there are any.
+
+    Without a table of positions they do not depend on how many there may be.
+    """
+    without_table = {"max_position_embeddings": None} if rotary_width(run.model) else {}
+    return {**options_of(run.model), **without_table}
 
 
 TASK = Task(
