@@ -56,25 +56,23 @@ def _positions(run: Run) -> Iterator[Fault]:
     others = [task for task, kinds in POSITIONS.items() if kind in kinds and task != run.task]
     if run.task in POSITIONS and kind not in POSITIONS[run.task]:
         known = " or ".join(POSITIONS[run.task])
-        yield Fault(flag_of("position_embedding_type"), kind, f"is an option of {', '.join(others)}", f"Use {known}")
+        yield fault("position_embedding_type", kind, f"is an option of {', '.join(others)}", f"Use {known}")
     if kind != "rope":
         for name in ("rotary_base", "rotary_percent"):
             if name in options_of(model) and run.task == "gpt":
                 rule = f"is of --position-embedding-type rope, not of {kind}"
-                yield Fault(flag_of(name), getattr(model, name), rule, "Add that, or leave this out")
+                yield fault(name, getattr(model, name), rule, "Add that, or leave this out")
         return
     if not model.rotary_base > 1:
-        yield Fault(flag_of("rotary_base"), model.rotary_base, "must be above 1", "Give such a number; 10000 is usual")
+        yield fault("rotary_base", model.rotary_base, "must be above 1", "Give such a number; 10000 is usual")
     heads, width = model.num_attention_heads, model.kv_channels
     if width is None and heads and model.hidden_size and model.hidden_size % heads == 0:
         width = model.hidden_size // heads
     if not 0 < model.rotary_percent <= 1:
-        yield Fault(flag_of("rotary_percent"), model.rotary_percent, "must be above 0 and at most 1", "1 is usual")
+        yield fault("rotary_percent", model.rotary_percent, "must be above 0 and at most 1", "1 is usual")
     elif width and (turned := int(width * model.rotary_percent)) % 2 + (turned == 0):
         rule = f"gives {turned} of a head's {width} features, and they turn in pairs"
-        yield Fault(
-            flag_of("rotary_percent"), model.rotary_percent, rule, "Change it, or --kv-channels, to an even number"
-        )
+        yield fault("rotary_percent", model.rotary_percent, rule, "Change it, or --kv-channels, to an even number")
 
 
 def _mock_data(run: Run) -> Iterator[Fault]:
