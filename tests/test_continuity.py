@@ -116,6 +116,36 @@ def contents_of(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+def test_a_run_may_start_from_a_checkpoint_that_is_not_the_newest(save: Path, data: Path, tmp_path: Path) -> None:
+    words = [*FEW, "--train-iters", "4"]
+    assert run_on(1, words, save, data) == 0
+    earlier = save / "checkpoints" / "step-0000002"
+    assert run_on(1, [*words, "--load", str(earlier)], tmp_path / "other", data) == 0
+    (loaded,) = events_of(tmp_path / "other", "checkpoint_loaded")
+    assert loaded["step"] == 2
+    steps = {folder: events_of(folder, "step_done")[-2:] for folder in (save, tmp_path / "other")}
+    assert [step["losses"] for step in steps[save]] == [step["losses"] for step in steps[tmp_path / "other"]]
+    (end,) = watch_ranks(
+        lambda rank: run_rank(
+            rank,
+            world_size=1,
+            words=[
+                *MODEL,
+                "--data-path",
+                str(data),
+                "--save",
+                str(tmp_path / "third"),
+                *words,
+                "--load",
+                f"{earlier}3",
+            ],
+            before=None,
+        ),
+        1,
+    )
+    assert "is not a directory" in end.error
+
+
 def test_what_is_refused_leaves_run_file_and_tokenizer_as_they_are(save: Path, data: Path, tmp_path: Path) -> None:
     before = contents_of(save)
     words = ("--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file", str(write_vocabulary(tmp_path)))

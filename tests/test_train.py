@@ -211,13 +211,17 @@ def test_a_constant_loss_scale_may_become_a_dynamic_one(data: Path, tmp_path: Pa
 
 def test_a_run_without_saved_optimizer_goes_on_in_its_directory(data: Path, tmp_path: Path) -> None:
     save = tmp_path / "run"
-    words = ["--no-save-optim", "--train-iters", "4", "--save-interval", "2"]
-    assert run_on(1, [*words, "--exit-interval", "2"], save, data) == 0
+    words = ["--train-iters", "4", "--save-interval", "2"]
+    assert run_on(1, [*words, "--no-save-optim", "--exit-interval", "2"], save, data) == 0
     done = subprocess.run(command(data, save, *words), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "--no-load-optim" in done.stderr
-    done = subprocess.run(command(data, save, *words, "--no-load-optim"), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert [step["step"] for step in steps_of(save)] == [1, 2, 3, 4]
+    assert done.returncode == 2
+    assert "was saved without its optimizer. With --no-load-optim the run goes on with a new one" in done.stderr
+    shutil.copytree(save, tmp_path / "other")
+    for folder, word in ((save, "--no-load-optim"), (tmp_path / "other", "--no-save-optim")):
+        done = subprocess.run(command(data, folder, *words, word), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "step 2 was saved without its optimizer, whose state begins anew" in done.stdout + done.stderr
+        assert [step["step"] for step in steps_of(folder)] == [1, 2, 3, 4]
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_all_differences(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalith.adopt import Adoption, begin_with
-from megalith.checkpoint.directory import CheckpointError
+from megalith.checkpoint.directory import CheckpointError, named_step
 from megalith.checkpoint.exchange import Ranks
 from megalith.checkpoint.index import Index
 from megalith.checkpoint.pieces import Piece
@@ -32,8 +32,9 @@ class Source:
     """Where a run starts from."""
 
     directory: Path
-    newest: int  # step of its newest checkpoint
+    newest: int  # step of its newest checkpoint, or of the one that was named
     is_own: bool  # the run's own directory: it goes on, whatever --finetune and the like say
+    is_named: bool = False  # that checkpoint it must be
 
 
 def source_of(job: Job) -> Source | None:
@@ -54,6 +55,10 @@ def source_of(job: Job) -> Source | None:
         )
     if checkpoint.load is None:
         return None
+    if (named := named_step(checkpoint.load)) is not None:
+        run_dir, step = named
+        if step in _steps_in(str(run_dir)):
+            return Source(run_dir, step, is_own=False, is_named=True)
     if others := _steps_in(checkpoint.load):
         return Source(Path(checkpoint.load), others[-1], is_own=False)
     if not is_same:
@@ -98,16 +103,24 @@ def resume(job: Job) -> None:
     job.log.report(LoadStarted(str(source.directory), source.newest))
     fresh = job.run.checkpoint.finetune and not source.is_own
     with_optimizer = not fresh and (source.is_own or not job.run.checkpoint.no_load_optim)
-    may_lack = source.is_own and bool(job.run.checkpoint.no_load_optim)
+    may_lack = source.is_own and bool(job.run.checkpoint.no_load_optim or job.run.checkpoint.no_save_optim)
     fit = job.task.fit if fresh else None
     adoption = None if fit is None else Adoption(job.laid.trained.held, fit, prefix=WEIGHT)
     try:
         loaded = load(
-            job, source.directory, fresh=fresh, with_optimizer=with_optimizer, may_lack=may_lack, adoption=adoption
+            job,
+            source.directory,
+            fresh=fresh,
+            with_optimizer=with_optimizer,
+            may_lack=may_lack,
+            step=source.newest if source.is_named else None,
+            adoption=adoption,
         )
     except CheckpointError as error:
         raise ValueError(str(error)) from error
-    with_optimizer = with_optimizer and not (may_lack and _lacks_optimizer(job, loaded.index))
+    if with_optimizer and may_lack and _lacks_optimizer(job, loaded.index):
+        with_optimizer = False
+        job.log.report(Warned(f"step {loaded.index.step} was saved without its optimizer, whose state begins anew"))
     if not fresh:
         tell_differences(job.run, job.data, samples_of(job), loaded.index.state, loaded.index.notes, job.log)
     if adoption is not None:
@@ -197,6 +210,11 @@ def wanted(job: Job, index: Index, *, with_optimizer: bool, adoption: Adoption |
         return weight_pieces(job)
     pieces = optimizer_pieces(job)
     if not pieces.keys() <= index.tensors.keys():
+        if all(name.startswith(WEIGHT) for name in index.tensors):
+            raise ValueError(
+                f"the checkpoint of step {index.step} was saved without its optimizer. With --no-load-optim the run "
+                "goes on with a new one"
+            )
         raise ValueError(
             f"the checkpoint of step {index.step} holds no optimizer state for this model and --optimizer "
             f"{job.run.optimizer.optimizer}. Give the optimizer of before, or --no-load-optim"

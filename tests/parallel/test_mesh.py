@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalith.parallel.mesh import AXES, Groups, Layout, make_groups
+from megalith.parallel.mesh import AXES, Groups, Layout, make_groups, ranks_in
 from megalith.parallel.shard import replica_mesh
 from tests.ranks import run_ranks
 
@@ -144,3 +144,24 @@ def test_making_the_groups_of_4096_ranks_costs_a_call_for_each_kind(
     found = {name: None if group is None else group.ranks for name, group in held.items()}
     assert found == expected(layout, 8)
     assert len(calls) == 7 and all(made.timeouts == [timedelta(seconds=SECONDS)] for made in calls)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK = x: is no rank"),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK = 3: must be below WORLD_SIZE = 2"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "-1"}, "SLURM_NTASKS = -1: is no rank"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": ""}, "SLURM_LOCALID = : is no rank"),
+    ],
+)
+def test_ranks_that_no_launcher_announces_are_refused(environment: dict[str, str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ranks_in(environment)
+
+
+def test_ranks_are_those_that_a_launcher_announces() -> None:
+    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
+    assert ranks_in({}) == (0, 1, 0)
+    assert ranks_in(slurm) == (5, 8, 1)
+    assert ranks_in({**slurm, "RANK": "1", "WORLD_SIZE": "2"}) == (1, 2, 0)

@@ -111,6 +111,14 @@ def step_name(step: int) -> str:
     return name
 
 
+def named_step(path: Location) -> tuple[Path, int] | None:
+    """The run directory and the step of which a path is the checkpoint, by its name; None for any other path."""
+    given = Path(path)
+    match = STEP_NAME.fullmatch(given.name)
+    run_dir = given.parent.parent
+    return (run_dir, int(match[1])) if match and folder_of(run_dir) == given.parent else None
+
+
 def list_checkpoints(run_dir: Location) -> list[StepDirectory]:
     """What has a checkpoint's name, oldest step first, also links and files: who reads them says that they are none."""
     try:

@@ -15,7 +15,9 @@ class CheckpointConfig:
 
     save: str | None = setting(None, "checkpoint output directory", section="checkpointing")
     save_interval: int | None = setting(None, "iterations between checkpoints", section="checkpointing", unit="steps")
-    load: str | None = setting(None, "checkpoint directory to load", section="checkpointing")
+    load: str | None = setting(
+        None, "run directory whose newest checkpoint to start from, or one checkpoint of it", section="checkpointing"
+    )
     finetune: bool = setting(False, "load weights only, iteration 0", section="checkpointing", switch="on")
     no_save_optim: bool | None = setting(
         None, "leave the optimizer out of checkpoints", section="checkpointing", switch="on"

@@ -110,13 +110,21 @@ class Groups:
 
 
 def ranks_in(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, world size, local rank) that torchrun or SLURM announces in the environment; (0, 1, 0) without either."""
-    for rank, world, local in (
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-    ):
-        if rank in environment and world in environment:
-            return int(environment[rank]), int(environment[world]), int(environment.get(local, "0"))
+    """(rank, world size, local rank) that torchrun or SLURM announces in the environment; (0, 1, 0) without either.
+
+    Raises ValueError for numbers that no launcher would give.
+    """
+    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
+        rank, world, local = names
+        if rank not in environment or world not in environment:
+            continue
+        said = {name: environment.get(name, "0") for name in names}
+        for name, text in said.items():
+            if not (text.isascii() and text.isdigit()):
+                raise ValueError(f"{name} = {text}: is no rank or number of ranks. Leave it to torchrun or srun.")
+        if int(said[rank]) >= int(said[world]):
+            raise ValueError(f"{rank} = {said[rank]}: must be below {world} = {said[world]}. Correct one of them.")
+        return int(said[rank]), int(said[world]), int(said[local])
     return 0, 1, 0
 
 

@@ -6,6 +6,7 @@ the store is the agent's, and so is its port.
 """
 
 import json
+import os
 import socket
 from collections.abc import Mapping
 from datetime import timedelta
@@ -22,6 +23,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LARGEST_CARD = 4096  # bytes of what a rank says of itself
 BACKLOG = 2048  # connections that may wait
 COMPLETE = "megalith/complete"  # what rank 0 sets once all are there
+# Beside whom a command waits that stands in a batch script without srun.
+BY_SLURM = ". SLURM_NTASKS says how many there are: start them with srun, or unset it for a run of one process"
 
 
 def on_one_host(environment: Mapping[str, str], world_size: int) -> bool:
@@ -116,9 +119,10 @@ def call_roll(store: Store, rank: int, world_size: int, *, seconds: float, whole
     except RuntimeError as error:
         missing = _absent(store, keys)
         names = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
+        by_slurm = "" if "WORLD_SIZE" in os.environ or "SLURM_NTASKS" not in os.environ else BY_SLURM
         raise ValueError(
             f"--join-timeout = {seconds:g}: {names} of {world_size} did not come within that many seconds. See what "
-            "they printed and whether they were started, or raise it"
+            f"they printed and whether they were started, or raise it{by_slurm}"
         ) from error
 
 
