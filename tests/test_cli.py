@@ -222,6 +222,20 @@ def test_an_answer_that_goes_nowhere_is_no_success(trained: Path) -> None:
         assert line.startswith("megalith: standard output ") and said in line
 
 
+@pytest.mark.parametrize("words", ["verify", "generate --prompt a --max-new-tokens 2", "plan --preset gpt2-small"])
+def test_an_answer_that_is_printed_at_once_and_goes_nowhere_is_no_success(words: str, trained: Path) -> None:
+    name, *rest = words.split()
+    command = [sys.executable, "-m", "megalith", name, *([] if name == "plan" else [str(trained)]), *rest]
+    for unbuffered in ("", "1"):
+        with open("/dev/full", "w") as full:
+            environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, env=environment)
+        assert done.returncode == 2, done
+        assert done.stderr.splitlines() == [
+            "megalith: standard output cannot be written to (No space left on device): the answer is lost"
+        ]
+
+
 def test_a_model_that_is_looked_at_loses_no_steps(trained: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     newest = run / "checkpoints" / "step-0000009"

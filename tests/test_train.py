@@ -154,6 +154,21 @@ def test_a_finished_run_does_nothing_and_says_so(data: Path, undisturbed: Path) 
     assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == before
 
 
+def test_a_length_below_the_checkpoints_step_is_named(data: Path, undisturbed: Path) -> None:
+    shorter = [*STEPS, "--train-iters", "12", "--log-format", "reference"]
+    refused = subprocess.run(command(data, undisturbed, *shorter), capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2
+    assert (
+        "total number of iterations is 12 steps (96 samples) on the command line (--train-iters) and 20 steps (160 "
+        "samples) in the checkpoint. Make them equal"
+    ) in refused.stderr
+    words = command(data, undisturbed, *shorter, "--override-lr-scheduler")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "nothing is trained: --train-iters = 12 steps lies below step 20, of which the newest" in done.stdout
+    assert "--train-iters 40 --override-lr-scheduler goes on" in done.stdout and "is finished" not in done.stdout
+
+
 def test_two_processes_under_torchrun_give_the_losses_of_one(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     words = command(data, tmp_path / "run", *STEPS)[3:]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -9,12 +9,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, TextIO, cast
 
 from megalith.command_line import CommandParser
 from megalith.descriptors import open_standard_streams
 from megalith.launch import PEER_LOST, PeerLostError, end_with_parent
-from megalith.terminal import printable
+from megalith.terminal import Answer, printable
 
 if TYPE_CHECKING:
     from megalith.config import Run
@@ -51,8 +52,9 @@ def main(words: Sequence[str] | None = None) -> int:
             return command(words[1:], started)
         if "stdout" in closed:
             raise ValueError(f"standard output is closed: megalith {words[0]} has no place for its answer. Open it.")
-        status = command(words[1:], started)
-        _flush()
+        with redirect_stdout(cast(TextIO, Answer(sys.stdout))):
+            status = command(words[1:], started)
+            sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         print("megalith: interrupted", file=sys.stderr)
@@ -80,18 +82,6 @@ def main(words: Sequence[str] | None = None) -> int:
         return OUT_OF_MEMORY
     except (ValueError, OSError) as error:
         return _tell(error)
-
-
-def _flush() -> None:
-    """Let what was printed arrive while it can be said that it does not. Raises OSError."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        # What is left in the buffer must not complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OSError(f"standard output cannot be written to ({error.strerror}): the answer is lost") from error
 
 
 def _tell(error: Exception) -> int:

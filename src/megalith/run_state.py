@@ -14,7 +14,7 @@ from megalith.models.settings import ModelConfig
 from megalith.models.shape import OPTIONS, shape_of
 from megalith.optim.finite import BadSteps
 from megalith.optim.groups import num_updates, readable_tensors, set_num_updates
-from megalith.optim.schedule import resumed_schedule, schedule_to_json
+from megalith.optim.schedule import length_flag, resumed_schedule, schedule_to_json
 from megalith.parallel.apply import local_part
 from megalith.sources import as_toml
 
@@ -138,6 +138,8 @@ def restore(job: Job, loaded: Loaded, *, with_optimizer: bool, goes_on: bool = T
             state["schedule"],
             override_lr_scheduler=job.run.optimizer.override_lr_scheduler,
             use_checkpoint_lr_scheduler=job.run.optimizer.use_checkpoint_lr_scheduler,
+            length_flag=length_flag(job.run.optimizer, train_iters=job.run.train.train_iters),
+            step_samples=job.batch_sizes.global_batch_size if job.run.train.train_iters else None,
         )
         for line in spoken:
             job.log.line(line, detail=True)

@@ -2,7 +2,9 @@
 
 import os
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 # What a terminal would obey, or show elsewhere than where it stands: control characters but the tab, marks that turn
 # the direction of text, separators of lines, and halves of characters, which cannot be encoded.
@@ -52,3 +54,35 @@ def say(text: str) -> None:
     """A line on the error stream, from any rank; whether it arrives is not looked at."""
     with suppress(OSError):
         os.write(2, f"megalith: {printable(text)}\n".encode())
+
+
+class Answer:
+    """Standard output of a command of which nothing is left but what it prints: a write that fails says what is lost.
+
+    Raises OSError, BrokenPipeError where the reader has gone; all else is the stream's.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._named():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._named():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            # What is left in the buffer must not complain again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            raise OSError(f"standard output cannot be written to ({error.strerror}): the answer is lost") from error

@@ -101,8 +101,7 @@ def train(run: Run, *, started: float) -> int:
         if layout.rank == 0:
             keep_what_is_trained(asked, job.tokenizer)
         if job.progress.step >= job.last_step and is_finished(job):
-            more = f"--train-iters {2 * job.last_step} --override-lr-scheduler goes on"
-            log.line(f"the run is finished: all {job.last_step} steps were taken; {more}")
+            log.line(said_of_finished(job))
             return 0
         keeper.look_for_room()
         # From here on a signal lets a step be done; one that came before does not.
@@ -132,6 +131,17 @@ def train(run: Run, *, started: float) -> int:
     if reason in EXIT_STATUS:
         return EXIT_STATUS[reason]
     return stopped_status(run)
+
+
+def said_of_finished(job: Job) -> str:
+    """Why there is nothing to do, and what goes on: all steps were taken, or more than the run is asked to have now."""
+    step, train = job.progress.step, job.run.train
+    more = f"--train-iters {2 * step} --override-lr-scheduler goes on"
+    if step == job.last_step:
+        return f"the run is finished: all {step} steps were taken; {more}"
+    flag = f"--train-samples = {train.train_samples}" if train.train_iters is None else "--train-iters"
+    below = f"{flag} = {job.last_step} steps lies below step {step}, of which the newest checkpoint is"
+    return f"nothing is trained: {below}, and its weights stay; {more}"
 
 
 def was_stopped(signals: StopSignals, log: RunLog) -> bool:

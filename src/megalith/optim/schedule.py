@@ -110,12 +110,16 @@ def resumed_schedule(
     *,
     override_lr_scheduler: bool = False,
     use_checkpoint_lr_scheduler: bool = False,
+    length_flag: str = FLAGS["decay"],
+    step_samples: int | None = None,
 ) -> tuple[Schedule, list[str]]:
     """The schedule to go on with, and a line to print for each of its settings.
 
     wanted: of the command line. saved: `schedule_to_json` of the checkpoint. Without a switch all five must be equal;
-    with override_lr_scheduler the command line wins, with use_checkpoint_lr_scheduler the checkpoint. Raises
-    ValueError, naming every difference, if they are not equal; if both switches are on; or if a saved setting is
+    with override_lr_scheduler the command line wins, with use_checkpoint_lr_scheduler the checkpoint. length_flag: by
+    which the length was given; step_samples: samples of a step where it was given in steps, to tell both in these.
+
+    Raises ValueError, naming every difference, if they are not equal; if both switches are on; or if a saved setting is
     missing or of a wrong type.
     """
     if override_lr_scheduler and use_checkpoint_lr_scheduler:
@@ -125,10 +129,10 @@ def resumed_schedule(
         return wanted, [f" > overriding {SPOKEN_NAMES[name]} value to {value}" for name, value in given.items()]
     kept = _schedule_from_json(saved)
     kept_values = schedule_to_json(kept)
-    counted = dict.fromkeys(("warmup", "decay"), " samples")
+    flags = {**FLAGS, "decay": length_flag}
     differences = [
-        f"{SPOKEN_NAMES[name]} is {given[name]}{counted.get(name, '')} on the command line ({FLAGS[name]}) "
-        f"and {kept_values[name]} in the checkpoint"
+        f"{SPOKEN_NAMES[name]} is {_told(name, given[name], step_samples)} on the command line ({flags[name]}) "
+        f"and {_told(name, kept_values[name], step_samples)} in the checkpoint"
         for name in SPOKEN_NAMES
         if given[name] != kept_values[name]
     ]
@@ -138,6 +142,22 @@ def resumed_schedule(
             + ". Make them equal, or choose a side with --override-lr-scheduler or --use-checkpoint-lr-scheduler"
         )
     return kept, [f" > using checkpoint value {value} for {SPOKEN_NAMES[name]}" for name, value in kept_values.items()]
+
+
+def _told(name: str, value: object, step_samples: int | None) -> str:
+    """A setting for people: lengths, which are kept in samples, in steps too where they are whole ones."""
+    if name not in ("warmup", "decay") or not isinstance(value, int | float):
+        return str(value)
+    if step_samples and value % step_samples == 0:
+        return f"{value // step_samples:g} steps ({value:g} samples)"
+    return f"{value:g} samples"
+
+
+def length_flag(config: OptimizerConfig, *, train_iters: int | None) -> str:
+    """The flag that says how long a schedule is."""
+    if train_iters:
+        return "--train-iters" if config.lr_decay_iters is None else "--lr-decay-iters"
+    return "--train-samples" if config.lr_decay_samples is None else "--lr-decay-samples"
 
 
 def _schedule_from_json(saved: Mapping[str, Any]) -> Schedule:
