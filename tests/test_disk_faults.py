@@ -155,6 +155,23 @@ def test_there_must_be_room_for_a_checkpoint_before_the_first_step(data: Path, t
     assert not any(record["event"] == "step_done" for record in read_records(tmp_path / "run" / "log.jsonl")[0])
 
 
+def test_what_keep_last_leaves_out_makes_room_at_a_start(data: Path, tmp_path: Path) -> None:
+    def disturb(rank: int) -> None:
+        def free_bytes(disk: Disk, path: Path) -> int:
+            return 100_000 if len(list_checkpoints(tmp_path / "run")) > 1 else sys.maxsize
+
+        setattr(Disk, "free_bytes", free_bytes)  # noqa: B010 - mypy forbids to assign a method
+
+    assert start(tmp_path, data, "--exit-interval", "6").statuses == (0,)
+    assert saved_steps(tmp_path) == [2, 4, 6]
+    assert start(tmp_path, data, disturb=disturb).statuses == (2,)
+    assert saved_steps(tmp_path) == [2, 4, 6]
+    ended = start(tmp_path, data, "--keep-last", "1", disturb=disturb)
+    assert ended.statuses == (0,) and saved_steps(tmp_path) == [10], ended
+    told = [record.get("text") for record in read_records(tmp_path / "run" / "log.jsonl")[0]]
+    assert "old checkpoints are removed to make room: steps 2, 4" in told
+
+
 def test_room_is_looked_for_before_each_save(data: Path, tmp_path: Path) -> None:
     free = [sys.maxsize]
 

@@ -5,6 +5,7 @@ finds the name finds the whole content, whatever was killed when. Every operatio
 that a test can hand in one that fails, kills the process, or records, at any operation. POSIX file systems only.
 """
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -23,6 +24,7 @@ Bytes: TypeAlias = bytes | bytearray | memoryview
 READ_SIZE = 8 << 20  # bytes per read when a file is digested
 BUFFER_SIZE = 1 << 20  # bytes gathered before a streaming writer calls the disk
 TEMPORARY_SUFFIX = ".tmp"
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})  # the errors of a disk or a quota that is full
 
 
 class Disk:

@@ -159,7 +159,10 @@ class Keeper:
         return self._job.timers("checkpoint-stall")
 
     def look_for_room(self) -> None:
-        """Find out, before the first step, whether a checkpoint can be written, and has room. ValueError if not."""
+        """Find out, before the first step, whether a checkpoint can be written, and has room; make some if need be.
+
+        Only what --keep-last leaves out is removed. Raises ValueError if that is not enough.
+        """
         if self._saver is None:
             return
         save = self._job.run.checkpoint.save
@@ -167,6 +170,15 @@ class Keeper:
             need, free = self._saver.room(tensors_of(self._job))
         except ValueError as error:
             raise ValueError(f"--save = {save}: no checkpoint can be written: {error}") from error
+        if free is not None and free < need:
+            try:
+                gone = self._saver.delete_old()
+            except CheckpointError as error:
+                self._job.log.report(Warned(str(error)))
+                gone = []
+            if gone:
+                self._job.log.line(f"old checkpoints are removed to make room: steps {', '.join(map(str, gone))}")
+                need, free = self._saver.room(tensors_of(self._job))
         if free is not None and free < need:
             raise ValueError(
                 f"--save = {save}: a checkpoint needs {need:,} bytes, {free:,} are free there. Make room, or choose "

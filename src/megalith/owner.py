@@ -7,7 +7,6 @@ SECONDS_WITHOUT_BEAT of the watcher's own clock. The calendar plays no part. Of 
 look and write under a lock of the kernel's on the directory, and the owner looks again before each save.
 """
 
-import errno
 import json
 import secrets
 import sys
@@ -24,7 +23,7 @@ from megalith.checkpoint.directory import discard_leftovers
 from megalith.checkpoint.exchange import Ranks
 from megalith.checkpoint.shards import DamagedError, read_file
 from megalith.config import ConfigError, Run
-from megalith.files import DISK, Disk, Location, make_directories, open_directory, sync_directory, write_whole
+from megalith.files import DISK, NO_ROOM, Disk, Location, make_directories, open_directory, sync_directory, write_whole
 from megalith.monitor.peers import Peer, this_process
 from megalith.parallel.mesh import Layout
 from megalith.terminal import printable, say
@@ -37,7 +36,6 @@ SECONDS_BETWEEN_BEATS = 10.0
 SECONDS_WITHOUT_BEAT = 60.0
 SECONDS_FOR_LOCK = 10.0
 SECONDS_WITHOUT_LOCK = 1.0  # where the file system has none: for others who looked at the same time to have written
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 TICK = 0.5  # seconds between two looks at another's heartbeat
 
 

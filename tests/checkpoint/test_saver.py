@@ -15,7 +15,7 @@ import megalith.checkpoint.saver as saver_module
 from megalith.checkpoint.directory import CheckpointError, list_checkpoints
 from megalith.checkpoint.pieces import Piece, whole
 from megalith.checkpoint.saver import AsyncSaver
-from megalith.checkpoint.store import load_latest
+from megalith.checkpoint.store import load_latest, save
 from megalith.checkpoint.writers import Plan
 from megalith.files import Disk
 from tests.checkpoint.runs import assert_equal, empty, load_newest, pieces_of, tensors_at
@@ -157,6 +157,58 @@ def test_old_checkpoints_go_and_what_hinders_that_is_told(tmp_path: Path) -> Non
     loaded = load_newest(tmp_path)
     assert loaded is not None and loaded.index.step == 8
     saver.close()
+
+
+class Narrow(Disk):
+    """A disk that is full while more than two checkpoints lie on it, as its writes say, or as it says before them."""
+
+    def __init__(self, run: Path, *, says_so: bool) -> None:
+        self._run, self._says_so = run, says_so
+
+    def _is_full(self) -> bool:
+        return len(list_checkpoints(self._run)) > 2
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        if self._is_full():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(descriptor, data)
+
+    def free_bytes(self, path: Path) -> int:
+        return 10 if self._says_so and self._is_full() else super().free_bytes(path)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("says_so", [False, True])
+def test_what_retention_leaves_out_makes_room_for_a_save(says_so: bool, world_size: int, tmp_path: Path) -> None:
+    for step in range(1, 5):
+        save(tmp_path, step, pieces_of(tensors_at(step)), state_at(step))
+
+    def on_rank(rank: int) -> list[int]:
+        saver = AsyncSaver(tmp_path, keep_last=2, disk=Narrow(tmp_path, says_so=says_so))
+        saver.save(5, pieces_of(tensors_at(5)), state_at(5))
+        (saved,) = saver.wait()
+        saver.close()
+        assert saved.warning == ""
+        return list(saved.deleted)
+
+    assert run_ranks(on_rank, world_size) == [[1, 2, 3]] * world_size
+    loaded = load_newest(tmp_path)
+    assert loaded is not None and loaded.index.step == 5
+    assert [found.step for found in list_checkpoints(tmp_path)] == [4, 5]
+
+
+def test_nothing_makes_room_that_retention_keeps_or_before_the_newest_verifies(tmp_path: Path) -> None:
+    for step in range(1, 5):
+        save(tmp_path, step, pieces_of(tensors_at(step)), state_at(step))
+    for keep_last in (4, None, 2):
+        if keep_last == 2:
+            (tmp_path / "checkpoints" / "step-0000004" / "rank-00000.safetensors").write_bytes(b"damaged")
+        saver = AsyncSaver(tmp_path, keep_last=keep_last, disk=Narrow(tmp_path, says_so=False))
+        saver.save(5, pieces_of(tensors_at(5)), state_at(5))
+        with pytest.raises(CheckpointError, match=r"step-0000005 was not written.*No space left"):
+            saver.wait()
+        saver.close()
+        assert [found.step for found in list_checkpoints(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_other_pieces_need_another_saver(tmp_path: Path) -> None:

@@ -21,13 +21,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalith.checkpoint.directory import CheckpointError, folder_of
-from megalith.checkpoint.exchange import Ranks
+from megalith.checkpoint.exchange import Ranks, RanksError
 from megalith.checkpoint.index import plain_json
 from megalith.checkpoint.pieces import Piece, announce
 from megalith.checkpoint.retention import delete_old
 from megalith.checkpoint.store import Contents, write
 from megalith.checkpoint.writers import Plan, plan
-from megalith.files import DISK, Disk, Location
+from megalith.files import DISK, NO_ROOM, Disk, Location
 
 ALIGNMENT = 64  # bytes; of each tensor in host memory
 # For a rank whose disk does not return, while steps go on beside that: the watch ends it, and says where it was.
@@ -226,6 +226,20 @@ class AsyncSaver:
             writing, self._writing, self._copied = self._writing, None, None
             self._saved.append(writing.result())
 
+    def delete_old(self) -> list[int]:
+        """Delete what keep_last leaves out, and give its steps; as `retention.delete_old`, between two saves."""
+        if self._keep_last is None:
+            return []
+        return delete_old(
+            self._ranks, self._run_dir, keep_last=self._keep_last, keep_every=self._keep_every, disk=self._disk
+        )
+
+    def _made_room(self) -> list[int]:
+        """The steps of the old checkpoints that went; none if the newest does not verify or a deletion fails."""
+        with suppress(CheckpointError):
+            return self.delete_old()
+        return []
+
     def close(self) -> None:
         """Wait for what is being written, without asking how it went, and end the thread."""
         self._thread.shutdown(wait=True)
@@ -236,14 +250,23 @@ class AsyncSaver:
             copied.result()
             return host.tensors
 
-        path = write(self._ranks, self._run_dir, contents, own, disk=self._disk)
         deleted: list[int] = []
         warning = ""
-        if (keep_last := self._keep_last) is not None:
-            keep_every, disk = self._keep_every, self._disk
-            try:
-                deleted = delete_old(self._ranks, self._run_dir, keep_last=keep_last, keep_every=keep_every, disk=disk)
-            except CheckpointError as failed:
-                warning = str(failed)
+        try:
+            path = write(self._ranks, self._run_dir, contents, own, disk=self._disk)
+        except CheckpointError as failed:
+            if not _lacked_room(failed) or not (deleted := self._made_room()):
+                raise
+            path = write(self._ranks, self._run_dir, contents, own, disk=self._disk)
+        try:
+            deleted += self.delete_old()
+        except CheckpointError as failed:
+            warning = str(failed)
         seconds = time.monotonic() - started
         return Saved(contents.step, path, seconds, contents.num_bytes, tuple(deleted), warning)
+
+
+def _lacked_room(failed: CheckpointError) -> bool:
+    """Whether a save failed for want of room on some rank, the same on all."""
+    cause = failed.__cause__
+    return isinstance(cause, RanksError) and any(failure.code in NO_ROOM for failure in cause.failures)
