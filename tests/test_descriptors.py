@@ -1,5 +1,6 @@
 """Descriptors of real processes: standard ones that are closed, as daemons and cron leave them, and too few of them."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megalith.descriptors import descriptor_remedy
 from tests.layouts.runs import steps_of
 from tests.processes import MARK, marked
 from tests.records import read_records
@@ -53,6 +55,29 @@ def standard_ones(mark: str) -> set[str]:
             except OSError:  # it is closed, or the process has ended
                 continue
     return found
+
+
+@pytest.mark.parametrize("limit", [7, 20])
+def test_too_few_descriptors_are_told_with_the_remedy(limit: int, tmp_path: Path) -> None:
+    """The launcher meets the first limit, the ranks the second."""
+    words = command(*TRAINING, "--nproc", "2", "--save", str(tmp_path / "run"), limit=f"-n {limit}")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done
+    remedy = f"This process may have {limit} files open at once (ulimit -n). Raise the limit, as with ulimit -n 4096."
+    assert f"Too many open files. {remedy}" in done.stderr
+
+
+def test_a_limit_that_may_be_raised_is_raised(tmp_path: Path) -> None:
+    words = command(*TRAINING, "--nproc", "2", "--save", str(tmp_path / "run"), limit="-S -n 20")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not done.stderr and len(losses(tmp_path / "run")) == 4, done
+
+
+def test_a_machine_without_descriptors_has_another_remedy() -> None:
+    assert descriptor_remedy(os.strerror(errno.ENOENT)) is None
+    for code, said in ((errno.EMFILE, "ulimit -n"), (errno.ENFILE, "fs.file-max")):
+        remedy = descriptor_remedy(f"a library failed: {os.strerror(code)}")
+        assert remedy is not None and said in remedy
 
 
 @RANKS

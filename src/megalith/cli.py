@@ -13,7 +13,7 @@ from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, TextIO, cast
 
 from megalith.command_line import CommandParser
-from megalith.descriptors import open_standard_streams
+from megalith.descriptors import allow_most_descriptors, descriptor_remedy, open_standard_streams
 from megalith.launch import PEER_LOST, PeerLostError, end_with_parent
 from megalith.terminal import Answer, printable
 
@@ -30,6 +30,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run a subcommand; return the exit status."""
     started = time.monotonic()
     closed = open_standard_streams()
+    allow_most_descriptors()
     # Nothing that is written can be changed by everybody, whatever the umask was.
     os.umask(os.umask(0o022) | 0o002)
     words = list(sys.argv[1:] if words is None else words)
@@ -66,7 +67,10 @@ def main(words: Sequence[str] | None = None) -> int:
     except PeerLostError as error:
         print(f"megalith: rank {os.environ.get('RANK', '0')} ends: {printable(str(error))}", file=sys.stderr)
         return PEER_LOST
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if descriptor_remedy(str(error)) is not None:
+            return _tell(error)
+
         from megalith.checkpoint.directory import CheckpointError
         from megalith.monitor.memory import is_out_of_memory
 
@@ -86,7 +90,12 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _tell(error: Exception) -> int:
     """Say what a user can correct, a line for each fault; give the exit status."""
-    for line in str(error).splitlines():
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror is not None:
+        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    for line in text.splitlines():
+        if (remedy := descriptor_remedy(line)) is not None:
+            line = f"{line.rstrip('.')}. {remedy}"
         print(f"megalith: {printable(line)}", file=sys.stderr)
     return FAULT
 

@@ -41,14 +41,14 @@ def allow_most_descriptors() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def lacks_descriptors(error: BaseException) -> bool:
-    """Whether an error says that no more files can be opened: the system's own, or a library's that repeats it."""
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        return True
-    return any(os.strerror(code) in str(error) for code in (errno.EMFILE, errno.ENFILE))
+def descriptor_remedy(said: str) -> str | None:
+    """What to do, as sentences, if an error says that no more files can be opened; None if it says something else.
 
-
-def descriptor_remedy() -> str:
-    """What to do when no more files can be opened, as a sentence."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return f"This process may have {limit} files open at once (ulimit -n). Raise the limit, as with ulimit -n 4096."
+    said: in the system's words, which libraries repeat in theirs.
+    """
+    if os.strerror(errno.ENFILE) in said:
+        return "The machine has as many files open as it may (fs.file-max). End what leaves files open, or raise that."
+    if os.strerror(errno.EMFILE) in said:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"This process may have {limit} files open at once (ulimit -n). Raise the limit, as with ulimit -n 4096."
+    return None
