@@ -29,6 +29,7 @@ from megalith.data.record import write_record
 from megalith.data.tokenizer import load_tokenizer
 from megalith.files import Disk
 from megalith.monitor.log import RunLog
+from megalith.owner import Lease
 from megalith.trained import measure, open_trained
 from megalith.verify import verify_all
 from tests.layouts.runs import MODEL, events_of, run_on, run_rank, weights_of, write_data
@@ -58,12 +59,12 @@ def data(kept: Path, tmp_path: Path) -> Path:
     return tmp_path / "moved"
 
 
-def refusal(save: Path, data: Path, *words: str) -> str:
-    """Why a run does not start."""
+def refusal(save: Path, data: Path, *words: str, kind: str = "ValueError") -> str:
+    """Why a run does not start, by an error of this kind."""
     words = (*MODEL, "--data-path", str(data), "--save", str(save), *FEW, "--train-iters", "4", *words)
     (end,) = watch_ranks(lambda rank: run_rank(rank, world_size=1, words=list(words), before=None), 1)
-    assert "ValueError: " in end.error, end
-    return end.error.rsplit("ValueError: ", 1)[1]
+    assert f"{kind}: " in end.error, end
+    return end.error.rsplit(f"{kind}: ", 1)[1]
 
 
 def warnings_of(save: Path) -> list[str]:
@@ -84,6 +85,23 @@ def test_data_may_move_and_settings_that_differ_are_told(save: Path, data: Path)
     told = next(text for text in lines if text.startswith("settings that differ"))
     assert "--clip-grad is 0.5 and was 1.0" in told
     assert "data-path" not in told and len(events_of(save, "step_done")) == 4
+
+
+@pytest.mark.parametrize(("tail", "is_kept"), [('{"event": "line", "te', False), ('{"event": "whole"}', True)])
+def test_a_log_whose_last_line_was_cut_short_holds_whole_lines_again(
+    tail: str, is_kept: bool, save: Path, data: Path
+) -> None:
+    log = save / "log.jsonl"
+    before = log.read_text()
+    log.write_text(before + tail)
+    with Lease(save) as other:
+        other.take(print)
+        assert "another job writes there" in refusal(save, data, kind="OwnedError")
+        assert log.read_text() == before + tail, "it is another job's"
+    assert run_on(1, [*FEW, "--train-iters", "4"], save, data) == 0
+    after = log.read_text()
+    assert after.startswith(f"{before}{tail}\n" if is_kept else before)
+    assert all(isinstance(json.loads(line), dict) for line in after.splitlines())
 
 
 def test_settings_of_a_checkpoint_that_cannot_be_read_are_not_compared(data: Path, tmp_path: Path) -> None:

@@ -147,17 +147,49 @@ def test_a_file_says_how_many_lines_a_full_disk_cost(tmp_path: Path) -> None:
     file.close()
     records, damaged = read_records(path)
     assert [record["event"] for record in records] == [0, "lines_lost", "after", "and"]
-    assert records[1]["lines"] == 3 and damaged == 1 and len(told) == 1
+    assert records[1]["lines"] == 3 and damaged == 0 and len(told) == 1
 
 
-def test_a_file_goes_on_after_a_line_that_a_kill_cut_short(tmp_path: Path) -> None:
+def test_a_line_that_a_full_disk_cut_short_is_gone_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    path.write_bytes(b'{"event": "a"}\n{"event": "b", "lo')
+    file = JsonLines(path, lambda reason: None)
+    with disk_that_holds(20):
+        for number in range(4):
+            file.write(json.dumps({"event": number}))
+        file.close()
+    assert path.read_text() == '{"event": 0}\n'
+
+
+LONG = b'{"event": "long", "text": "' + b"x" * 200_000  # of several blocks
+
+
+@pytest.mark.parametrize(
+    ("tail", "kept"),
+    [
+        (b'{"event": "b", "lo', []),
+        (b'{"event": "b"}', ["b"]),
+        (LONG, []),
+        (LONG + b'"}', ["long"]),
+        (b"12", []),
+        (b"\0" * 3_000_000, []),
+        (b"\xff", []),
+        (b"[" * 100_000, []),
+        (b"", []),
+    ],
+    ids=["torn", "whole", "long", "long and whole", "no object", "zeros", "no text", "brackets", "nothing"],
+)
+@pytest.mark.parametrize("first", [b"", b'{"event": "a"}\n'], ids=["first line", "later line"])
+def test_a_line_that_a_kill_cut_short_is_removed_and_a_whole_one_is_ended(
+    first: bytes, tail: bytes, kept: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(first + tail)
     file = JsonLines(path, pytest.fail)
     file.write('{"event": "c"}')
     file.close()
     records, damaged = read_records(path)
-    assert [record["event"] for record in records] == ["a", "c"] and damaged == 1
+    assert [record["event"] for record in records] == [*(["a"] if first else []), *kept, "c"] and damaged == 0
+    assert path.read_bytes().endswith(b'\n{"event": "c"}\n' if first or kept else b'{"event": "c"}\n')
 
 
 def test_a_directory_that_cannot_be_made_is_told_once(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 import select
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, SupportsFloat, TextIO
@@ -18,6 +19,8 @@ from typing import Any, SupportsFloat, TextIO
 from megalith.terminal import redacted
 
 PATIENCE = 1.0  # seconds to wait for a full pipe
+BLOCK = 64 << 10  # bytes read at once from the end of a file
+LONGEST_LINE = 16 << 20  # bytes of a record
 
 
 class Outlet:
@@ -94,7 +97,8 @@ class Outlet:
 class JsonLines:
     """A file of JSON objects, one a line, that is only ever appended to, each line by one write.
 
-    It goes on after what is there, also after a line that was cut short. on_loss is told, once, why nothing is written.
+    A line that a kill, a power loss or a full disk has cut short is removed before the next one is written, so only the
+    owner of the file may write. on_loss is told, once, why nothing is written.
     """
 
     def __init__(self, path: Path, on_loss: Callable[[str], None]) -> None:
@@ -110,8 +114,10 @@ class JsonLines:
             if self._descriptor is None:
                 self._open()
             assert self._descriptor is not None
+            if self._torn:
+                self._mend(self._descriptor)
             note = [json.dumps({"event": "lines_lost", "lines": self._lost})] if self._lost else []
-            data = ("\n" * self._torn + "\n".join([*note, line]) + "\n").encode("utf-8")
+            data = ("\n".join([*note, line]) + "\n").encode("utf-8")
             written = os.write(self._descriptor, data)
             if written < len(data):
                 self._torn = True
@@ -122,7 +128,7 @@ class JsonLines:
                 self._told = True
                 self._on_loss(str(error))
             return
-        self._torn, self._lost = False, 0
+        self._lost = 0
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,10 +136,35 @@ class JsonLines:
         size = os.fstat(self._descriptor).st_size
         self._torn = size > 0 and os.pread(self._descriptor, 1, size - 1) != b"\n"
 
+    def _mend(self, descriptor: int) -> None:
+        """End the file with a whole line: what stands behind the last one gets an end if it is an object, or goes."""
+        size = begin = os.fstat(descriptor).st_size
+        newline = -1
+        while newline < 0 < begin:
+            start = max(0, begin - BLOCK)
+            newline = os.pread(descriptor, begin - start, start).rfind(b"\n")
+            begin = start + newline + 1
+        if size - begin <= LONGEST_LINE and _is_object(os.pread(descriptor, size - begin, begin)):
+            if not os.write(descriptor, b"\n"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        else:
+            os.ftruncate(descriptor, begin)
+        self._torn = False
+
     def close(self) -> None:
         if self._descriptor is not None:
+            if self._torn:
+                with suppress(OSError):
+                    self._mend(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def record_of(event: Any, *, time: float, step: int | None) -> dict[str, Any]:
