@@ -103,6 +103,27 @@ def test_a_directory_that_no_run_file_can_name_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["verify", "pretrain", "convert"])
+def test_what_the_system_refuses_is_told_by_path_reason_and_remedy(command: str, tmp_path: Path) -> None:
+    (tmp_path / "trial").mkdir()
+    if not permissions_hold(tmp_path / "trial"):
+        pytest.skip("permissions stop no process here, not even one without capabilities")
+    file = Path(f"{write_data(tmp_path)}.bin")
+    words = ["verify", str(file.with_suffix(""))]
+    if command == "pretrain":
+        sizes = "--num-layers 1 --hidden-size 8 --num-attention-heads 1 --seq-length 8 --max-position-embeddings 8"
+        others = "--micro-batch-size 1 --lr 1e-3 --train-iters 1 --eval-iters 0 --tokenizer-type ByteLevelTokenizer"
+        words = [command, *sizes.split(), *others.split(), "--data-path", str(file.with_suffix(""))]
+    if command == "convert":
+        file = tmp_path / "latest_checkpointed_iteration.txt"
+        file.write_text("3")
+        words = [command, "--from", "megatron", str(tmp_path), "--to", str(tmp_path / "run")]
+    file.chmod(0)
+    done = megalith(*words, unprivileged=True)
+    said = f"megalith: {file}: Permission denied. Correct its permissions, or name another."
+    assert done.returncode == 2 and done.stderr.splitlines() == [said]
+
+
 def test_missing_data_is_named_with_what_lies_near(tmp_path: Path) -> None:
     prefix = write_data(tmp_path)
     words = ["--tokenizer-type", "ByteLevelTokenizer", "--num-layers", "1", "--hidden-size", "8"]

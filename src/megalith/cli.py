@@ -5,6 +5,7 @@ Nothing heavy is imported before it is known that the words make sense.
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 import time
@@ -23,6 +24,19 @@ if TYPE_CHECKING:
 FAULT = 2  # exit status of a command that could not start
 MEASURED = ("gpt", "vit", "classify", "ict", "retriever")  # tasks whose runs megalith evaluate takes
 ANSWERING = ("verify", "generate", "evaluate", "bench", "plan")  # commands of which nothing is left but what they print
+# What to do, by the number of an error of the system that nobody has met nearer to where it arose.
+REMEDIES = {
+    errno.EACCES: "Correct its permissions, or name another",
+    errno.EPERM: "Correct its permissions, or name another",
+    errno.EDQUOT: "Make room",
+    errno.EIO: "See to the disk",
+    errno.EISDIR: "Name a file",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.ENOENT: "Correct the path",
+    errno.ENOSPC: "Make room",
+    errno.ENOTDIR: "Correct the path",
+    errno.EROFS: "Choose another place",
+}
 OUT_OF_MEMORY = 79  # of one that got no more memory, on the host or on a device
 
 
@@ -92,7 +106,9 @@ def _tell(error: Exception) -> int:
     """Say what a user can correct, a line for each fault; give the exit status."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror is not None:
-        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+        text = f"{error.filename or 'an operation of the system failed'}: {error.strerror}"
+        if remedy := REMEDIES.get(error.errno or 0):
+            text = f"{text}. {remedy}."
     for line in text.splitlines():
         if (remedy := descriptor_remedy(line)) is not None:
             line = f"{line.rstrip('.')}. {remedy}"

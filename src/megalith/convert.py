@@ -24,7 +24,7 @@ def main(words: Sequence[str]) -> int:
 
     try:
         return _to_other(options) if options.source is None else _from_other(options)
-    except (OSError, CheckpointError) as error:
+    except CheckpointError as error:
         raise ValueError(str(error)) from error
 
 
