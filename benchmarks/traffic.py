@@ -57,7 +57,10 @@ TP, PP, CP, SHARD = (
     "--context-parallel-size",
     "--data-parallel-sharding",
 )
-ROPE = ["--position-embedding-type", "rope"]
+LLAMA = """
+    --normalization RMSNorm --disable-bias-linear --swiglu --position-embedding-type rope
+    --group-query-attention --num-query-groups 2
+""".split()
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "dp2": (2, []),
     "dp2-deterministic": (2, ["--deterministic"]),
@@ -79,7 +82,10 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tp2-full": (2, [TP, "2", "--checkpoint-activations"]),
     "tp2-full-shared": (2, [TP, "2", "--checkpoint-activations", "--distribute-checkpointed-activations"]),
     "tp2-sp-full": (2, [TP, "2", "--sequence-parallel", "--checkpoint-activations", "--hidden-dropout", "0"]),
-    "tp2-llama": (2, [TP, "2", "--normalization", "RMSNorm", "--disable-bias-linear", "--swiglu", *ROPE]),
+    "tp2-llama": (2, [TP, "2", *LLAMA]),
+    "tp2-sp-llama": (2, [TP, "2", "--sequence-parallel", *LLAMA]),
+    "cp2-llama": (2, [CP, "2", *LLAMA]),
+    "cp2-all-to-all-llama": (2, [CP, "2", "--context-exchange", "all-to-all", *LLAMA]),
     "tp2-bf16": (2, [TP, "2", "--bf16"]),
     "zero3-bf16": (2, [SHARD, "parameters", "--bf16"]),
     "cp2-full": (2, [CP, "2", "--checkpoint-activations"]),

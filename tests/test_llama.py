@@ -28,8 +28,9 @@ OPTIONS = {
     "biases": "--disable-bias-linear",
     "gelu gate": "--activation-function gated-gelu",
     "rope": "--position-embedding-type rope --rotary-percent 0.5",
+    "groups": "--group-query-attention --num-query-groups 2",
     "all": "--normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights "
-    "--position-embedding-type rope --rotary-base 500000",
+    "--position-embedding-type rope --rotary-base 500000 --group-query-attention",
 }
 
 
@@ -86,6 +87,25 @@ def test_positions_that_fit_no_head_or_task_are_refused() -> None:
         read_command_line(["--use-rotary-position-embeddings"])
 
 
+def test_groups_that_heads_or_ranks_cannot_share_are_refused() -> None:
+    assert faults_of("--num-query-groups", "2") == ["--num-query-groups = 2: needs --group-query-attention. Add that."]
+    grouped = ["--group-query-attention", "--num-query-groups"]
+    assert faults_of(*grouped, "3") == [
+        "--num-query-groups = 3: does not divide --num-attention-heads = 4. Groups that do: [1, 2, 4]."
+    ]
+    tensor = ["--tensor-model-parallel-size", "4"]
+    assert faults_of(*grouped, "2", *tensor, world_size=4) == [
+        "--num-query-groups = 2: is not divisible by --tensor-model-parallel-size = 4, whose ranks hold whole groups. "
+        "Tensor-parallel sizes that fit this model: [1, 2]."
+    ]
+    context = ["--context-parallel-size", "2", "--context-exchange", "all-to-all"]
+    assert faults_of(*grouped, "1", *context, world_size=2) == [
+        "--context-parallel-size = 2: does not divide the 1 groups of heads of a tensor rank, which "
+        "--context-exchange all-to-all trades. Sizes that fit: [1]; or use --context-exchange gather."
+    ]
+    assert faults_of(*grouped, "1", "--context-parallel-size", "2", world_size=2) == []
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_its_parameters_are_those_that_are_planned(option: str) -> None:
     run = made_for_measuring(read_command_line([*SIZES, *OPTIONS[option].split()]), steps=1)
@@ -111,7 +131,15 @@ def test_its_operations_are_those_that_pytorch_counts(option: str) -> None:
 
 
 def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
     return torch.softmax(q @ k.mT, -1) @ v
+
+
+def test_the_preset_of_a_large_one_has_its_parameters() -> None:
+    run = made_for_measuring(read_command_line("--preset llama3-8b --vocab-size 128256".split()), steps=1)
+    assert check(run, 1) == []
+    job = planned(run, 1, vocab_size=padded_vocabulary(run), device="cuda")
+    assert parameters_on_rank(job) == 8_030_261_248  # as Hugging Face's index of its files has it, 16,060,522,496 bytes
 
 
 def test_a_checkpoint_of_another_kind_of_model_is_told_by_its_options() -> None:
@@ -126,8 +154,9 @@ def test_a_checkpoint_of_another_kind_of_model_is_told_by_its_options() -> None:
     ]
     assert [*differing(plain, kept["norms"])] == [("normalization", "LayerNorm", "RMSNorm")]
     assert [*differing(kept["biases"], plain)] == [("add_bias_linear", False, True)]
-    assert [*differing(kept["rope"], kept["all"])][-2:] == [
+    assert [*differing(kept["rope"], kept["all"])][-3:] == [
         ("rotary_base", 10000.0, 500000.0),
+        ("group_query_attention", False, True),
         ("rotary_percent", 0.5, 1.0),
     ]
     # Without a table of positions there may be more of them.

@@ -71,7 +71,7 @@ def _positive(run: Run) -> Iterator[Fault]:
     """Counts that must be at least 1, where they are given."""
     counts = {
         "model": "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels max_position_embeddings "
-        "make_vocab_size_divisible_by img_dim num_channels num_classes patch_dim layernorm_epsilon",
+        "make_vocab_size_divisible_by img_dim num_channels num_classes patch_dim layernorm_epsilon num_query_groups",
         "data": "seq_length encoder_seq_length decoder_seq_length retriever_seq_length corpus_vocab_size vocab_size "
         "max_epochs",
         "optimizer": "micro_batch_size global_batch_size hysteresis loss_scale_window loss_scale initial_loss_scale "

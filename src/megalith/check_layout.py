@@ -71,11 +71,15 @@ def _tensor(run: Run) -> Iterator[Fault]:
     """What is cut over tensor ranks: whole heads, and inner features."""
     size, model = run.parallel.tensor_model_parallel_size, run.model
     heads, inner = model.num_attention_heads, inner_width(model)
-    fits = [n for n in divisors(heads or 1) if inner % n == 0]
+    shared = model.num_query_groups if model.group_query_attention else 0
+    fits = [n for n in divisors(heads or 1) if inner % n == 0 and shared % n == 0]
     remedy = f"Tensor-parallel sizes that fit this model: {fits}"
     if heads and heads % size:
         rule = f"is not divisible by --tensor-model-parallel-size = {size}"
         yield fault("num_attention_heads", heads, rule, remedy)
+    if shared > 0 and shared % size:
+        rule = f"is not divisible by --tensor-model-parallel-size = {size}, whose ranks hold whole groups"
+        yield fault("num_query_groups", shared, rule, remedy)
     if inner and inner % size:
         rule = f"is not divisible by --tensor-model-parallel-size = {size}"
         yield fault("ffn_hidden_size", inner, rule, remedy)
@@ -117,14 +121,17 @@ def _nearest(number: int, divisor: int) -> list[int]:
 
 def _context_heads(run: Run) -> Iterator[Fault]:
     context, tensor = run.parallel.context_parallel_size, run.parallel.tensor_model_parallel_size
-    heads = run.model.num_attention_heads
-    if context == 1 or run.parallel.context_exchange != "all-to-all" or not heads or heads % tensor:
+    heads, kind = run.model.num_attention_heads, "heads"
+    if run.model.group_query_attention:
+        heads, kind = run.model.num_query_groups, "groups of heads"
+    if context == 1 or run.parallel.context_exchange != "all-to-all" or not heads or heads < 1 or heads % tensor:
         return
     if (heads // tensor) % context:
         yield fault(
             "context_parallel_size",
             context,
-            f"does not divide the {heads // tensor} heads of a tensor rank, which --context-exchange all-to-all trades",
+            f"does not divide the {heads // tensor} {kind} of a tensor rank, which "
+            "--context-exchange all-to-all trades",
             f"Sizes that fit: {divisors(heads // tensor)}; or use --context-exchange gather",
         )
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from megalith.check_bert import bert_faults
 from megalith.check_classify import classify_faults
 from megalith.check_ict import ict_faults, retriever_faults
+from megalith.check_layout import divisors
 from megalith.check_t5 import t5_faults
 from megalith.check_vit import vit_faults
 from megalith.config import Fault, Run, fault, known_settings
@@ -20,6 +21,7 @@ def task_faults(run: Run) -> list[Fault]:
         *_options(run),
         *_activation(run),
         *_positions(run),
+        *_groups(run),
         *_mock_data(run),
         *_corpus(run),
         *(() if rules is None else rules(run)),
@@ -73,6 +75,17 @@ def _positions(run: Run) -> Iterator[Fault]:
     elif width and (turned := int(width * model.rotary_percent)) % 2 + (turned == 0):
         rule = f"gives {turned} of a head's {width} features, and they turn in pairs"
         yield fault("rotary_percent", model.rotary_percent, rule, "Change it, or --kv-channels, to an even number")
+
+
+def _groups(run: Run) -> Iterator[Fault]:
+    """Heads share keys and values in whole groups."""
+    groups, heads = run.model.num_query_groups, run.model.num_attention_heads
+    if not run.model.group_query_attention:
+        if groups > 1 and run.task == "gpt":
+            yield fault("num_query_groups", groups, "needs --group-query-attention", "Add that")
+    elif heads and groups > 0 and heads % groups:
+        rule = f"does not divide --num-attention-heads = {heads}"
+        yield fault("num_query_groups", groups, rule, f"Groups that do: {divisors(heads)}")
 
 
 def _mock_data(run: Run) -> Iterator[Fault]:

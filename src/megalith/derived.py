@@ -137,6 +137,8 @@ OURS = (
     "position_embedding_type",
     "rotary_base",
     "rotary_percent",
+    "group_query_attention",
+    "num_query_groups",
     "relative_attention_num_buckets",
     "relative_attention_max_distance",
     "output_bias",

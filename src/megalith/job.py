@@ -24,7 +24,8 @@ from megalith.derived import (
     reference_arguments,
     tokenizer_type,
 )
-from megalith.models.shape import shape_of
+from megalith.layers.feedforward import GATED
+from megalith.models.shape import activation_of, key_heads, shape_of
 from megalith.monitor import lines
 from megalith.monitor.events import (
     Initialized,
@@ -254,8 +255,9 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 def model_sizes(run: Run, task: Task, vocab_size: int, dtype: torch.dtype) -> Sizes:
     """What the layout needs to know; costs are floating-point operations, in those of a layer."""
     shape, tokens = shape_of(run.model), task.num_places(run)
-    heads = shape.num_heads * shape.head_width
-    layer = 8 * shape.width * heads + 4 * shape.width * shape.inner + 4 * tokens * heads
+    heads, keys = shape.num_heads * shape.head_width, key_heads(run.model) * shape.head_width
+    inner = (3 if activation_of(run.model) in GATED else 2) * shape.inner
+    layer = 4 * shape.width * (heads + keys) + 2 * shape.width * inner + 4 * tokens * heads
     return Sizes(
         num_layers=num_layers(run),
         width=shape.width,

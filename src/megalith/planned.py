@@ -14,7 +14,7 @@ from megalith.derived import (
     tokenizer_type,
 )
 from megalith.job import MOCK_VOCABULARY
-from megalith.models.shape import activation_of, normalization_of, rotary_width, shape_of
+from megalith.models.shape import activation_of, key_heads, normalization_of, rotary_width, shape_of
 from megalith.parallel.apply import num_chunks, schedule_of
 from megalith.parallel.mesh import Layout
 from megalith.plan.job import Job
@@ -75,6 +75,7 @@ def planned(run: Run, ranks: int, *, vocab_size: int, device: str) -> Job:
         inner=shape.inner,
         vocab_size=vocab_size,
         num_positions=0 if rotary_width(run.model) else shape.num_positions,
+        num_groups=key_heads(run.model),
         rotary=rotary_width(run.model),
         sequence_length=sequence_length(run),
         micro_batch_size=run.optimizer.micro_batch_size,

@@ -12,7 +12,7 @@ from megalith.config import Run
 from megalith.data.loader import BatchSource
 from megalith.datasets import identify_token_files
 from megalith.layers.feedforward import GATED
-from megalith.models.shape import activation_of, shape_of
+from megalith.models.shape import activation_of, key_heads, shape_of
 from megalith.monitor.flops import training_flops
 from megalith.parallel.apply import BuildPart
 from megalith.parallel.step import RunPart
@@ -91,6 +91,7 @@ def stack_flops(run: Run, batch: int, *, length: int, vocab_size: int = 0, causa
         batch=batch,
         ffn_hidden_size=shape.inner,
         attention_width=shape.num_heads * shape.head_width,
+        key_value_width=key_heads(run.model) * shape.head_width,
         causal=causal,
         gated=activation_of(run.model) in GATED,
     )

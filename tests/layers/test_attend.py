@@ -121,6 +121,26 @@ def test_on_a_gpu_fewer_queries_are_the_last_of_the_keys(dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("probability", [0.0, 0.3])
+def test_heads_that_share_keys_are_as_if_each_had_its_own(name: str, probability: float) -> None:
+    mask, visible = rule(name)
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(B, heads, T, K, generator=generator).requires_grad_() for heads in (6, 2, 2))
+    rows = mix(dropout_rows(1234, torch.arange(B), T)[:, None] ^ number_words(6)[:, None])
+    dropout = AttentionDropout(probability, rows) if probability else None
+    kept = keep_mask(rows, number_words(T), probability) / (1 - probability) if probability else None
+    output = attend(q, k, v, mask, scale=0.3, dropout=dropout)
+    own_k, own_v = (part.repeat_interleave(3, 1) for part in (k, v))
+    expected = plainly(q, own_k, own_v, visible, 0.3, kept)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=2e-6)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(6))
+    grads = torch.autograd.grad((output * weights).sum(), (q, k, v))
+    expected_grads = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("probability", [0.0, 0.3])
 @pytest.mark.parametrize("scores_at_once", [7 * T, 1 << 19])
 def test_a_bias_of_the_scores_and_its_gradient_are_the_formula(
     monkeypatch: pytest.MonkeyPatch, name: str, probability: float, scores_at_once: int

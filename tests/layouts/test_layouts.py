@@ -43,7 +43,8 @@ MODELS = {
     "untied": ["--untie-embeddings-and-output-weights"],
     "llama": """
         --normalization RMSNorm --disable-bias-linear --swiglu --untie-embeddings-and-output-weights
-        --position-embedding-type rope --reset-position-ids --reset-attention-mask
+        --position-embedding-type rope --group-query-attention --num-query-groups 2
+        --reset-position-ids --reset-attention-mask
     """.split(),
 }
 QUICK = {

@@ -21,7 +21,8 @@ STILL = dataclasses.replace(CONFIG, hidden_dropout=0.0, attention_dropout=0.0)
 LLAMA = dataclasses.replace(
     STILL, normalization="RMSNorm", add_bias_linear=False, swiglu=True, position_embedding_type="rope"
 )
-KINDS = {"plain": STILL, "llama": LLAMA}
+GROUPED = dataclasses.replace(LLAMA, group_query_attention=True, num_query_groups=2)
+KINDS = {"plain": STILL, "llama": LLAMA, "grouped": GROUPED}
 POSITIONS = torch.arange(T).expand(B, T)
 SAMPLES = torch.tensor([7, 0, 3])
 
@@ -219,6 +220,18 @@ def test_rotary_positions_need_no_table_and_tell_distances_alone() -> None:
     whole = tokens()[:, :-1]
     torch.testing.assert_close(model(whole, POSITIONS + 90), model(whole, POSITIONS), rtol=0, atol=1e-4)
     assert not torch.allclose(model(whole, POSITIONS * 2), model(whole, POSITIONS), atol=1e-2)
+
+
+def test_a_cache_holds_as_many_heads_as_keys_have() -> None:
+    cache = KeyValueCache(B, T, device=torch.device("cpu"))
+    with torch.no_grad():
+        decoder(GROUPED)(tokens()[:, :4], POSITIONS[:, :4], cache=cache)
+    assert [k.shape for k, _ in cache._kept.values()] == [(B, 2, T, 4)] * 3
+
+
+def test_groups_of_one_head_are_heads() -> None:
+    config = dataclasses.replace(STILL, group_query_attention=True, num_query_groups=4)
+    assert torch.equal(loss_of(decoder(config)), loss_of(decoder(STILL)))
 
 
 def test_a_full_cache_refuses_more() -> None:

@@ -28,7 +28,10 @@ MODEL = """
     --vocab-size 2000 --micro-batch-size 4 --hidden-dropout 0 --attention-dropout 0 --device cpu
 """.split()
 MOST_TABLE = "--hidden-size 128 --seq-length 64 --micro-batch-size 1 --vocab-size 20000 --checkpoint-activations"
-LLAMA = "--normalization RMSNorm --disable-bias-linear --swiglu --position-embedding-type rope"
+LLAMA = (
+    "--normalization RMSNorm --disable-bias-linear --swiglu --position-embedding-type rope "
+    "--group-query-attention --num-query-groups 2"
+)
 CASES = {
     "plain": "--global-batch-size 8",
     "one microbatch": "--global-batch-size 4",
@@ -51,6 +54,7 @@ CASES = {
     "8-bit products": "--global-batch-size 8 --bf16 --fp8-format e4m3",
     "8-bit products in fp32": "--global-batch-size 8 --fp8-format hybrid",
     "as a llama": f"--global-batch-size 8 {LLAMA}",
+    "as a llama, dropout": f"--global-batch-size 8 {LLAMA} --hidden-dropout 0.1 --attention-dropout 0.1",
     "as a llama, selective": f"--global-batch-size 8 {LLAMA} --recompute-granularity selective",
     "as a llama, full": f"--global-batch-size 8 {LLAMA} --checkpoint-activations",
     "as a llama, bf16": f"--global-batch-size 8 {LLAMA} --bf16",

@@ -22,6 +22,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "another base": ({"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}, {"rotary_base": 50.0}),
     "wide heads": ({"head_dim": 10}, {"kv_channels": 10}),
+    "grouped": ({"num_key_value_heads": 2}, {"group_query_attention": True, "num_query_groups": 2}),
+    "one group, biases": (
+        {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
+        {"group_query_attention": True, "add_bias_linear": True},
+    ),
     "tied": ({"tie_word_embeddings": True}, {"untie_embeddings_and_output_weights": False}),
 }
 
@@ -91,7 +96,9 @@ def our_weight(weights: dict[str, Any], name: str) -> Tensor:
         value: Tensor = weights[f"model.{renamed}"]
         return value
     q, k, v = (weights["model." + renamed.replace("attention.qkv", f"self_attn.{part}_proj")] for part in "qkv")
-    return torch.stack([part.unflatten(0, (HEADS, -1)) for part in (q, k, v)], 1).flatten(0, 2)
+    # Every group's queries, then its key and value.
+    groups, width = (k.shape[0] * HEADS) // q.shape[0], q.shape[0] // HEADS
+    return torch.cat([part.unflatten(0, (groups, -1, width)) for part in (q, k, v)], 1).flatten(0, 2)
 
 
 @pytest.mark.parametrize("case", CASES)

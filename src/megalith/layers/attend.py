@@ -1,8 +1,9 @@
 """softmax(q k^T) v in the forms that the mask and dropout ask for.
 
-Blocked scores count as minus infinity in all of them. A query that sees no key at all gets 0.
+Blocked scores count as minus infinity in all of them. A query that sees no key at all gets 0. There may be fewer heads
+of keys and values than of queries, of which as many stand one after the other as share one (grouped queries).
 
-Shape letters: B batch, H heads, T query, S key, K head width.
+Shape letters: B batch, H heads (of keys and values: perhaps fewer), T query, S key, K head width.
 """
 
 from collections.abc import Iterator
@@ -47,11 +48,16 @@ def attend(
     scale: what scores are multiplied by. divisor: scores are kept divided by it until the softmax has them in fp32, so
     that they fit fp16; it matters only where scores are stored at all, that is with dropout.
     """
+    if dropout is not None or not takes_groups(q_BHTK, k_BHSK, mask):
+        k_BHSK, v_BHSK = (for_each_query_head(part, q_BHTK.shape[1]) for part in (k_BHSK, v_BHSK))
+    in_groups = k_BHSK.shape[1] < q_BHTK.shape[1]
     if dropout is not None:
         dropped: Tensor = _attend_with_dropout(q_BHTK, k_BHSK, v_BHSK, mask, scale, divisor, dropout)
         return dropped
     if mask.blocks is not None:
-        attended: Tensor = _compiled_flex_attention()(q_BHTK, k_BHSK, v_BHSK, block_mask=mask.blocks, scale=scale)
+        attended: Tensor = _compiled_flex_attention()(
+            q_BHTK, k_BHSK, v_BHSK, block_mask=mask.blocks, scale=scale, enable_gqa=in_groups
+        )
         return attended
     if mask.bias is not None:
         return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask.bias.to(q_BHTK.dtype), scale=scale)
@@ -59,7 +65,9 @@ def attend(
     if causal and q_BHTK.shape[2] < k_BHSK.shape[2]:
         # torch's is_causal takes the queries for the first of the keys.
         causal, visible = False, _as_the_last(q_BHTK, k_BHSK, v_BHSK)
-    return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=visible, is_causal=causal, scale=scale)
+    return F.scaled_dot_product_attention(
+        q_BHTK, k_BHSK, v_BHSK, attn_mask=visible, is_causal=causal, scale=scale, enable_gqa=in_groups
+    )
 
 
 def _as_the_last(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor) -> Tensor:
@@ -85,6 +93,28 @@ def _lower_right(num_queries: int, num_keys: int) -> Tensor:
     bias = torch.empty(0).as_subclass(CausalBias)
     bias.variant, bias.seq_len_q, bias.seq_len_kv = CausalVariant.LOWER_RIGHT, num_queries, num_keys
     return bias
+
+
+def takes_groups(q_BHTK: Tensor, k_BHSK: Tensor, mask: Mask) -> bool:
+    """Whether what computes attention without dropout takes fewer heads of keys as they are, and holds no scores."""
+    if mask.bias is not None:
+        return False
+    if not q_BHTK.is_cuda:
+        return True
+    if mask.blocks is not None:
+        # FlexAttention's form for few queries wants a power of two of them for each head of keys.
+        return (q_BHTK.shape[1] // k_BHSK.shape[1]).bit_count() == 1
+    if mask.causal and q_BHTK.shape[2] < k_BHSK.shape[2]:
+        return False  # nor what tells torch that the queries are the last of the keys
+    # FlashAttention does; what PyTorch has for masks and for fp32 does not.
+    return mask.visible is None and q_BHTK.dtype != torch.float32
+
+
+def for_each_query_head(part_BHSK: Tensor, num_heads: int) -> Tensor:
+    """Keys or values with as many heads as queries have; as they are where that is so."""
+    return (
+        part_BHSK.repeat_interleave(num_heads // part_BHSK.shape[1], 1) if part_BHSK.shape[1] < num_heads else part_BHSK
+    )
 
 
 def _attend_with_dropout(

@@ -49,6 +49,7 @@ class AttentionShape:
     into: Initial  # weights of the projections to queries, keys and values
     out: Initial  # weight of the projection back to the width
     bias: bool = True  # of all projections
+    num_groups: int | None = None  # heads of keys and values in self-attention; None: each head has its own
     scale: float | None = None  # what scores are multiplied by; None: one over the root of the head's width
 
 
@@ -101,7 +102,11 @@ def rows_of_heads(rows_BT: Tensor, first: int, num_heads: int) -> Tensor:
 
 
 class SelfAttention(_Attention):
-    """Attention of a sequence over itself. qkv holds, for each head in turn, its query, key and value features."""
+    """Attention of a sequence over itself, whose heads may share keys and values in groups.
+
+    qkv holds, for each group in turn, its heads' query features, then its key and its value features (grouped queries,
+    Ainslie et al. 2023, arXiv:2305.13245). Usually each head is a group.
+    """
 
     def __init__(
         self,
@@ -115,8 +120,11 @@ class SelfAttention(_Attention):
     ) -> None:
         super().__init__(shape, divisor=divisor, dropout=dropout, where=where)
         joined = shape.num_heads * shape.head_width
+        num_groups = shape.num_groups or shape.num_heads
         self.number = number
-        self.qkv = Linear(shape.width, 3 * joined, shape.into, bias=shape.bias, device=device)
+        self.heads_of_group = shape.num_heads // num_groups
+        features = joined + 2 * num_groups * shape.head_width
+        self.qkv = Linear(shape.width, features, shape.into, bias=shape.bias, device=device)
         self.out = Linear(joined, shape.width, shape.out, bias=shape.bias, device=device)
 
     def forward(
@@ -132,8 +140,9 @@ class SelfAttention(_Attention):
         q_BTHK, k_BSHK, v_BSHK = self._project(x_BTD, again)
         if rotation is not None:
             q_BTHK, k_BSHK = rotate(q_BTHK, rotation), rotate(k_BSHK, rotation)
-            # A copy, or the queries and keys beside it would be kept before and after they turned.
-            v_BSHK = v_BSHK.clone()
+        if rotation is not None or self.heads_of_group > 1:
+            # Queries have been copied: a view of keys or values in the product would keep them a second time.
+            k_BSHK, v_BSHK = k_BSHK.contiguous(), v_BSHK.contiguous()
         if cache is not None:
             k_BHSK, v_BHSK = cache.extend(self.number, k_BSHK.transpose(1, 2), v_BSHK.transpose(1, 2))
             k_BSHK, v_BSHK = k_BHSK.transpose(1, 2), v_BHSK.transpose(1, 2)
@@ -142,11 +151,12 @@ class SelfAttention(_Attention):
 
     def _project(self, x_BTD: Tensor, again: Again | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values."""
-        joined = self.qkv.joined(x_BTD) if has_kernels() else None
+        joined = self.qkv.joined(x_BTD) if self.heads_of_group == 1 and has_kernels() else None
         if joined is not None:
             return joined.heads(self.head_width)
         qkv: Tensor = self.qkv(x_BTD, again)
-        q_BTHK, k_BTHK, v_BTHK = qkv.unflatten(-1, (-1, 3, self.head_width)).unbind(3)
+        parts = qkv.unflatten(-1, (-1, self.heads_of_group + 2, self.head_width))
+        q_BTHK, k_BTHK, v_BTHK = (part.flatten(2, 3) for part in parts.split([self.heads_of_group, 1, 1], 3))
         return q_BTHK, k_BTHK, v_BTHK
 
 

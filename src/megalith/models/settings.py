@@ -82,6 +82,16 @@ class ModelConfig:
     rotary_percent: float = setting(
         1.0, "share of a head's features that rope turns", section="network size", task="gpt"
     )
+    group_query_attention: bool = setting(
+        False,
+        "heads share keys and values in --num-query-groups groups",
+        section="network size",
+        switch="on",
+        task="gpt",
+    )
+    num_query_groups: int = setting(
+        1, "heads of keys and values with --group-query-attention", section="network size", task="gpt"
+    )
     openai_gelu: bool = setting(False, "tanh GELU with --no-bias-gelu-fusion too", section="network size", switch="on")
     onnx_safe: bool | None = setting(
         None,

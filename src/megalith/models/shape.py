@@ -21,6 +21,8 @@ OPTIONS = (
     "position_embedding_type",
     "rotary_base",
     "rotary_percent",
+    "group_query_attention",
+    "num_query_groups",
 )
 
 
@@ -75,6 +77,11 @@ def rotary_width(config: ModelConfig) -> int:
     return int(shape_of(config).head_width * config.rotary_percent) if config.position_embedding_type == "rope" else 0
 
 
+def key_heads(config: ModelConfig) -> int:
+    """Heads of keys and values in self-attention."""
+    return config.num_query_groups if config.group_query_attention else shape_of(config).num_heads
+
+
 def options_of(config: ModelConfig) -> dict[str, object]:
     """Those of the OPTIONS that are not at their defaults, by name: a plain GPT has none."""
     plain = ModelConfig()
@@ -102,6 +109,7 @@ def block_shape(config: ModelConfig, dtype: torch.dtype) -> BlockShape:
             into,
             out,
             bias=config.add_bias_linear,
+            num_groups=key_heads(config),
             scale=config.softmax_scale,
         ),
         inner=shape.inner,

@@ -163,10 +163,15 @@ def attend_traded(
     divisor: float = 1.0,
     dropout: AttentionDropout | None = None,
 ) -> Tensor:
-    """BHTK: attention over the whole sequence by some of the heads on each rank. Heads must divide over the ranks."""
-    ranks = size_of(group)
-    traded = trade(torch.cat([q_BHTK, k_BHTK, v_BHTK], -1), give=1, take=2, group=group)
-    q, k, v = by_place(traded, 2, ranks).chunk(3, -1)
+    """BHTK: attention over the whole sequence by some of the heads on each rank.
+
+    Heads of keys must divide over the ranks; each goes with the queries that share it, as if these were its features.
+    """
+    ranks, width = size_of(group), q_BHTK.shape[-1]
+    joined = q_BHTK.unflatten(1, (k_BHTK.shape[1], -1)).transpose(2, 3).flatten(3)
+    traded = trade(torch.cat([joined, k_BHTK, v_BHTK], -1), give=1, take=2, group=group)
+    joined, k, v = by_place(traded, 2, ranks).split([joined.shape[-1], width, width], -1)
+    q = joined.unflatten(3, (-1, width)).transpose(2, 3).flatten(1, 2)
     if dropout is not None:
         rows = by_place(trade(dropout.rows, give=1, take=2, group=group), 2, ranks)
         dropout = AttentionDropout(dropout.probability, rows)

@@ -36,6 +36,7 @@ class Job:
     biases: bool = True  # of a layer's products
     activation: str = "gelu"  # gelu, relu, gated-gelu or swiglu
     normalization: str = "LayerNorm"
+    num_groups: int | None = None  # heads of keys and values; None: each head has its own
     rotary: int = 0  # features of a head that turn with its place
     compiled: bool = False
     tensor: int = 1
@@ -80,6 +81,16 @@ class Job:
         return self.activation in GATED
 
     @property
+    def query_features(self) -> float:
+        """Of a token, on a rank; what attention gives are as many."""
+        return self.num_heads * self.head_width / self.tensor
+
+    @property
+    def key_features(self) -> float:
+        """Of a token, on a rank; values have as many."""
+        return (self.num_groups or self.num_heads) * self.head_width / self.tensor
+
+    @property
     def norm_parameters(self) -> int:
         """Elements of a norm's weights."""
         return (1 if self.normalization == "RMSNorm" else 2) * self.width
@@ -97,9 +108,9 @@ class Job:
 
 def layer_matrices(job: Job) -> list[tuple[float, float]]:
     """(features in, features out) of the products of a layer on a rank, four or with a gate five."""
-    heads, inner = job.num_heads * job.head_width / job.tensor, job.inner / job.tensor
+    heads, inner = job.query_features, job.inner / job.tensor
     entering = [(job.width, inner)] * (2 if job.is_gated else 1)
-    return [(job.width, 3 * heads), (heads, job.width), *entering, (inner, job.width)]
+    return [(job.width, heads + 2 * job.key_features), (heads, job.width), *entering, (inner, job.width)]
 
 
 def parameters_in_products(job: Job) -> float:

@@ -87,9 +87,9 @@ def delayed_bytes(job: Job) -> float:
     entered their products, and the gradients of what left them."""
     if job.schedule != "zero-bubble":
         return 0.0
-    heads, inner = job.num_heads * job.head_width / job.tensor, job.inner / job.tensor
+    heads, inner = job.query_features, job.inner / job.tensor
     entered = job.width * 2 + heads + inner
-    left = 3 * heads + job.width * 2 + (2 if job.is_gated else 1) * inner
+    left = heads + 2 * job.key_features + job.width * 2 + (2 if job.is_gated else 1) * inner
     layers = job.layers_of_a_stage / job.parts
     parts = job.pipeline + (1 if job.parts > 1 else 0)  # as many as were counted on ranks that hold most
     return parts * layers * job.tokens * (entered + left) * job.compute_bytes
@@ -115,7 +115,10 @@ def layer_activations(job: Job) -> float:
     Where products go to oneDNN the outputs of norms are made again.
     """
     tokens, e = job.tokens, job.compute_bytes
-    heads, inner = job.num_heads * job.head_width / job.tensor, job.inner / job.tensor
+    heads, inner = job.query_features, job.inner / job.tensor
+    # Keys and values as attention takes them: repeated for each head with dropout, and in fp32 on a GPU.
+    are_repeated = (job.attention_dropout or (job.device == "cuda" and e == FP32)) and job.recompute != "selective"
+    attended = heads + 2 * (heads if are_repeated else job.key_features)
     between = 2 * job.stream_bytes * job.width / job.cut  # before each norm
     entering = 2 * job.width + heads + inner  # the four products
     # Inside a feed-forward besides what enters the last product; that is what relu itself keeps.
@@ -123,11 +126,11 @@ def layer_activations(job: Job) -> float:
     if job.fp8:
         # Products keep what entered them in 8 bits; compiled ones make that again of what others keep.
         entering += job.width if job.is_gated else 0
-        kept = e * (3 * heads + heads + inside * inner) + (0.0 if job.compiled else entering)
+        kept = e * (attended + heads + inside * inner) + (0.0 if job.compiled else entering)
         copies = 0.0 if job.compiled or is_rounded_once(job) else parameters_in_products(job)
     else:
-        normed = job.width / job.cut * (_is_kept(job, 3 * heads) + _is_kept(job, inner))
-        kept = e * (normed + 3 * heads + heads + (inside + (job.activation != "relu")) * inner)
+        normed = job.width / job.cut * (_is_kept(job, heads + 2 * job.key_features) + _is_kept(job, inner))
+        kept = e * (normed + attended + heads + (inside + (job.activation != "relu")) * inner)
         copies = 0.0 if is_rounded_once(job) or job.shares_weights else copy_bytes(job)
     masks = (2 * job.width / job.cut) if job.dropout else 0.0
     statistics = FP32 * (2 * job.norm_parameters / job.width / job.cut + job.num_heads / job.tensor)

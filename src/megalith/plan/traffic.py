@@ -81,16 +81,19 @@ def _held_alike(job: Job) -> float:
 def _context(job: Job) -> Iterator[Transfer]:
     if job.context == 1:
         return
-    heads = job.tokens * job.num_heads * job.head_width / job.tensor * job.compute_bytes
+    element = job.tokens * job.compute_bytes
+    queries, keys = job.query_features * element, job.key_features * element
     layers = job.num_microbatches * job.layers_of_a_stage
     if job.context_exchange == "gather":
         gathers = layers * (1 if job.recompute is None else 2)
-        yield Transfer("all-gather", "context", 2 * heads * job.context, gathers, job.context, job.tensor)
-        yield Transfer("reduce-scatter", "context", 2 * heads * job.context, layers, job.context, job.tensor)
+        yield Transfer("all-gather", "context", 2 * keys * job.context, gathers, job.context, job.tensor)
+        yield Transfer("reduce-scatter", "context", 2 * keys * job.context, layers, job.context, job.tensor)
         return
-    # Queries, keys, values and what comes of them, forward and backward; with dropout a number of each query.
-    tensors = {None: 8, "full": 12, "selective": 11}[job.recompute]
-    yield Transfer("all-to-all", "context", heads, tensors * layers, job.context, job.tensor)
+    # Queries, keys and values at once, and what comes of them, forward and backward; with dropout a number of each
+    # query.
+    entering, leaving = {None: (2, 2), "full": (3, 3), "selective": (3, 2)}[job.recompute]
+    yield Transfer("all-to-all", "context", queries + 2 * keys, entering * layers, job.context, job.tensor)
+    yield Transfer("all-to-all", "context", queries, leaving * layers, job.context, job.tensor)
     if job.attention_dropout:
         numbers = job.tokens * job.num_heads / job.tensor * FP32
         calls = layers * (1 if job.recompute is None else 2)
