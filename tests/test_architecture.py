@@ -73,6 +73,8 @@ LEVELS = [
         "convert",
         "convert_from_hugging_face",
         "convert_from_megatron",
+        "convert_to_hugging_face",
+        "hugging_face",
         "convert_to_megatron",
     },
     {"cli"},

@@ -1,4 +1,4 @@
-"""`megalith convert`: checkpoints of Megatron-LM into run directories, and the other way round; T5s of Hugging Face.
+"""`megalith convert`: checkpoints of Megatron-LM and models of Hugging Face into run directories, and back.
 
 A converted run goes on where the other program stopped: weights, optimizer, schedule, loss scale, samples consumed. Its
 dropout differs from then on, for ours is derived from the step and the sample instead of a generator's state.
@@ -14,7 +14,7 @@ HUGGING_FACE = "huggingface"  # a kind of checkpoint
 
 
 def main(words: Sequence[str]) -> int:
-    """Convert a checkpoint of Megatron-LM into a run directory, or the newest of a run directory into its files."""
+    """Convert a checkpoint of another program into a run directory, or the newest of a run directory into its files."""
     for word in words:
         if unfit := why_no_text(word):
             raise ValueError(f"{word}: {unfit[0]}. {unfit[1]}.")
@@ -31,29 +31,34 @@ def main(words: Sequence[str]) -> int:
 def _to_other(options: argparse.Namespace) -> int:
     if len(options.target) != 3:
         raise ValueError(
-            f"--to {' '.join(options.target)}: without --from it takes three words: megatron RUN_DIR OUT_DIR"
+            f"--to {' '.join(options.target)}: without --from it takes three words: megatron or {HUGGING_FACE}, "
+            "RUN_DIR and OUT_DIR"
         )
     kind, run_dir, directory = options.target
     _check_kind(kind)
+    if kind == HUGGING_FACE:
+        from megalith.convert_to_hugging_face import to_hugging_face
 
-    from megalith.convert_to_megatron import to_megatron
+        lines = to_hugging_face(run_dir, directory, step=options.iteration)
+    else:
+        from megalith.convert_to_megatron import to_megatron
 
-    for line in to_megatron(
-        run_dir,
-        directory,
-        step=options.iteration,
-        tensor=options.tensor_model_parallel_size,
-        stages=options.pipeline_model_parallel_size,
-        layers_per_chunk=options.num_layers_per_virtual_pipeline_stage,
-    ):
+        lines = to_megatron(
+            run_dir,
+            directory,
+            step=options.iteration,
+            tensor=options.tensor_model_parallel_size,
+            stages=options.pipeline_model_parallel_size,
+            layers_per_chunk=options.num_layers_per_virtual_pipeline_stage,
+        )
+    for line in lines:
         print(printable(line), flush=True)
     return 0
 
 
 def _from_other(options: argparse.Namespace) -> int:
     kind, directory = options.source
-    if kind != HUGGING_FACE:
-        _check_kind(kind)
+    _check_kind(kind)
     if len(options.target) != 1:
         raise ValueError(f"--to {' '.join(options.target)}: with --from it takes one word, the run directory to make")
 
@@ -79,17 +84,15 @@ def _from_other(options: argparse.Namespace) -> int:
 
 
 def _check_kind(kind: str) -> None:
-    if kind != "megatron":
-        raise ValueError(
-            f"{kind}: is not a kind of checkpoint that can be converted; megatron is, and from {HUGGING_FACE} a T5"
-        )
+    if kind not in ("megatron", HUGGING_FACE):
+        raise ValueError(f"{kind}: is not a kind of checkpoint that can be converted; megatron and {HUGGING_FACE} are")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="megalith convert",
         usage="megalith convert --from megatron|huggingface DIR --to RUN_DIR [...]\n"
-        "       megalith convert --to megatron RUN_DIR OUT_DIR [...]",
+        "       megalith convert --to megatron|huggingface RUN_DIR OUT_DIR [...]",
         description=main.__doc__,
         allow_abbrev=False,
     )
@@ -98,10 +101,15 @@ def _parser() -> argparse.ArgumentParser:
         dest="source",
         nargs=2,
         metavar=("KIND", "DIR"),
-        help="megatron and what --save named there, or huggingface and the directory of a T5",
+        help="megatron and what --save named there, or huggingface and the directory of a GPT-2, Llama or T5",
     )
     parser.add_argument(
-        "--to", dest="target", nargs="+", required=True, metavar="WORD", help="RUN_DIR, or megatron RUN_DIR OUT_DIR"
+        "--to",
+        dest="target",
+        nargs="+",
+        required=True,
+        metavar="WORD",
+        help="RUN_DIR, or megatron or huggingface, RUN_DIR and OUT_DIR",
     )
     parser.add_argument("--iteration", type=int, metavar="N", help="the checkpoint of that step [the latest]")
     parser.add_argument("--weights-only", action="store_true", help="leave optimizer, schedule and progress behind")

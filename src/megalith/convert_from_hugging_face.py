@@ -1,4 +1,4 @@
-"""A T5 of Hugging Face (config.json, model.safetensors, tokenizer.json) as a run directory of ours, to go on from."""
+"""A model of Hugging Face (config.json, model.safetensors, its tokenizer) as a run directory of ours, to go on from."""
 
 import json
 import time
@@ -18,24 +18,30 @@ from megalith.checkpoint.store import save
 from megalith.config import Run, compose
 from megalith.convert_from_megatron import open_tokenizer, padded_to
 from megalith.data.tokenizer import Tokenizer
+from megalith.derived import num_layers
 from megalith.files import DISK, make_directories
+from megalith.hugging_face import KINDS, Names, made_ours, stored
 from megalith.models.shape import shape_of
-from megalith.models.t5 import T5
 from megalith.monitor.interval import Interval
 from megalith.monitor.ledger import Ledger
 from megalith.sources import as_toml, write_run_file
-from megalith.tasks.t5 import identity
+from megalith.task_rows import TASK_ROWS
 
-CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 LARGEST_JSON = 16 << 20  # bytes
-ENCODER_LENGTH, DECODER_LENGTH = 512, 128  # tokens; what T5s are usually trained with
-ACTIVATIONS = ("relu", "gated-gelu")
+# Files of a tokenizer, the first that are there, and the settings that name them.
+TOKENIZERS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("HuggingFaceTokenizer", {"tokenizer_model": "tokenizer.json"}),
+    ("GPT2BPETokenizer", {"vocab_file": "vocab.json", "merge_file": "merges.txt"}),
+    ("SentencePieceTokenizer", {"tokenizer_model": "tokenizer.model"}),
+)
 
 
 def from_hugging_face(directory: str, run_dir: str, *, tokenizer_settings: Mapping[str, str]) -> Iterator[str]:
-    """Make a run directory of a T5's directory, and say what was done.
+    """Make a run directory of a model's directory, and say what was done.
 
-    Raises ValueError, naming file and entry, for what is missing, damaged or no T5; nothing is written then.
+    Raises ValueError, naming file and entry, for what is missing, damaged or of no kind known here; nothing is written
+    then.
     """
     if list_checkpoints(run_dir):
         raise ValueError(f"--to = {run_dir}: holds checkpoints already. Choose another directory.")
@@ -47,10 +53,12 @@ def from_hugging_face(directory: str, run_dir: str, *, tokenizer_settings: Mappi
         yield f"reading {folder}"
         run = run_of(config, folder, run_dir, tokenizer_settings, own_output="lm_head.weight" in theirs)
         tokenizer = open_tokenizer(run)
-        weights = Weights(folder, theirs, num_heads=shape_of(run.model).num_heads)
-        vocab_size = weights.read("shared.weight").shape[0]
+        weights = Weights(folder, theirs, KINDS[str(config["model_type"])].names(run), run)
+        vocab_size = weights.of_ours("word_embedding.weight").shape[0]
         run = padded_to(run, tokenizer.vocab_size, vocab_size)
-        model = T5(run.model, vocab_size, device="meta")
+        task = TASK_ROWS[run.task]
+        build = task.build_part(run, vocab_size, torch.float32)
+        model = build(layers=range(num_layers(run)), first=True, last=True)
         tensors = {}
         for name, parameter in model.named_parameters():
             tensors[f"weight.{name}"] = found = weights.of_ours(name)
@@ -99,109 +107,48 @@ def run_of(
 ) -> Run:
     """The run that a config.json describes, saving into the run directory. own_output: the weights hold a second table.
 
-    Raises ValueError for what is no T5, or one of a kind that is not known here.
+    Raises ValueError for a kind of model that is not known here, or one with what ours has not.
     """
     where = folder / CONFIG
-    if config.get("model_type") != "t5":
-        raise ValueError(f"{where}: model_type is {config.get('model_type')!r:.60}; only a t5 can be converted")
-    activation, layers = config.get("feed_forward_proj", "relu"), _count(config, "num_layers", where)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{where}: feed_forward_proj is {activation!r:.60}; {' and '.join(ACTIVATIONS)} are known")
-    if (config.get("num_decoder_layers") or layers) != layers:
-        raise ValueError(f"{where}: num_decoder_layers differs from num_layers = {layers}; stacks must be equal here")
-    kind = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder / TOKENIZER)}
-    dropout = float(config.get("dropout_rate", 0.1))
-    values: dict[str, Any] = {
-        "num_layers": layers,
-        "hidden_size": _count(config, "d_model", where),
-        "num_attention_heads": _count(config, "num_heads", where),
-        "kv_channels": _count(config, "d_kv", where),
-        "ffn_hidden_size": _count(config, "d_ff", where),
-        "max_position_embeddings": ENCODER_LENGTH,
-        "encoder_seq_length": ENCODER_LENGTH,
-        "decoder_seq_length": DECODER_LENGTH,
-        "layernorm_epsilon": float(config.get("layer_norm_epsilon", 1e-6)),
-        "attention_dropout": dropout,
-        "hidden_dropout": dropout,
-        "normalization": "RMSNorm",
-        "add_bias_linear": False,
-        "output_bias": False,
-        "activation_function": activation,
-        "softmax_scale": 1.0,
-        "apply_query_key_layer_scaling": False,
-        "position_embedding_type": "relative",
-        "relative_attention_num_buckets": _count(config, "relative_attention_num_buckets", where),
-        "relative_attention_max_distance": config.get("relative_attention_max_distance", 128),
-        # Files of older versions of the library say it by what is tied.
-        "scale_decoder_outputs": bool(config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))),
-        "untie_embeddings_and_output_weights": own_output,
-    }
-    return compose("t5", {**values, **(tokenizer_settings or kind), "save": run_dir})
+    kind = KINDS.get(str(config.get("model_type")))
+    if kind is None:
+        known = ", ".join(KINDS)
+        raise ValueError(f"{where}: model_type is {config.get('model_type')!r:.60}; of {known} one can be converted")
+    values = kind.settings(config, where, own_output)
+    return compose(kind.task, {**values, **(tokenizer_settings or tokenizer_in(folder)), "save": run_dir})
 
 
-def _count(config: Mapping[str, Any], name: str, where: Path) -> int:
-    value = config.get(name)
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{where}: {name} is {value!r:.60}; it must be a number of 1 or more")
-    return value
-
-
-# Our names of weights that stand in no block.
-WHOLE = {
-    "word_embedding.weight": "shared.weight",
-    "output.weight": "lm_head.weight",
-    "encoder_norm.weight": "encoder.final_layer_norm.weight",
-    "final_norm.weight": "decoder.final_layer_norm.weight",
-    "encoder_positions.weight": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-    "decoder_positions.weight": "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-}
-# Those of a block; several are joined, head by head. LAST is the number of the feed-forward among a block's layers.
-IN_BLOCK = {
-    "attention_norm.weight": ("0.layer_norm",),
-    "attention.qkv.weight": ("0.SelfAttention.q", "0.SelfAttention.k", "0.SelfAttention.v"),
-    "attention.out.weight": ("0.SelfAttention.o",),
-    "cross_norm.weight": ("1.layer_norm",),
-    "cross.query.weight": ("1.EncDecAttention.q",),
-    "cross.key_value.weight": ("1.EncDecAttention.k", "1.EncDecAttention.v"),
-    "cross.out.weight": ("1.EncDecAttention.o",),
-    "feedforward_norm.weight": ("LAST.layer_norm",),
-    "feedforward.up.weight": ("LAST.DenseReluDense.wi_1",),
-    "feedforward.gate.weight": ("LAST.DenseReluDense.wi_0",),
-    "feedforward.down.weight": ("LAST.DenseReluDense.wo",),
-}
-LAST = {"encoder": "1", "decoder": "2"}
+def tokenizer_in(folder: Path) -> dict[str, str]:
+    """The settings that name the tokenizer of a directory; its tokenizer.json where none is there."""
+    there = [row for row in TOKENIZERS if all((folder / name).exists() for name in row[1].values())]
+    kind, files = (there or TOKENIZERS)[0]
+    return {"tokenizer_type": kind, **{setting: str(folder / name) for setting, name in files.items()}}
 
 
 class Weights:
-    """The weights of a T5 of Hugging Face, by our names."""
+    """The weights of a model of Hugging Face, by our names."""
 
-    def __init__(self, folder: Path, theirs: Mapping[str, ShardReader], *, num_heads: int) -> None:
+    def __init__(self, folder: Path, theirs: Mapping[str, ShardReader], names: Names, run: Run) -> None:
         self._folder = folder
         self._theirs = theirs
-        self._num_heads = num_heads
+        self._names, self._run = names, run
+        # A model without its head is stored without the prefix.
+        self._prefix = "" if any(name.startswith(names.prefix) for name in theirs) else names.prefix
 
     def of_ours(self, name: str) -> Tensor:
         """fp32: a weight of ours. Raises ValueError for one that the files do not hold."""
-        if name in WHOLE:
-            return self.read(WHOLE[name])
-        stack, number, rest = name.split(".", 2)
-        base = f"{stack}.block.{number}.layer."
-        parts = [f"{base}{part.replace('LAST', LAST[stack])}.weight" for part in IN_BLOCK[rest]]
-        if rest == "feedforward.up.weight" and parts[0] not in self._theirs:
-            parts = [parts[0].replace("wi_1", "wi")]
-        read = [self.read(part) for part in parts]
-        if len(read) == 1:
-            return read[0]
-        if any(part.shape[0] % self._num_heads for part in read):
-            raise ValueError(f"{self._folder}: {parts[0]} has {read[0].shape[0]} rows, which its heads cannot share")
-        return torch.stack([part.unflatten(0, (self._num_heads, -1)) for part in read], 1).flatten(0, 2)
+        how = stored(self._names, self._run, name)
+        try:
+            return made_ours([self.read(part.removeprefix(self._prefix)) for part in how.names], how)
+        except ValueError as error:
+            raise ValueError(f"{self._folder}: {error}") from error
 
     def read(self, name: str) -> Tensor:
         """fp32: a weight of theirs."""
         file = self._theirs.get(name)
         kind = None if file is None else file.kind(name)
         if file is None or kind is None:
-            raise ValueError(f"{self._folder}: its weights lack {name}")
+            raise ValueError(f"its weights lack {name}")
         dtype, shape = kind
         tensor = torch.empty(shape, dtype=TORCH_DTYPES[dtype])
         file.fill(name, Place((0,) * len(shape), shape), tensor)
@@ -226,10 +173,12 @@ def state_for(run: Run, tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]
             "hidden_size": shape.width,
             "num_attention_heads": shape.num_heads,
             "kv_channels": shape.head_width,
+            "ffn_hidden_size": shape.inner,
+            "untie_embeddings_and_output_weights": run.model.untie_embeddings_and_output_weights,
             "max_position_embeddings": shape.num_positions,
             "padded_vocab_size": vocab_size,
             "tokenizer": tokenizer.digest,
-            **identity(run),
+            **TASK_ROWS[run.task].identity(run),
         },
     }
 

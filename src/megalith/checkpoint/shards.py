@@ -40,9 +40,15 @@ def shard_size(sizes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
     return len(header) + data
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor], *, disk: Disk) -> Written:
-    """Write the tensors, sorted by name, as a safetensors file. Host memory: one tensor of another device at a time."""
-    header, _ = _header_for({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+def write_shard(
+    path: Path, tensors: Mapping[str, Tensor], *, disk: Disk, metadata: Mapping[str, str] | None = None
+) -> Written:
+    """Write the tensors, sorted by name, as a safetensors file. Host memory: one tensor of another device at a time.
+
+    metadata: words for the header, for other readers than ours.
+    """
+    sizes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    header, _ = _header_for(sizes, metadata)
 
     def parts() -> Iterator[bytes | memoryview]:
         yield header
@@ -57,9 +63,11 @@ def _elements(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _header_for(sizes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, int]:
+def _header_for(
+    sizes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, int]:
     """The length and header of a file, and the bytes of the elements behind them."""
-    entries = {}
+    entries: dict[str, Any] = {} if metadata is None else {METADATA: dict(metadata)}
     end = 0
     for name in sorted(sizes):
         dtype, shape = sizes[name]

@@ -1,0 +1,221 @@
+"""GPTs and Llamas of Hugging Face become run directories and the other way round: the same logits, the same tokens."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megalith.cli import main
+from megalith.convert_to_hugging_face import to_hugging_face
+from megalith.data.tokenizer import load_saved_tokenizer, train_byte_bpe
+from megalith.trained import open_trained
+from tests.layouts.runs import MODEL, steps_of, weights_of
+
+transformers = pytest.importorskip("transformers")
+
+TEXTS = [f"the word number {number} and another one" for number in range(40)]
+V, T = 280, 15
+ROUNDING = 4e-6  # of the largest logit, as in tests/twins/test_llama.py
+GPT2 = {"n_layer": 3, "n_embd": 24, "n_head": 4, "n_positions": 16}
+LLAMA = {
+    "num_hidden_layers": 3,
+    "hidden_size": 24,
+    "intermediate_size": 28,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 16,
+    "pad_token_id": None,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "gpt2": {"model_type": "gpt2", **GPT2},
+    "gpt2, erf and an output of its own": {
+        "model_type": "gpt2",
+        **GPT2,
+        "activation_function": "gelu",
+        "n_inner": 20,
+        "tie_word_embeddings": False,
+    },
+    "llama": {"model_type": "llama", **LLAMA, "num_key_value_heads": 2, "rms_norm_eps": 1e-5},
+    "llama, biases and a tied table": {
+        "model_type": "llama",
+        **LLAMA,
+        "head_dim": 10,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+    },
+}
+TRAINED = {
+    "gpt2": [],
+    "llama": """
+        --normalization RMSNorm --disable-bias-linear --swiglu --untie-embeddings-and-output-weights
+        --position-embedding-type rope --group-query-attention --num-query-groups 2
+    """.split(),
+}
+
+
+def write_model(folder: Path, kind: str, **changes: Any) -> Any:
+    """A directory as Hugging Face's hub has it, with GPT-2's kind of tokenizer; the model in it."""
+    folder.mkdir()
+    tokenizer = train_byte_bpe(TEXTS, V, folder)
+    options = {**KINDS[kind], "vocab_size": tokenizer.vocab_size, "initializer_range": 0.2}
+    config = transformers.AutoConfig.for_model(**options, bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(1)
+    twin = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in twin.parameters():  # biases and norms do not start where they would hide a mistake
+            parameter += 0.1 * torch.randn_like(parameter)
+    weights = {name: weight.contiguous() for name, weight in twin.state_dict().items()}
+    if config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config.to_dict() | changes))
+    return twin
+
+
+def logits_of(run_dir: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """By our model of a run directory."""
+    trained = open_trained(str(run_dir), step=None, device="cpu")
+    assert trained.tokenizer.vocab_size > int(tokens.max())
+    with torch.no_grad():
+        logits: torch.Tensor = trained.model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens))
+    return logits[..., : trained.tokenizer.vocab_size]
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest, as a share of the largest value."""
+    assert found.shape == expected.shape
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_comes_and_goes_gives_the_same_logits_and_weights(kind: str, tmp_path: Path) -> None:
+    theirs, run_dir, again = (tmp_path / name for name in ("theirs", "run", "again"))
+    twin = write_model(theirs, kind)
+    assert main(["convert", "--from", "huggingface", str(theirs), "--to", str(run_dir)]) == 0
+    tokens = torch.randint(270, (2, T), generator=torch.Generator().manual_seed(3))
+    expected = twin(input_ids=tokens).logits.detach()
+    assert difference(logits_of(run_dir, tokens), expected) < ROUNDING
+    assert main(["convert", "--to", "huggingface", str(run_dir), str(again)]) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (theirs, again))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    returned = transformers.AutoModelForCausalLM.from_pretrained(again).eval()
+    assert torch.equal(returned(input_ids=tokens).logits, expected)
+    for name in ("vocab.json", "merges.txt"):
+        assert (again / name).read_bytes() == (theirs / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_a_trained_model_gives_the_same_logits_there(kind: str, data: Path, tmp_path: Path) -> None:
+    words = [*MODEL, *TRAINED[kind], "--data-path", str(data), "--save", str(tmp_path / "run"), "--train-iters", "3"]
+    assert main(["pretrain", *words, "--eval-iters", "0"]) == 0
+    assert len(steps_of(tmp_path / "run")) == 3
+    assert main(["convert", "--to", "huggingface", str(tmp_path / "run"), str(tmp_path / "theirs")]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
+    assert model.config.model_type == kind
+    # The table is padded to 264 rows here, and not there.
+    assert model.config.vocab_size == 257
+    assert model.generation_config.eos_token_id == 256
+    tokens = torch.randint(257, (2, T), generator=torch.Generator().manual_seed(3))
+    assert difference(model(input_ids=tokens).logits, logits_of(tmp_path / "run", tokens)) < ROUNDING
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_training_goes_on_from_it(kind: str, data: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "theirs", kind)
+    run_dir, save = tmp_path / "run", tmp_path / "tuned"
+    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(run_dir)]) == 0
+    words = f"""
+        {run_dir}/run.toml --finetune --load {run_dir} --save {save} --save-interval 2 --train-iters 2 --lr 0
+        --micro-batch-size 2 --eval-iters 0 --data-path {data} --log-format json --device cpu --log-interval 1
+    """.split()
+    assert main(["pretrain", *words]) == 0
+    assert len(steps_of(save)) == 2
+    before, after = weights_of(run_dir), weights_of(save)
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    # What it learns next it takes along.
+    assert main(["convert", "--to", "huggingface", str(save), str(tmp_path / "again")]) == 0
+
+
+def test_its_tokenizer_gives_the_same_tokens_there(tmp_path: Path) -> None:
+    write_model(tmp_path / "theirs", "llama")
+    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 0
+    assert main(["convert", "--to", "huggingface", str(tmp_path / "run"), str(tmp_path / "again")]) == 0
+    ours = load_saved_tokenizer(tmp_path / "run" / "tokenizer")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    text = "the word number 7 and  another one's\n"
+    assert tokenizer(text)["input_ids"] == ours.encode(text)
+    assert tokenizer.eos_token_id == ours.eod
+    assert tokenizer.decode(ours.encode(text)) == text
+
+
+def test_a_large_model_is_several_files_and_an_index(tmp_path: Path) -> None:
+    twin = write_model(tmp_path / "theirs", "llama")
+    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 0
+    told = list(to_hugging_face(str(tmp_path / "run"), str(tmp_path / "again"), step=None, largest_file=30_000))
+    files = sorted(path.name for path in (tmp_path / "again").glob("*.safetensors"))
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors" and len(files) > 2
+    assert sum(".safetensors" in line for line in told) == len(files)
+    index = json.loads((tmp_path / "again" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(files)
+    assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in twin.state_dict().values())
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in twin.state_dict().items())
+    # And it comes back.
+    assert main(["convert", "--from", "huggingface", str(tmp_path / "again"), "--to", str(tmp_path / "back")]) == 0
+    first, second = weights_of(tmp_path / "run"), weights_of(tmp_path / "back")
+    assert all(torch.equal(second[name], weight) for name, weight in first.items())
+
+
+def test_a_gpt2_without_its_head_can_be_read(tmp_path: Path) -> None:
+    twin = write_model(tmp_path / "theirs", "gpt2")
+    file = tmp_path / "theirs" / "model.safetensors"
+    save_file({name.removeprefix("transformer."): weight for name, weight in load_file(file).items()}, file)
+    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 0
+    tokens = torch.arange(T)[None]
+    assert difference(logits_of(tmp_path / "run", tokens), twin(input_ids=tokens).logits.detach()) < ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True; False can be"),
+        ("gpt2", {"activation_function": "silu"}, "activation_function is 'silu'; gelu_new and gelu_pytorch_tanh and"),
+        ("gpt2", {"n_layer": 4}, "its weights lack transformer.h.3.ln_1.weight"),
+        ("llama", {"hidden_act": "gelu"}, "config.json: hidden_act is 'gelu'; silu can be converted"),
+        ("llama", {"mlp_bias": True}, "config.json: mlp_bias is True; False can be converted"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": None}, "rope_type is 'llama3'; default"),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads = 3 does not divide num_attention_heads = 4"),
+        ("llama", {"num_attention_heads": 1, "num_key_value_heads": 1}, "layers.0.attention.qkv.weight are (48, 24)"),
+        ("llama", {"intermediate_size": 27}, "the weights for layers.0.feedforward.up.weight are (28, 24)"),
+    ],
+)
+def test_what_cannot_come_is_said(
+    kind: str, changes: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "theirs", kind, **changes)
+    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_go_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["convert", "--to", "huggingface", str(tmp_path), str(tmp_path / "theirs")]
+    sizes = "num_layers = 2\nhidden_size = 32\nnum_attention_heads = 4\nmax_position_embeddings = 16\n"
+    (tmp_path / "run.toml").write_text(f'task = "gpt"\n[model]\n{sizes}swiglu = true\n')
+    assert main(words) == 2
+    assert (
+        "Hugging Face has no such model: a gpt2 is none with --swiglu = True; a llama is none with --normalization = "
+        "LayerNorm, --position-embedding-type = learned_absolute." in capsys.readouterr().err
+    )
+    (tmp_path / "run.toml").write_text(f'task = "bert"\n[model]\n{sizes}')
+    assert main(words) == 2
+    assert "Hugging Face has no such model: it is a bert." in capsys.readouterr().err
+    (tmp_path / "run.toml").write_text(f'task = "gpt"\n[model]\n{sizes}')
+    assert main(words) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "theirs").exists()
