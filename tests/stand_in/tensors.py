@@ -209,11 +209,13 @@ def _on_cpu_first(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return made
 
 
-def _flex_attention(q: Tensor, k: Tensor, v: Tensor, *, block_mask: Any, scale: float) -> Tensor:
+def _flex_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, block_mask: Any, scale: float, enable_gqa: bool = False
+) -> Tensor:
     b, t, s = (torch.arange(size, device=DEVICE) for size in (len(q), q.shape[2], k.shape[2]))
     h = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     visible = block_mask.mask_mod(b.view(-1, 1, 1, 1), h, t.view(1, 1, -1, 1), s)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=enable_gqa)
 
 
 def _uncompiled(function: Any = None, **options: Any) -> Any:

@@ -20,6 +20,11 @@ MODEL = """
     --max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3
 """.split()
 
+LLAMA = """
+    --normalization RMSNorm --disable-bias-linear --swiglu --position-embedding-type rope
+    --group-query-attention --num-query-groups 2 --reset-position-ids
+"""
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.version.cuda is not None, reason="a torch with CUDA answers for its devices itself"),
@@ -79,6 +84,10 @@ def run(library: Path, device: str, words: list[str], *, folder: Path, ranks: in
         ("--pipeline-model-parallel-size 2 --pipeline-schedule zero-bubble", 2),
         ("--data-parallel-sharding optimizer", 2),
         ("--data-parallel-sharding parameters", 2),
+        (LLAMA, 1),
+        (f"{LLAMA} --bf16 --hidden-dropout 0 --attention-dropout 0", 1),
+        (f"{LLAMA} --tensor-model-parallel-size 2 --sequence-parallel", 2),
+        (f"{LLAMA} --context-parallel-size 2 --context-exchange all-to-all", 2),
     ],
 )
 def test_a_gpt_has_the_cpus_losses(words: str, ranks: int, library: Path, tmp_path: Path) -> None:
@@ -91,7 +100,7 @@ def test_a_gpt_has_the_cpus_losses(words: str, ranks: int, library: Path, tmp_pa
 
 # bert, t5 and ict mask their padding by FlexAttention on a GPU.
 @pytest.mark.parametrize(
-    "preset", ["quickstart", "quickstart-bert", "quickstart-t5", "quickstart-ict", "quickstart-vit"]
+    "preset", ["quickstart", "quickstart-llama", "quickstart-bert", "quickstart-t5", "quickstart-ict", "quickstart-vit"]
 )
 def test_a_preset_has_the_cpus_losses(preset: str, library: Path, tmp_path: Path) -> None:
     words = f"--preset {preset} --num-layers 2 --train-iters 4 --eval-iters 1 --log-interval 1".split()
@@ -116,6 +125,7 @@ def test_a_run_is_saved_from_the_device_and_goes_on_there(library: Path, tmp_pat
     ("words", "ranks"),
     [
         ("", 1),
+        (LLAMA, 1),
         ("--context-parallel-size 2", 2),
         ("--context-parallel-size 2 --reset-attention-mask --attention-dropout 0", 2),
         ("--context-parallel-size 2 --context-exchange all-to-all", 2),
