@@ -105,9 +105,9 @@ def takes_groups(q_BHTK: Tensor, k_BHSK: Tensor, mask: Mask) -> bool:
         # FlexAttention's form for few queries wants a power of two of them for each head of keys.
         return (q_BHTK.shape[1] // k_BHSK.shape[1]).bit_count() == 1
     if mask.causal and q_BHTK.shape[2] < k_BHSK.shape[2]:
-        return False  # nor what tells torch that the queries are the last of the keys
-    # FlashAttention does; what PyTorch has for masks and for fp32 does not.
-    return mask.visible is None and q_BHTK.dtype != torch.float32
+        return False
+    # FlashAttention does; what PyTorch has for masks, for fewer queries, for fp32 and for wide heads does not.
+    return mask.visible is None and q_BHTK.dtype != torch.float32 and q_BHTK.shape[-1] <= LARGEST_FUSED_HEAD
 
 
 def for_each_query_head(part_BHSK: Tensor, num_heads: int) -> Tensor:
