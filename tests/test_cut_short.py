@@ -69,7 +69,8 @@ def test_a_run_whose_token_file_is_cut_short_names_it(ending: str, ranks: int, t
 def cloze(sentences: SentenceRows) -> ClozeBatches:
     marks = Marks(length=8, cls=0, sep=1, pad=2)
     file = sentences.indexed
-    return ClozeBatches(file, file, sentences.rows, marks=marks, kept_share=0.1, seed=1, vocab_size=256)
+    titles = IndexedDataset(file.prefix.with_name("titles"))
+    return ClozeBatches(file, titles, sentences.rows, marks=marks, kept_share=0.1, seed=1, vocab_size=256)
 
 
 RULE: Any = SimpleNamespace(length=8, encoder_length=8, decoder_length=8)  # as far as it is asked before a file is read
@@ -83,7 +84,8 @@ READERS: dict[str, Callable[[SentenceRows, Any], Any]] = {
 @pytest.mark.parametrize("ending", ["bin", "idx"])
 @pytest.mark.parametrize("task", READERS)
 def test_batches_of_sentences_look_first(task: str, ending: str, tmp_path: Path) -> None:
-    write_tokens(tmp_path / "data")
+    for name in ("data", "titles"):
+        write_tokens(tmp_path / name)
     rows = SentenceRows(IndexedDataset(tmp_path / "data"), np.array([[0, 2, 0, 0]]), seed=1, vocab_size=256)
     os.truncate(tmp_path / f"data.{ending}", 4096)
     with pytest.raises(ValueError, match=rf"data\.{ending}: was cut short while it was read: .* has 4096\. "):

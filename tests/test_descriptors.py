@@ -57,7 +57,7 @@ def standard_ones(mark: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("limit", [7, 20])
+@pytest.mark.parametrize("limit", [7, 14])
 def test_too_few_descriptors_are_told_with_the_remedy(limit: int, tmp_path: Path) -> None:
     """The launcher meets the first limit, the ranks the second."""
     words = command(*TRAINING, "--nproc", "2", "--save", str(tmp_path / "run"), limit=f"-n {limit}")

@@ -1,5 +1,6 @@
 """What is found out of --save before the first step."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from megalith.checkpoint.directory import try_run_directory
 from megalith.checkpoint.index import STATE_ROOM
 from megalith.checkpoint.pieces import Piece
 from megalith.checkpoint.saver import AsyncSaver
-from megalith.config import Run
+from megalith.config import ConfigError, Run
 from megalith.files import Disk, Location
 from megalith.keeper import try_save_directory
 from megalith.parallel.mesh import Layout
@@ -40,17 +41,22 @@ def test_a_save_directory_is_tried_once_a_host_and_all_ranks_learn_of_a_failure(
     monkeypatch.setattr(keeper_module, "try_run_directory", counting)
     (tmp_path / "file").write_text("in the way")
 
-    def on_rank(rank: int) -> tuple[int, str]:
+    said: list[str] = []
+    monkeypatch.setattr("megalith.agreement.say", said.append)
+
+    def on_rank(rank: int) -> tuple[int, list[str]]:
         # Two hosts of two ranks.
         layout = Layout(world_size=4, rank=rank, local_rank=rank % 2)
         try_save_directory(run_into(tmp_path / "run"), layout)
-        with pytest.raises(ValueError, match=r"--save = .*file: checkpoints cannot be written") as raised:
+        with pytest.raises(ConfigError):
             try_save_directory(run_into(tmp_path / "file"), layout)
-        return tried, str(raised.value)
+        return tried, said
 
     found = run_ranks(on_rank, 4)
     assert [times for times, _ in found] == [2, 0, 2, 0]
-    assert len({said for _, said in found}) == 1
+    (told,) = found[0][1]
+    assert re.search(r"--save = .*file: on rank 0, .*file: checkpoints cannot be written", told)
+    assert not any(said for _, said in found[1:])
 
 
 def test_an_index_that_would_be_too_large_is_told_before_the_first_step(

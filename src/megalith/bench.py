@@ -56,7 +56,10 @@ LEARNING_RATE = 1e-4
 def main(words: Sequence[str], *, started: float) -> int:
     """Measure, and print a table or one JSON object. started: when the program began, by time.monotonic."""
     options, rest = _parse(words)
-    run = made_for_measuring(read_command_line(rest), steps=options.warmup + options.steps + SPLIT_STEPS)
+    asked = read_command_line(rest)
+    if asked.monitor.profile:
+        raise ValueError("--profile: bench traces nothing. megalith pretrain --mock-data --profile ... does")
+    run = made_for_measuring(asked, steps=options.warmup + options.steps + SPLIT_STEPS)
     if run.parallel.nproc is not None and "RANK" not in os.environ:
         command = [sys.executable, "-m", "megalith", "bench", *words]
         return launch(command, run.parallel.nproc, stop_grace=run.parallel.stop_grace)
@@ -90,8 +93,6 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def made_for_measuring(run: Run, *, steps: int) -> Run:
     """The run on made-up tokens, so many steps long, that reads and writes no files."""
     optimizer, model = run.optimizer, run.model
-    if run.monitor.profile:
-        raise ValueError("--profile: bench traces nothing. megalith pretrain --mock-data --profile ... does")
     has_words = run.task in TASK_ROWS and TASK_ROWS[run.task].has_tokenizer
     # That of the run's own tokenizer, for the table of words may be the larger part of a model.
     vocab_size = vocabulary_of(run).size if has_words else run.data.vocab_size
