@@ -26,12 +26,11 @@ from megalith.terminal import why_no_text
 
 TASKS = ("gpt", "bert", "t5", "ict", "vit", "classify", "retriever")
 
-# Flags that Megatron-LM itself removed or is about to, with what took their place.
+# Flags that Megatron-LM itself removed, with what took their place.
 REMOVED = {
     "--batch-size": "--micro-batch-size",
     "--warmup": "--lr-warmup-fraction",
     "--model-parallel-size": "--tensor-model-parallel-size",
-    "--use-rotary-position-embeddings": "--position-embedding-type rope",
 }
 
 
@@ -111,7 +110,9 @@ class Known:
 
     @property
     def flags(self) -> list[str]:
-        return [self.flag, *describe(self.field)["also"]]
+        """All that speak of it."""
+        described = describe(self.field)
+        return [self.flag, *described["also"], *described["values"]]
 
     def concerns(self, task: str) -> bool:
         """Whether a task uses the setting."""

@@ -4,7 +4,7 @@ Each part of Megalith declares its settings as a frozen dataclass beside its cod
 namespace. The names are those of the Megatron-LM argument wherever it has the same setting.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, field
 from typing import Any
 
@@ -19,6 +19,7 @@ def setting(
     unit: str = "",
     flag: str = "",
     also: Sequence[str] = (),
+    values: Mapping[str, str] | None = None,
     choices: Sequence[str] = (),
     switch: str = "",
     repeat: str = "",
@@ -28,9 +29,10 @@ def setting(
     """A dataclass field with what the command line needs to know about it.
 
     section: the heading under which --help shows it. unit: what a number counts. flag: its spelling if that is not the
-    name with hyphens; also: further spellings. choices: the only values allowed. switch: "on" or "off", for a flag
-    without a value that turns the field on or off. repeat: "*" or "+", for a list of values. task: the only task that
-    uses it, or several with commas between. usual: in words, what is taken where the default, None, stays.
+    name with hyphens; also: further spellings; values: flags without a value that say one each. choices: the only
+    values allowed. switch: "on" or "off", for a flag without a value that turns the field on or off. repeat: "*" or
+    "+", for a list of values. task: the only task that uses it, or several with commas between. usual: in words, what
+    is taken where the default, None, stays.
     """
     metadata = {
         "help": help,
@@ -38,6 +40,7 @@ def setting(
         "unit": unit,
         "flag": flag,
         "also": tuple(also),
+        "values": dict(values or {}),
         "choices": tuple(choices),
         "switch": switch,
         "repeat": repeat,

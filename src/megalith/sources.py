@@ -159,11 +159,12 @@ def flag_parser(program: str = "megalith pretrain") -> argparse.ArgumentParser:
         group = groups.setdefault(section, parser.add_argument_group(section))
         default, unit = known.field.default, described["unit"]
         words = [str(described["help"]).replace("%", "%%")]
+        spellings = [known.flag, *described["also"]]
         if described["task"]:
             words.append(f"({described['task']})")
         if described["switch"]:
             group.add_argument(
-                *known.flags, dest=name, action="store_const", const=described["switch"] == "on", help=" ".join(words)
+                *spellings, dest=name, action="store_const", const=described["switch"] == "on", help=" ".join(words)
             )
             continue
         default = described["usual"] if default in (None, ()) else default
@@ -171,8 +172,10 @@ def flag_parser(program: str = "megalith pretrain") -> argparse.ArgumentParser:
         words.append(f"[{unit}; {shown}]" if unit else f"[{shown}]")
         metavar = "|".join(described["choices"]) or _metavar(known.type)
         group.add_argument(
-            *known.flags, dest=name, metavar=metavar, nargs=described["repeat"] or None, help=" ".join(words)
+            *spellings, dest=name, metavar=metavar, nargs=described["repeat"] or None, help=" ".join(words)
         )
+        for flag, value in described["values"].items():
+            group.add_argument(flag, dest=name, action="store_const", const=value, help=f"as {known.flag} {value}")
     return parser
 
 

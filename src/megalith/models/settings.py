@@ -71,6 +71,7 @@ class ModelConfig:
         "by the distance of query and key, one table for each stack",
         section="network size",
         choices=("learned_absolute", "rope", "relative"),
+        values={"--use-rotary-position-embeddings": "rope"},
         task="gpt, t5",
     )
     rotary_base: float = setting(
