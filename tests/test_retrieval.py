@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -204,12 +205,13 @@ def test_ranks_whose_spans_are_there_wait_a_day_for_those_that_embed(monkeypatch
         os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         found: list[timedelta] = []
 
-        def noting(work: None, layout: Layout) -> None:
+        def noting(work: SimpleNamespace, layout: Layout) -> None:
             world: Any = dist.group.WORLD
             found.append(world._get_backend(torch.device("cpu")).options._timeout)
             dist.barrier()
 
-        monkeypatch.setattr(indexing, "plan", lambda options, layout: None)
+        work = SimpleNamespace(path="embeddings", log_interval=1, made_from={})
+        monkeypatch.setattr(indexing, "plan", lambda options, layout: work)
         monkeypatch.setattr(indexing, "make_index", noting)
         assert indexing.main(["run", "--device", "cpu"]) == 0
         return found[0]

@@ -50,7 +50,6 @@ def pretrain_words(words: Sequence[str]) -> list[str]:
     parser.add_argument(
         "--train-data",
         nargs="+",
-        action="extend",
         required=True,
         metavar="FILE",
         help="pairs, or questions, to learn from",
@@ -58,7 +57,6 @@ def pretrain_words(words: Sequence[str]) -> list[str]:
     parser.add_argument(
         "--valid-data",
         nargs="+",
-        action="extend",
         required=True,
         metavar="FILE",
         help="pairs, or questions, to validate on",
