@@ -37,7 +37,14 @@ def write_tokens(prefix: Path) -> None:
             writer.add_document([np.arange(number, number + 60) % 256])
 
 
-@pytest.mark.parametrize(("ending", "ranks"), [("bin", 1), ("idx", 1), ("bin", 2)])
+@pytest.mark.parametrize(
+    ("ending", "ranks"),
+    [
+        ("bin", 2),
+        pytest.param("bin", 1, marks=pytest.mark.slow),
+        pytest.param("idx", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_whose_token_file_is_cut_short_names_it(ending: str, ranks: int, tmp_path: Path) -> None:
     write_tokens(tmp_path / "data")
     mark, run, file = uuid.uuid4().hex, tmp_path / "run", tmp_path / f"data.{ending}"

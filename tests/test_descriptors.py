@@ -23,7 +23,6 @@ TRAINING = """
     --log-interval 1 --eval-interval 100 --eval-iters 1 --device cpu
 """.split()
 SECONDS_TO_END = 60.0
-RANKS = pytest.mark.parametrize("ranks", [[], ["--nproc", "2"]], ids=["one process", "--nproc 2"])
 
 
 def command(*words: str, redirected: str = "", limit: str = "unlimited") -> list[str]:
@@ -80,8 +79,17 @@ def test_a_machine_without_descriptors_has_another_remedy() -> None:
         assert remedy is not None and said in remedy
 
 
-@RANKS
-@pytest.mark.parametrize("redirected", ["<&-", ">&-", "2>&-"])
+@pytest.mark.parametrize(
+    ("redirected", "ranks"),
+    [
+        pytest.param("<&-", ["--nproc", "2"], id="<&- of two"),
+        pytest.param(">&-", [], id=">&- of one"),
+        pytest.param("2>&-", [], id="2>&- of one"),
+        pytest.param("<&-", [], id="<&- of one", marks=pytest.mark.slow),
+        pytest.param(">&-", ["--nproc", "2"], id=">&- of two", marks=pytest.mark.slow),
+        pytest.param("2>&-", ["--nproc", "2"], id="2>&- of two", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_whose_standard_streams_are_closed_trains(
     redirected: str, ranks: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -132,6 +132,7 @@ def test_a_slow_disk_is_no_hang(data: Path, tmp_path: Path) -> None:
     assert len(steps_of(tmp_path / "run")) == 4
 
 
+@pytest.mark.slow
 def test_building_index_maps_for_longer_than_a_start_may_stand_still_is_no_hang(data: Path, tmp_path: Path) -> None:
     done = tmp_path / "done"
 
