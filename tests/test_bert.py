@@ -231,6 +231,7 @@ def test_bench_measures_a_bert_without_data(capsys: pytest.CaptureFixture[str]) 
     assert "tokens" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_preset_learns_and_tells_what_the_unigram_baseline_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

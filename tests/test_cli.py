@@ -173,8 +173,10 @@ def test_text_ends_where_the_model_does_and_that_is_said(trained: Path) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["generate", "RUN", "--prompt", "x"], ["evaluate", "RUN", "--split", "train"]],
-    ids=["generate", "evaluate"],
+    [
+        pytest.param(["generate", "RUN", "--prompt", "x"], id="generate"),
+        pytest.param(["evaluate", "RUN", "--split", "train"], id="evaluate", marks=pytest.mark.slow),
+    ],
 )
 def test_a_checkpoint_that_cannot_be_used_is_one_sentence_and_status_2(
     words: list[str], trained: Path, tmp_path: Path

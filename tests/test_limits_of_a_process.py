@@ -153,7 +153,7 @@ def test_a_directory_without_permission_is_refused_before_the_first_step(
     assert line.endswith("Choose another directory.") and not save.exists()
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_checkpoint_without_permission_is_not_damaged_and_the_run_goes_on_once_it_has_it(
     world_size: int, unprivileged: Callable[[], None], data: Path, whole: Path, tmp_path: Path
 ) -> None:

@@ -219,6 +219,7 @@ def test_a_table_of_distances_and_a_split_backward_pass_are_refused_together() -
     assert "--pipeline-schedule" not in {fault.setting for fault in check(run, 2)}
 
 
+@pytest.mark.slow
 def test_the_preset_learns_and_tells_what_frequencies_would_cost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -270,6 +270,7 @@ def test_the_flags_of_megatrons_program_train_two_steps(tmp_path: Path) -> None:
     assert "building VIT model ..." in done.stdout and "> finished creating VIT datasets ..." in done.stdout
 
 
+@pytest.mark.slow
 def test_the_preset_learns_and_tells_what_chance_would_cost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,7 +67,7 @@ def spread(cases: list[Case], count: int) -> list[Case]:
 SECTIONS = [
     Section(
         "kill at an operation of a save",
-        {"one": Amount(12, EVERY), "pp2": Amount(5, EVERY), "dp2tp2": Amount(2, EVERY)},
+        {"one": Amount(8, EVERY), "pp2": Amount(3, EVERY), "dp2tp2": Amount(1, EVERY)},
         lambda trial, count: (
             every_kill(trial, once=trial.twin.scenario.world_size > 1)
             if count == EVERY
@@ -76,12 +76,12 @@ SECTIONS = [
     ),
     Section(
         "kill at an operation outside of saves",
-        {"one": Amount(4, EVERY), "pp2": Amount(2, 80), "dp2tp2": Amount(1, 40)},
+        {"one": Amount(3, EVERY), "pp2": Amount(1, 80), "dp2tp2": Amount(1, 40)},
         lambda trial, count: spread(every_kill(trial, "main"), count),
     ),
     Section(
         "kill at a random moment",
-        {"one": Amount(6, 100), "pp2": Amount(3, 60), "dp2tp2": Amount(2, 40)},
+        {"one": Amount(4, 100), "pp2": Amount(2, 60), "dp2tp2": Amount(1, 40)},
         lambda trial, count: random_kills(trial, count, SEED),
     ),
     Section(
@@ -91,7 +91,7 @@ SECTIONS = [
     ),
     Section(
         "one error of the disk",
-        {"one": Amount(14, EVERY), "pp2": Amount(4, 200), "dp2tp2": Amount(2, 60)},
+        {"one": Amount(10, EVERY), "pp2": Amount(3, 200), "dp2tp2": Amount(1, 60)},
         lambda trial, count: every_error(trial) if count == EVERY else some_errors(trial, count, SEED),
     ),
     Section(

@@ -1,4 +1,4 @@
-"""The quick tier of the fault campaign: a sample of each class of cases, on each layout, and every mutant."""
+"""The quick tier of the fault campaign: a sample of each class of cases, on each layout; with --slow every mutant."""
 
 from collections.abc import Iterator
 
@@ -56,6 +56,7 @@ def test_bad_files_are_refused_rebuilt_or_harmless(grounds: Grounds) -> None:
         assert_no_failure(tally)
 
 
+@pytest.mark.slow
 def test_every_bad_variant_is_caught(grounds: Grounds) -> None:
     tally = run_mutants(grounds, jobs=JOBS)
     assert len(tally.outcomes) == len(MUTANTS) >= 12

@@ -38,7 +38,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "zero3-tp2": (4, [TP, "2", SHARD, "parameters"]),
     "pp2-tp2-dp2": (8, [PP, "2", TP, "2", "--sequence-parallel"]),
 }
-QUICK = {"dp2", "tp2", "pp2-tp2-sp", "zero3", "dp2-tp2"}
+QUICK = {"tp2", "pp2-tp2-sp", "zero3"}
 OTHERS = {"no-binary-head": ["--bert-no-binary-head"], "norm-after": ["--norm-after-residual"]}
 RESUMED = [("dp2", "pp2"), ("zero3", "tp2"), ("pp2", "zero1"), ("tp2-sp", "dp2"), ("dp2-tp2", "one")]
 

@@ -81,7 +81,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "recomputed": (2, [*micro(2), "--recompute-granularity", "full"]),
     "deterministic": (2, [*micro(2), "--deterministic"]),
 }
-QUICK = {"dp2", "tp2-sp", "zero3"}
+QUICK = {"dp2", "tp2-sp"}
 SHARED_TOO = {"dp2", "tp2", "zero3"}
 
 

@@ -48,10 +48,10 @@ MODELS = {
     """.split(),
 }
 QUICK = {
-    "dropout": {"dp2", "tp2-sp", "pp2", "pp2-zero-bubble", "cp2", "zero1", "hybrid", "pp2-tp2-dp2"},
+    "dropout": {"dp2", "tp2-sp", "pp2", "cp2", "zero1", "pp2-tp2-dp2"},
     "untied": {"pp2-interleaved"},
     "no-dropout": {"tp2-cp2"},
-    "llama": {"tp2-sp", "pp2-zero-bubble", "cp2"},
+    "llama": {"pp2-zero-bubble", "cp2"},
 }
 
 

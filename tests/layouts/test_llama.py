@@ -14,7 +14,7 @@ SAME: dict[str, tuple[int, list[str]]] = {
     "tp2-recomputed": (2, [TP, "2", "--checkpoint-activations", "--distribute-checkpointed-activations"]),
 }
 RESUMED = [("tp2-sp", "zero3"), ("pp2", "cp2"), ("zero1", "pp2-tp2")]
-QUICK = ("recomputed", RESUMED[0])
+QUICK: tuple[object, ...] = (RESUMED[0],)
 
 
 @pytest.mark.parametrize("words", SAME)

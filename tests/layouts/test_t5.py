@@ -49,7 +49,7 @@ ORIGINAL = """
     --disable-output-bias --untie-embeddings-and-output-weights
 """.split()
 ORIGINAL_LAYOUTS = ("tp2-sp", "pp2", "zero3", "dp2-tp2", "pp2-tp2-dp2", "recomputed")
-QUICK = {"dp2", "pp2", "pp2-interleaved", "zero3"}
+QUICK = {"dp2", "pp2-interleaved"}
 RESUMED = [("dp2", "pp2"), ("pp2-interleaved", "tp2"), ("zero3", "pp2"), ("pp4", "zero1"), ("dp2-tp2", "one")]
 
 

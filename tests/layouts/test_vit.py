@@ -30,7 +30,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "zero3-tp2": (4, [TP, "2", SHARD, "parameters"]),
     "pp2-tp2-dp2": (8, [PP, "2", TP, "2", "--sequence-parallel"]),
 }
-QUICK = {"dp2", "tp2", "pp2", "zero3", "dp2-tp2"}
+QUICK = {"dp2", "tp2", "pp2"}
 RESUMED = [("dp2", "pp2"), ("zero3", "tp2"), ("pp2", "zero1"), ("tp2-sp", "dp2"), ("dp2-tp2", "one")]
 
 

@@ -124,6 +124,7 @@ def test_a_single_rank_that_hangs_ends_too(hang: Callable[[], None], data: Path,
     assert f"in {hang.__name__}" in ended.said
 
 
+@pytest.mark.slow
 def test_a_slow_disk_is_no_hang(data: Path, tmp_path: Path) -> None:
     # Each operation takes a tenth of the time that a rank may stand still, a save more than all of it.
     words = ("--hang-timeout", "1.5", "--save-interval", "4", "--train-iters", "4")
