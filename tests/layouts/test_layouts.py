@@ -50,7 +50,7 @@ MODELS = {
 QUICK = {
     "dropout": {"dp2", "tp2-sp", "pp2", "cp2", "zero1", "pp2-tp2-dp2"},
     "untied": {"pp2-interleaved"},
-    "no-dropout": {"tp2-cp2"},
+    "no-dropout": set[str](),
     "llama": {"pp2-zero-bubble", "cp2"},
 }
 
@@ -84,7 +84,7 @@ SAME_SUMS = [
 def test_layouts_with_the_same_sums_give_the_same_bits(
     layout: str, other: str, model: str, runs: Runs, request: pytest.FixtureRequest
 ) -> None:
-    if not request.config.getoption("--slow") and (layout, other, model) not in SAME_SUMS[:2]:
+    if not request.config.getoption("--slow") and (layout, other, model) not in SAME_SUMS[:1]:
         pytest.skip("run with --slow")
     laid = {"one": (1, list[str]()), **LAYOUTS}
     first, second = (runs(laid[name][0], *STEPS, *MODELS[model], *laid[name][1]) for name in (layout, other))

@@ -49,7 +49,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "pp2-zero3": (4, [PP, "2", SHARD, "parameters"]),
     "hybrid": (4, [SHARD, "parameters", "--data-parallel-shard-size", "2"]),
 }
-QUICK = {"dp2", "pp2"}
+QUICK = {"pp2"}
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ RECOMPUTATIONS = {
 def test_recomputation_changes_no_bit(
     layout: str, recomputation: str, runs: Runs, request: pytest.FixtureRequest
 ) -> None:
-    quick = layout == "tp2" and recomputation in ("selective", "distributed-every-2")
+    quick = layout == "tp2" and recomputation == "distributed-every-2"
     if not request.config.getoption("--slow") and not quick:
         pytest.skip("run with --slow")
     if layout == "tp2-sp" and recomputation.startswith("distributed"):
