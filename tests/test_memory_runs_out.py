@@ -114,8 +114,8 @@ def test_memory_that_runs_out_in_a_save(data: Path, whole: Path, tmp_path: Path)
     assert start(tmp_path, data, "--exit-interval", "2").statuses == (0,)
     ended = start(tmp_path, data, disturb=in_save(resource.RLIMIT_DATA))
     assert_told(ended)
-    assert "can't allocate memory" in ended.said  # for the copy of the weights
-    assert whole_steps(tmp_path) == [2]
+    assert "can't allocate memory" in ended.said  # for the copy of the weights, or behind it where a block was left
+    assert whole_steps(tmp_path) in ([2], [2, 4])
     assert start(tmp_path, data).statuses == (0,)
     assert_same(tmp_path / "run", whole)
 
