@@ -16,7 +16,7 @@ from megalith.checkpoint.pieces import TORCH_DTYPES, Place, whole
 from megalith.checkpoint.shards import ShardReader, open_shard, read_file
 from megalith.checkpoint.store import save
 from megalith.config import Run, compose
-from megalith.convert_from_megatron import open_tokenizer, padded_to
+from megalith.convert_from_megatron import padded_to, required_tokenizer
 from megalith.data.tokenizer import Tokenizer
 from megalith.derived import num_layers
 from megalith.files import DISK, make_directories
@@ -52,7 +52,7 @@ def from_hugging_face(directory: str, run_dir: str, *, tokenizer_settings: Mappi
         theirs = {name: file for file in files for name in file.names}
         yield f"reading {folder}"
         run = run_of(config, folder, run_dir, tokenizer_settings, own_output="lm_head.weight" in theirs)
-        tokenizer = open_tokenizer(run)
+        tokenizer = required_tokenizer(run)
         weights = Weights(folder, theirs, KINDS[str(config["model_type"])].names(run), run)
         vocab_size = weights.of_ours("word_embedding.weight").shape[0]
         run = padded_to(run, tokenizer.vocab_size, vocab_size)

@@ -25,8 +25,9 @@ from megalith.checkpoint.store import save
 from megalith.config import ConfigError, Fault, Run, compose, known_settings
 from megalith.config import convert as convert_setting
 from megalith.data.order import SampleCounts, consumed_at
-from megalith.data.tokenizer import Tokenizer, load_tokenizer
-from megalith.derived import OURS, tokenizer_type
+from megalith.data.tokenizer import Tokenizer
+from megalith.datasets import open_tokenizer
+from megalith.derived import OURS
 from megalith.files import make_directories
 from megalith.models.shape import shape_of
 from megalith.monitor.interval import Interval
@@ -119,7 +120,7 @@ def start(
         if arguments.get(f"{name}_model_parallel_size", found) != found:
             raise ValueError(f"args/{name}_model_parallel_size is not {found}, which the directories' names say")
     run = run_of(arguments, run_dir, tokenizer_settings)
-    tokenizer = open_tokenizer(run)
+    tokenizer = required_tokenizer(run)
     table = tree[chunk_names(chunks)[0]]["language_model"]["embedding"]["word_embeddings"]["weight"]
     vocab_size = table.shape[0] * files.tensor
     if arguments.get("padded_vocab_size", vocab_size) != vocab_size:
@@ -170,17 +171,10 @@ def unknown_arguments(arguments: Mapping[str, Any]) -> list[str]:
     return sorted(set(arguments) - set(known_settings()) - set(DERIVED))
 
 
-def open_tokenizer(run: Run) -> Tokenizer:
+def required_tokenizer(run: Run) -> Tokenizer:
     """The run's tokenizer; ValueError with a remedy where its files are not at hand."""
-    data = run.data
     try:
-        return load_tokenizer(
-            tokenizer_type(run),
-            vocab_file=data.vocab_file,
-            merge_file=data.merge_file,
-            tokenizer_model=data.tokenizer_model,
-            vocab_extra_ids=data.vocab_extra_ids,
-        )
+        return open_tokenizer(run)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"its tokenizer is needed: {error}. Name its files with --vocab-file and --merge-file, or as it needs them"

@@ -16,8 +16,8 @@ from megalith.data.indexed import IndexedDataset, find_prefix, open_indexed
 from megalith.data.record import check_tokenizer, identify, read_record
 from megalith.data.split import PARTS, parse_split, split_documents
 from megalith.data.survey import Survey
-from megalith.data.tokenizer import Tokenizer
-from megalith.derived import sequence_length
+from megalith.data.tokenizer import Tokenizer, load_tokenizer
+from megalith.derived import sequence_length, tokenizer_type
 from megalith.monitor.events import (
     BlendBuilt,
     CorpusOpened,
@@ -43,6 +43,18 @@ class Corpus:
 
     indexed: IndexedDataset
     parts: Mapping[str, range]
+
+
+def open_tokenizer(run: Run) -> Tokenizer:
+    """The tokenizer of the run's data."""
+    data = run.data
+    return load_tokenizer(
+        tokenizer_type(run),
+        vocab_file=data.vocab_file,
+        merge_file=data.merge_file,
+        tokenizer_model=data.tokenizer_model,
+        vocab_extra_ids=data.vocab_extra_ids,
+    )
 
 
 def identify_token_files(run: Run, tokenizer: Tokenizer, *, vocab_size: int, report: Report) -> list[dict[str, Any]]:

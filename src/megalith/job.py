@@ -14,7 +14,8 @@ from megalith.compiling import decide
 from megalith.config import Run
 from megalith.continuity import data_of
 from megalith.data.loader import Loader
-from megalith.data.tokenizer import Tokenizer, load_tokenizer, padded_vocab_size
+from megalith.data.tokenizer import Tokenizer, padded_vocab_size
+from megalith.datasets import open_tokenizer
 from megalith.derived import (
     collective_timeout,
     compute_dtype,
@@ -355,15 +356,3 @@ def announce_tokenizer(run: Run, task: Task, log: RunLog) -> tuple[Tokenizer | N
     if text := padding_warning(run, tokenizer.vocab_size, vocab_size):
         log.report(Warned(text))
     return tokenizer, vocab_size
-
-
-def open_tokenizer(run: Run) -> Tokenizer:
-    """The tokenizer of the run's data."""
-    data = run.data
-    return load_tokenizer(
-        tokenizer_type(run),
-        vocab_file=data.vocab_file,
-        merge_file=data.merge_file,
-        tokenizer_model=data.tokenizer_model,
-        vocab_extra_ids=data.vocab_extra_ids,
-    )

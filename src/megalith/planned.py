@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megalith.config import Run, flag_of
-from megalith.data.tokenizer import load_saved_tokenizer, load_tokenizer, padded_vocab_size
+from megalith.data.tokenizer import load_saved_tokenizer, padded_vocab_size
+from megalith.datasets import open_tokenizer
 from megalith.derived import (
     compute_dtype,
     global_batch_size,
     recompute_granularity,
     sequence_length,
-    tokenizer_type,
 )
 from megalith.job import MOCK_VOCABULARY
 from megalith.models.shape import activation_of, key_heads, normalization_of, rotary_width, shape_of
@@ -38,13 +38,7 @@ def vocabulary_of(run: Run) -> Vocabulary:
         extra = data.vocab_extra_ids if run.task == "t5" else 0
         return Vocabulary(data.corpus_vocab_size + extra, flag_of("corpus_vocab_size"))
     if data.tokenizer_type == "ByteLevelTokenizer" or data.vocab_file or data.tokenizer_model:
-        tokenizer = load_tokenizer(
-            tokenizer_type(run),
-            vocab_file=data.vocab_file,
-            merge_file=data.merge_file,
-            tokenizer_model=data.tokenizer_model,
-            vocab_extra_ids=data.vocab_extra_ids,
-        )
+        tokenizer = open_tokenizer(run)
         return Vocabulary(tokenizer.vocab_size, tokenizer.name)
     return Vocabulary(MOCK_VOCABULARY, f"GPT-2's, for no tokenizer is named; {flag_of('vocab_size')} gives another")
 
