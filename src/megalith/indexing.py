@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,15 @@ from torch import nn
 from megalith.agreement import require_same
 from megalith.command_line import CommandParser
 from megalith.data.evidence import Passage, check_passages, read_passages
+from megalith.data.survey import Survey
 from megalith.evaluate.embeddings import Embeddings, open_embeddings, write_block, write_joined
-from megalith.files import DISK, TEMPORARY_SUFFIX, Disk, digest_of, make_directories
+from megalith.files import DISK, TEMPORARY_SUFFIX, Disk, make_directories
 from megalith.launch import end_with_parent, launch
 from megalith.parallel.mesh import Layout, choose_device, joined, make_layout
 from megalith.parallel.settings import ParallelConfig
 from megalith.trained import run_of
 from megalith.trained_retrieval import TrainedRetriever, digest_of_weights, embed, open_retriever
+from megalith.turns import in_turns
 
 SPAN_BATCHES = 16  # batches of a span: what a killed rank loses at most
 # Seconds that ranks wait for each other: after a start on another number of ranks one may find all its spans there
@@ -139,7 +142,7 @@ def plan(options: argparse.Namespace, layout: Layout) -> Work:
         "weights": digest_of_weights(retriever.model.context),
         "step": retriever.step,
         "tokenizer": retriever.tokenizer.digest,
-        "evidence": digest_of(evidence).digest,
+        "evidence": in_turns(lambda survey: survey.digest(Path(evidence))).digest,
         "sample_rate": rate,
         "seed": run.train.seed,
         "length": retriever.marks.length,
@@ -168,7 +171,7 @@ def make_index(work: Work, layout: Layout, *, disk: Disk = DISK) -> None:
         _say(layout, f"{work.path} is there already, made of the same weights and passages")
         return
     # Whatever is wrong with a passage is found before the first is embedded.
-    count = check_passages(work.evidence, sample_rate=work.sample_rate, seed=int(work.made_from["seed"]))
+    count = in_turns(partial(_checked, work))
     make_directories(work.folder, disk=disk)
     embed_spans(work, layout, disk=disk)
     _wait(layout)
@@ -177,6 +180,14 @@ def make_index(work: Work, layout: Layout, *, disk: Disk = DISK) -> None:
         share = f", chosen by --sample-rate {work.sample_rate:g}," if work.sample_rate < 1 else ""
         _say(layout, f"{count} passages{share} are embedded in {work.path}")
     _wait(layout)
+
+
+def _checked(work: Work, survey: Survey) -> int:
+    """The number of passages, each looked at by one rank of those that see the same file."""
+    rate, seed = work.sample_rate, int(work.made_from["seed"])
+    look = partial(check_passages, work.evidence, sample_rate=rate, seed=seed)
+    count: int = survey.find(f"passages, {rate} of them by seed {seed}", look, work.evidence)
+    return count
 
 
 def embed_spans(work: Work, layout: Layout, *, disk: Disk) -> None:
