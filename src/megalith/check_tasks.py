@@ -39,10 +39,9 @@ def _layouts(run: Run) -> Iterator[Fault]:
 def _options(run: Run) -> Iterator[Fault]:
     """What shape_of would give any task, and only some have."""
     for name in OF_SOME_TASKS:
-        value, declared = getattr(run.model, name), known_settings()[name].field
-        tasks = describe(declared)["task"]
-        if value != declared.default and run.task not in tasks.split(", "):
-            shown = None if isinstance(value, bool) else value
+        value, known = getattr(run.model, name), known_settings()[name]
+        if value != known.field.default and not known.concerns(run.task):
+            shown, tasks = None if isinstance(value, bool) else value, describe(known.field)["task"]
             yield fault(name, shown, f"is an option of {tasks}; {run.task} has none such", "Leave it out")
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TextIO, cast
 from megalith.command_line import CommandParser
 from megalith.descriptors import allow_most_descriptors, descriptor_remedy, open_standard_streams
 from megalith.launch import PEER_LOST, PeerLostError, end_with_parent
-from megalith.terminal import Answer, printable
+from megalith.terminal import Answer, printable, why_no_text
 
 if TYPE_CHECKING:
     from megalith.config import Run
@@ -214,7 +214,7 @@ def generate(words: Sequence[str], started: float) -> int:
     if options.greedy and options.temperature is not None:
         raise ValueError(f"--temperature = {options.temperature}: --greedy draws nothing. Leave one of them out.")
     for prompt in options.prompt:
-        if any(0xD800 <= ord(character) < 0xE000 for character in prompt):  # of bytes that are none
+        if why_no_text(prompt) is not None:
             raise ValueError(f"--prompt = {prompt!a}: is no text in UTF-8. Correct it.")
     temperature = 0.8 if options.temperature is None else options.temperature
 

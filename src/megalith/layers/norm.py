@@ -57,7 +57,11 @@ class RMSNorm(nn.Module):
 
 
 def _rms_norm(x: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:
-    return (x.float() * _inverse_rms(x, epsilon) * weight).to(x.dtype)
+    return _scaled(x, _inverse_rms(x, epsilon), weight)
+
+
+def _scaled(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+    return (x.float() * inverse * weight).to(x.dtype)
 
 
 def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
@@ -70,7 +74,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         inverse = _inverse_rms(x, epsilon)
         ctx.save_for_backward(x, weight, inverse)
-        return (x.float() * inverse * weight).to(x.dtype)
+        return _scaled(x, inverse, weight)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:

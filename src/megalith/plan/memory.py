@@ -143,7 +143,7 @@ def context_activations(job: Job) -> float:
     chunk at a time; and the masks of its two chunks where no kernel does without (megalith.layers.attend)."""
     if job.context == 1 or job.context_exchange != "gather" or job.recompute == "selective":
         return 0.0
-    heads, chunk = job.num_heads * job.head_width / job.tensor, job.sequence_length / (2 * job.context)
+    heads, chunk = job.query_features, job.sequence_length / (2 * job.context)
     is_written = (job.device == "cpu" or job.compute_bytes == FP32) and not job.attention_dropout
     pairs = chunk**2 * (2 * job.context + 1) if is_written else 0.0
     return job.compute_bytes * (job.tokens * heads * (2 * job.context + 1) + pairs)
