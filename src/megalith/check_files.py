@@ -1,8 +1,9 @@
-"""Token files that a run names and that are not there, so that they are told with the faults of its settings."""
+"""Data files that a run names and that are not there, so that they are told with the faults of its settings."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
-from megalith.config import Fault, Run, fault
+from megalith.config import Fault, Run, fault, flag_of
 from megalith.data.blend import parse_data_path
 from megalith.data.indexed import find_prefix
 
@@ -27,3 +28,14 @@ def file_faults(run: Run) -> Iterator[Fault]:
             find_prefix(prefix)
         except ValueError as error:
             yield fault("data_path", None, str(error), "Name what megalith preprocess wrote")
+
+
+def named_file_faults(run: Run) -> Iterator[Fault]:
+    """A fault for each file of --train-data and --valid-data that is not there, or if none is named."""
+    for name, files in {"train_data": run.data.train_data, "valid_data": run.data.valid_data}.items():
+        if not files and (name == "train_data" or run.evaluate.eval_iters > 0):
+            remedy = f"Add {flag_of(name)} FILE" + ("" if name == "train_data" else ", or --eval-iters 0")
+            yield fault(name, None, "is required and was not given", remedy)
+        for file in files or ():
+            if not Path(file).is_file():
+                yield fault(name, file, "is not a file", "Correct the path")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from megalith.check_files import named_file_faults
 from megalith.config import Fault, Run, fault, flag_of
 from megalith.data.indexed import bin_path, idx_path
 from megalith.data.marked import FEWEST_TOKENS
@@ -41,13 +42,7 @@ def retriever_faults(run: Run) -> Iterator[Fault]:
     """Every fault of a supervised retriever's settings."""
     yield from biencoder_faults(run)
     data = run.data
-    for name, files in {"train_data": data.train_data, "valid_data": data.valid_data}.items():
-        if not files and (name == "train_data" or run.evaluate.eval_iters > 0):
-            remedy = f"Add {flag_of(name)} FILE" + ("" if name == "train_data" else ", or --eval-iters 0")
-            yield fault(name, None, "is required and was not given", remedy)
-        for file in files or ():
-            if not Path(file).is_file():
-                yield fault(name, file, "is not a file", "Correct the path")
+    yield from named_file_faults(run)
     if data.train_with_neg and data.train_hard_neg == 0:
         yield fault("train_with_neg", None, "adds no passage while --train-hard-neg = 0", "Raise that")
     if data.train_hard_neg and not data.train_with_neg:

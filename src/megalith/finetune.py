@@ -48,18 +48,10 @@ def pretrain_words(words: Sequence[str]) -> list[str]:
     parser.add_argument("run", help="run directory of a bert, or of an ict (what --save named)")
     parser.add_argument("--task", required=True, choices=[*sorted(LAYOUTS), QUESTIONS], help="what the files hold")
     parser.add_argument(
-        "--train-data",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="pairs, or questions, to learn from",
+        "--train-data", nargs="+", required=True, metavar="FILE", help="pairs, or questions, to learn from"
     )
     parser.add_argument(
-        "--valid-data",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="pairs, or questions, to validate on",
+        "--valid-data", nargs="+", required=True, metavar="FILE", help="pairs, or questions, to validate on"
     )
     parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help=f"[{EPOCHS}]")
     options, rest = parser.parse_known_args(words)
