@@ -5,20 +5,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from megalith.checkpoint.index import Index
-from megalith.checkpoint.pieces import TORCH_DTYPES, Piece, whole
 from megalith.checkpoint.shards import write_shard
-from megalith.checkpoint.store import load_latest
 from megalith.config import Run
 from megalith.convert_from_hugging_face import CONFIG, INDEX, WEIGHTS
 from megalith.data.tokenizer import Tokenizer, load_saved_tokenizer
 from megalith.files import DISK, make_directories, write_whole
 from megalith.hugging_face import KINDS, kind_of, made_theirs, stored
 from megalith.run_state import WEIGHT
-from megalith.trained import refuse_another_tokenizer, run_of
+from megalith.trained import load_tensors, refuse_another_tokenizer, run_of
 
 LARGEST_FILE = 5 * 10**9  # bytes, as Hugging Face's own files
 TABLES = ("word_embedding.weight", "output.weight")
@@ -41,18 +37,7 @@ def to_hugging_face(
     folder = Path(directory)
     if (folder / CONFIG).exists() or (folder / WEIGHTS).exists():
         raise ValueError(f"{folder}: holds a model already. Choose another directory.")
-    tensors: dict[str, Tensor] = {}
-
-    def weights(index: Index) -> dict[str, Piece]:
-        tensors.clear()
-        for name, kept in index.tensors.items():
-            if name.startswith(WEIGHT):
-                tensors[name] = torch.empty(kept.shape, dtype=TORCH_DTYPES[kept.dtype])
-        return {name: whole(tensor) for name, tensor in tensors.items()}
-
-    loaded = load_latest(run_dir, weights, step=step, may_stay_unread=lambda name: not name.startswith(WEIGHT))
-    if loaded is None:
-        raise ValueError(f"{run_dir}: holds no checkpoint. Name what --save named.")
+    tensors, loaded = load_tensors(run_dir, step=step, wanted=lambda name: name.startswith(WEIGHT))
     yield from (f"warning: {message}" for message in loaded.messages(goes_on=False))
     tokenizer = load_saved_tokenizer(Path(run_dir) / "tokenizer")
     refuse_another_tokenizer(run_dir, loaded.index, tokenizer)

@@ -6,20 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megalith.checkpoint.index import Index
 from megalith.checkpoint.megatron import FILE_NAME, TRACKER, Grid, iteration_name, rank_name
 from megalith.checkpoint.megatron_contents import Kept, file_contents
-from megalith.checkpoint.pieces import TORCH_DTYPES, Piece, whole
-from megalith.checkpoint.store import load_latest
 from megalith.config import Run, flag_of
 from megalith.data.tokenizer import load_saved_tokenizer, padded_vocab_size
 from megalith.derived import compute_dtype, reference_arguments
 from megalith.files import make_directories, open_whole, write_whole
 from megalith.models.shape import options_of, shape_of
 from megalith.parallel.mesh import Layout
-from megalith.trained import refuse_another_tokenizer, run_of
+from megalith.trained import load_tensors, refuse_another_tokenizer, run_of
 
 # The kinds of tokenizers that Megatron-LM has.
 TOKENIZERS = ("GPT2BPETokenizer", "BertWordPieceLowerCase", "BertWordPieceCase")
@@ -36,16 +32,7 @@ def to_megatron(
     Raises ValueError if there is none, if Megatron-LM has no such model, or cannot cut it like that.
     """
     run = gpt_of(run_dir)
-    tensors: dict[str, Tensor] = {}
-
-    def everything(index: Index) -> dict[str, Piece]:
-        tensors.clear()
-        tensors.update({n: torch.empty(s.shape, dtype=TORCH_DTYPES[s.dtype]) for n, s in index.tensors.items()})
-        return {name: whole(tensor) for name, tensor in tensors.items()}
-
-    loaded = load_latest(run_dir, everything, step=step)
-    if loaded is None:
-        raise ValueError(f"{run_dir}: holds no checkpoint. Name what --save named.")
+    tensors, loaded = load_tensors(run_dir, step=step)
     yield from (f"warning: {message}" for message in loaded.messages(goes_on=False))
     grid = grid_of(run, int(loaded.index.state["model"]["padded_vocab_size"]), tensor, stages, layers_per_chunk)
     tokenizer = load_saved_tokenizer(Path(run_dir) / "tokenizer")

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from megalith.checkpoint.index import Index
-from megalith.checkpoint.pieces import Piece
-from megalith.checkpoint.store import load_latest
+from megalith.checkpoint.pieces import TORCH_DTYPES, Piece, whole
+from megalith.checkpoint.store import Loaded, load_latest
 from megalith.config import ConfigError, Run, compose
 from megalith.corpora import corpus_prefix
 from megalith.data.documents import DocumentRules, Fault, parse_block, read_blocks
@@ -96,6 +96,28 @@ def load_weights(
     for message in loaded.messages(goes_on=False):
         print(f"warning: {printable(message)}", file=sys.stderr)
     return made[0], loaded.index.step
+
+
+def load_tensors(
+    directory: str, *, step: int | None, wanted: Callable[[str], bool] = lambda name: True
+) -> tuple[dict[str, Tensor], Loaded]:
+    """The wanted tensors of the newest checkpoint that verifies, or of a step, each whole, as they are stored.
+
+    Raises ValueError if there is no checkpoint.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def pieces(index: Index) -> dict[str, Piece]:
+        tensors.clear()
+        for name, kept in index.tensors.items():
+            if wanted(name):
+                tensors[name] = torch.empty(kept.shape, dtype=TORCH_DTYPES[kept.dtype])
+        return {name: whole(tensor) for name, tensor in tensors.items()}
+
+    loaded = load_latest(directory, pieces, step=step, may_stay_unread=lambda name: not wanted(name))
+    if loaded is None:
+        raise ValueError(f"{directory}: holds no checkpoint. Name what --save named.")
+    return tensors, loaded
 
 
 def refuse_another_tokenizer(directory: str, index: Index, tokenizer: Tokenizer) -> None:
