@@ -27,6 +27,7 @@ from megalith.sources import read_command_line
 from megalith.tasks.bert import TASK, build_mock, step_flops, unigram_baseline
 from tests.layouts.runs import events_of, steps_of
 from tests.layouts.test_bert import MODEL, write_data
+from tests.operations import make_countable
 from tests.sentences import write_sentences
 
 
@@ -111,20 +112,13 @@ def test_operations_are_those_that_pytorch_counts(words: str, data: Path) -> Non
     sizes = "--attention-dropout 0 --hidden-dropout 0 --ffn-hidden-size 40 --kv-channels 6".split()
     run = run_of(data, *sizes, *words.split())
     model = Bert(run.model, 64)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    for block in model.layers.values():
-        block.attention.attend = plain_attention  # type: ignore[union-attr]
+    make_countable(model)
     batch = build_mock(run, 64, {"train": 10})["train"].read(np.arange(5), np.arange(5))
     entries = {name: torch.from_numpy(array) for name, array in batch.items()}
     with FlopCounterMode(display=False) as counter:
         TASK.run_part(model, entries["tokens"], entries).sum().backward()
     # It leaves out products of a vector with one of weights.
     assert counter.get_total_flops() == pytest.approx(step_flops(run, 64, 5), rel=1e-3)
-
-
-def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-    return torch.softmax(q @ k.mT, -1) @ v
 
 
 def pair_rows(data: Path, rows: list[list[int]], *, length: int = 24, pad: str = "[PAD]") -> PairRows:

@@ -20,8 +20,8 @@ from megalith.sources import read_command_line
 from megalith.tasks.classify import TASK, step_flops
 from tests.layouts.runs import Runs, assert_same_run, events_of, largest_difference, run_rank, steps_of, weights_of
 from tests.layouts.test_bert import MODEL, BertRuns, write_data
+from tests.operations import make_countable
 from tests.ranks import run_ranks
-from tests.test_bert import plain_attention
 
 TP, PP, SHARD = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--data-parallel-sharding"
 CLASSES = LAYOUTS["MNLI"].classes
@@ -317,10 +317,7 @@ def test_operations_are_those_that_pytorch_counts(runs: Runs, files: tuple[Path,
     words = ["classify", *MODEL[1:], "--pairs-format", "MNLI", "--attention-dropout", "0", "--hidden-dropout", "0"]
     run = read_command_line(words)
     model = Bert(run.model, 64, head="classification", num_classes=3)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    for block in model.layers.values():
-        block.attention.attend = plain_attention  # type: ignore[union-attr]
+    make_countable(model)
     tokenizer = load_tokenizer("BertWordPieceLowerCase", vocab_file=str(runs.data.parent / "vocab.txt"))
     source = ClassBatches(read_pairs([str(files[0])], LAYOUTS["MNLI"], warn=pytest.fail), tokenizer, length=24)
     batch = {name: torch.from_numpy(array) for name, array in source.read(np.arange(5), np.arange(5)).items()}

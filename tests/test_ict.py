@@ -21,8 +21,8 @@ from megalith.tasks.ict import step_flops
 from megalith.train import train
 from tests.layouts.runs import configured, events_of, run_on, weights_of
 from tests.layouts.test_ict import MODEL, SHARED, TITLES, micro, write_texts
+from tests.operations import make_countable
 from tests.ranks import run_ranks
-from tests.test_vit import plain_attention
 
 
 @pytest.fixture(scope="module")
@@ -140,12 +140,7 @@ def test_operations_are_those_that_pytorch_counts(width: int) -> None:
     words = ["--attention-dropout", "0", "--hidden-dropout", "0", "--biencoder-projection-dim", str(width)]
     run = read_command_line([*MODEL, *words, "--mock-data"])
     model = Retriever(run.model, 64).to_empty(device="cpu")
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    # Attention out of plain products, which the counter knows.
-    for module in model.modules():
-        if hasattr(module, "attend"):
-            module.attend = plain_attention  # type: ignore[assignment]
+    make_countable(model)
     queries = torch.ones(5, 16, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         sums = model(

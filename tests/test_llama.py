@@ -16,6 +16,7 @@ from megalith.planned import padded_vocabulary, planned
 from megalith.run_state import differing
 from megalith.sources import read_command_line
 from megalith.tasks.gpt import identity, step_flops
+from tests.operations import make_countable
 
 SIZES = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 20 --mock-data
@@ -117,21 +118,11 @@ def test_its_parameters_are_those_that_are_planned(option: str) -> None:
 def test_its_operations_are_those_that_pytorch_counts(option: str) -> None:
     run = read_command_line([*SIZES, *OPTIONS[option].split()])
     model = model_of(OPTIONS[option])
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    # Attention out of plain products, which the counter knows.
-    for module in model.modules():
-        if hasattr(module, "attend"):
-            module.attend = plain_attention  # type: ignore[assignment]
+    make_countable(model)
     tokens = torch.ones(5, 16, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(tokens, torch.arange(16).expand(5, 16)).sum().backward()
     assert counter.get_total_flops() == pytest.approx(step_flops(run, padded_vocabulary(run), 5), rel=1e-3)
-
-
-def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-    k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
-    return torch.softmax(q @ k.mT, -1) @ v
 
 
 def test_the_preset_of_a_large_one_has_its_parameters() -> None:

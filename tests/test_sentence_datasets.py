@@ -44,13 +44,13 @@ class FirstTokens:
         return np.array([[sentences[0][0], len(sentences)] for sentences in read])
 
 
-def build(run: Run, said: list[Event] | None = None) -> dict[str, SampleRows]:
+def build(run: Run, said: list[Event] | None = None, *, least: int = 1, vocab_size: int = 60) -> dict[str, SampleRows]:
     heard: list[Event] = [] if said is None else said
     return build_sentence_rows(
         run,
         longest=LONGEST,
-        least=1,
-        vocab_size=60,
+        least=least,
+        vocab_size=vocab_size,
         make_rows=FirstTokens,
         targets=TARGETS,
         report=heard.append,
@@ -135,27 +135,8 @@ def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--split = 0,50,50: leaves no document for training"):
         build(run_of(str(prefix), split="0,50,50"))
     run = run_of(str(prefix))
-    heard: list[Event] = []
     with pytest.raises(ValueError, match=r"text_sentence, train part: none of the 48 documents has 9 sentences"):
-        build_sentence_rows(
-            run,
-            longest=LONGEST,
-            least=9,
-            vocab_size=60,
-            make_rows=FirstTokens,
-            targets=TARGETS,
-            report=heard.append,
-            moved=nothing,
-        )
+        build(run, least=9)
     with pytest.raises(ValueError, match="not in the vocabulary of 10"):
-        rows = build_sentence_rows(
-            run,
-            longest=LONGEST,
-            least=1,
-            vocab_size=10,
-            make_rows=FirstTokens,
-            targets=TARGETS,
-            report=heard.append,
-            moved=nothing,
-        )["train"]
+        rows = build(run, vocab_size=10)["train"]
         rows.batch(np.arange(50))

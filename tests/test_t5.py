@@ -21,6 +21,7 @@ from megalith.tasks.t5 import step_flops
 from tests.layouts.runs import MODEL as GPT
 from tests.layouts.runs import Runs, events_of, steps_of
 from tests.layouts.test_t5 import MODEL, ORIGINAL, write_data
+from tests.operations import make_countable
 from tests.sentences import write_sentences
 
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
@@ -123,20 +124,11 @@ def test_operations_are_those_that_pytorch_counts(options: list[str]) -> None:
     run = read_command_line([*MODEL, *words, *options])
     model = T5(run.model, 64)
     model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    # Attention out of plain products, and logits, which the counter knows.
-    for module in model.modules():
-        if hasattr(module, "attend"):
-            module.attend = plain_attention  # type: ignore[assignment]
+    make_countable(model)
     tokens = torch.ones(5, 24 + 12, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(tokens, padding=torch.zeros(5, 24, dtype=torch.int32)).sum().backward()
     assert counter.get_total_flops() == pytest.approx(step_flops(run, 64, 5), rel=1e-3)
-
-
-def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-    return torch.softmax(q @ k.mT, -1) @ v
 
 
 def test_blended_files_train_and_another_inner_width_is_another_model(

@@ -23,6 +23,7 @@ from megalith.trained_images import measure_images
 from tests.images import CLASSES, write_images
 from tests.layouts.runs import Runs, events_of, largest_difference, steps_of, weights_of
 from tests.layouts.test_vit import MODEL
+from tests.operations import make_countable
 
 TP, PP, SHARD = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--data-parallel-sharding"
 
@@ -100,21 +101,13 @@ def test_operations_are_those_that_pytorch_counts(finetune: bool) -> None:
     run = read_command_line([*MODEL, *words])
     run = replace(run, checkpoint=replace(run.checkpoint, finetune=finetune))
     model = VisionTransformer(run.model, finetune=finetune).to_empty(device="cpu")
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
+    make_countable(model)
     images = torch.zeros(5, 16, 16, 3, dtype=torch.uint8)
-    # Attention out of plain products, which the counter knows.
-    for block in model.layers.values():
-        block.attention.attend = plain_attention  # type: ignore[union-attr]
     with FlopCounterMode(display=False) as counter:
         losses = model(images, labels=torch.zeros(5, dtype=torch.int64), loss_weights=torch.ones(5))
         losses.sum().backward()
     # It leaves out the two products of a vector of labels with one of weights.
     assert counter.get_total_flops() == pytest.approx(step_flops(run, 0, 5), rel=1e-3)
-
-
-def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-    return torch.softmax(q @ k.mT, -1) @ v
 
 
 def finetuned(save: Path, data: Path, pretrained: Path, world_size: int, *words: str) -> int:
