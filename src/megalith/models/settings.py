@@ -160,7 +160,7 @@ class ModelConfig:
     untie_embeddings_and_output_weights: bool = setting(
         False, "give the output layer a table of its own", section="network size", switch="on"
     )
-    # As Hugging Face's T5 has them; the names are Megatron-LM's of later years where it has the same.
+    # Of T5 alone.
     softmax_scale: float | None = setting(
         None, "what attention scores are multiplied by", section="t5", task="t5", usual="1 / sqrt(kv_channels)"
     )
