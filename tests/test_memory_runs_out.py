@@ -1,5 +1,6 @@
 """The kernel gives no more memory, for real: a sentence, status 79, and the last commit is whole and goes on."""
 
+import os
 import resource
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,7 +12,7 @@ import torch
 
 import megalith.evaluations
 from megalith.checkpoint.directory import list_checkpoints
-from megalith.checkpoint.saver import AsyncSaver
+from megalith.checkpoint.saver import AsyncSaver, HostCopy
 from megalith.checkpoint.verify import verify
 from megalith.cli import OUT_OF_MEMORY
 from megalith.keeper import Keeper
@@ -25,6 +26,9 @@ WIDE = "--num-layers 2 --hidden-size 128 --seq-length 64 --max-position-embeddin
 WIDE += "--micro-batch-size 8 --global-batch-size 16".split()
 STEPS = 6
 SMALLEST_BLOCK = 1 << 16  # bytes; what is smaller is left, for Python to say what is wrong
+# Of glibc's malloc, which keeps freed blocks in arenas: a thread's own, and those of threads that have ended. It turns
+# to one other if one has nothing.
+ARENAS = 8 * (os.cpu_count() or 1)
 LIMITS = {"address-space": resource.RLIMIT_AS, "data": resource.RLIMIT_DATA}
 
 
@@ -44,9 +48,10 @@ def starve(limit: int, *, spare: int = 0) -> list[torch.Tensor]:
     taken: list[torch.Tensor] = []
     size = 1 << 26
     while size >= SMALLEST_BLOCK:
-        with suppress(RuntimeError):
-            while True:
-                taken.append(torch.empty(size, dtype=torch.uint8))
+        for _ in range(ARENAS):
+            with suppress(RuntimeError):
+                while True:
+                    taken.append(torch.empty(size, dtype=torch.uint8))
         size //= 2
     while spare > 0 and taken:
         spare -= taken.pop().numel()
@@ -73,27 +78,42 @@ def in_evaluation(limit: int, *, number: int = 2, spare: int = 0) -> Disturbance
     return on_rank
 
 
-def in_save(limit: int, *, number: int = 1, rank: int = 0, spare: int = 0, overlap: bool = True) -> Disturbance:
-    """The number-th save of a start, until its end.
+def in_save(limit: int, *, number: int = 1, spare: int = 0) -> Disturbance:
+    """The number-th save of a start, until its end."""
 
-    Without overlap the step waits for the copy of the weights, which can then not have the blocks that the step frees.
-    """
-
-    def on_rank(own: int) -> None:
-        save, begin = Keeper.save, AsyncSaver.save
+    def on_rank(rank: int) -> None:
+        save = Keeper.save
         taken: list[Any] = []
-
-        def waiting(saver: AsyncSaver, *arguments: Any, **named: Any) -> float:
-            return begin(saver, *arguments, **{**named, "overlap": False})
 
         def starved(keeper: Keeper, **how: bool) -> None:
             taken.append(starve(limit, spare=spare) if len(taken) + 1 == number else None)
             save(keeper, **how)
 
+        setattr(Keeper, "save", starved)  # noqa: B010 - mypy forbids to assign a method
+
+    return on_rank
+
+
+def in_copy(limit: int, *, rank: int = 0) -> Disturbance:
+    """The first copy of the weights, in the thread that makes it: malloc keeps blocks for each thread by itself.
+
+    The step waits for the copy, which can then not have the blocks that the step frees.
+    """
+
+    def on_rank(own: int) -> None:
+        save, copy = AsyncSaver.save, HostCopy.copy
+
+        def waiting(saver: AsyncSaver, *arguments: Any, **named: Any) -> float:
+            return save(saver, *arguments, **{**named, "overlap": False})
+
+        def starved(host: HostCopy, *arguments: Any) -> None:
+            taken = starve(limit)
+            copy(host, *arguments)
+            del taken
+
         if own == rank:
-            setattr(Keeper, "save", starved)  # noqa: B010 - mypy forbids to assign a method
-            if not overlap:
-                setattr(AsyncSaver, "save", waiting)  # noqa: B010
+            setattr(AsyncSaver, "save", waiting)  # noqa: B010
+            setattr(HostCopy, "copy", starved)  # noqa: B010
 
     return on_rank
 
@@ -121,7 +141,7 @@ def test_memory_that_runs_out_in_an_evaluation(limit: str, data: Path, whole: Pa
 def test_memory_that_runs_out_in_a_save(data: Path, whole: Path, tmp_path: Path) -> None:
     # A limit of the address space does not strike: what the thread may allocate was set aside when it began.
     assert start(tmp_path, data, "--exit-interval", "2").statuses == (0,)
-    ended = start(tmp_path, data, disturb=in_save(resource.RLIMIT_DATA, overlap=False))
+    ended = start(tmp_path, data, disturb=in_copy(resource.RLIMIT_DATA))
     assert_told(ended)
     assert "can't allocate memory" in ended.said  # for the copy of the weights
     assert whole_steps(tmp_path) == [2]
@@ -131,7 +151,7 @@ def test_memory_that_runs_out_in_a_save(data: Path, whole: Path, tmp_path: Path)
 
 def test_memory_that_runs_out_in_one_ranks_save_ends_all(data: Path, tmp_path: Path) -> None:
     assert start(tmp_path, data, "--exit-interval", "2", world_size=2).statuses == (0, 0)
-    ended = start(tmp_path, data, disturb=in_save(resource.RLIMIT_DATA, rank=1, overlap=False), world_size=2)
+    ended = start(tmp_path, data, disturb=in_copy(resource.RLIMIT_DATA, rank=1), world_size=2)
     assert ended.statuses[1] == OUT_OF_MEMORY and ended.statuses[0] in (77, -9) and not ended.raised, ended
     assert "megalith: out of memory: " in ended.said
     assert whole_steps(tmp_path) == [2]
