@@ -91,6 +91,11 @@ class Job:
         return (self.num_groups or self.num_heads) * self.head_width / self.tensor
 
     @property
+    def keeps_gathered_keys(self) -> bool:
+        """Whether a layer keeps the keys and values of all context ranks until its backward pass."""
+        return self.context > 1 and self.context_exchange == "gather" and self.recompute != "selective"
+
+    @property
     def norm_parameters(self) -> int:
         """Elements of a norm's weights."""
         return (1 if self.normalization == "RMSNorm" else 2) * self.width

@@ -116,9 +116,7 @@ def layer_activations(job: Job) -> float:
     """
     tokens, e = job.tokens, job.compute_bytes
     heads, inner = job.query_features, job.inner / job.tensor
-    # Keys and values as attention takes them: repeated for each head with dropout, and in fp32 on a GPU.
-    are_repeated = (job.attention_dropout or (job.device == "cuda" and e == FP32)) and job.recompute != "selective"
-    attended = heads + 2 * (heads if are_repeated else job.key_features)
+    attended = attended_features(job)
     between = 2 * job.stream_bytes * job.width / job.cut  # before each norm
     entering = 2 * job.width + heads + inner  # the four products
     # Inside a feed-forward besides what enters the last product; that is what relu itself keeps.
@@ -138,15 +136,44 @@ def layer_activations(job: Job) -> float:
     return tokens * (between + kept + masks + statistics + words) + copies + context_activations(job)
 
 
+def attended_features(job: Job) -> float:
+    """What a layer keeps of a token's queries, keys and values; of those that are gathered: `context_activations`."""
+    if job.keeps_gathered_keys:
+        # What turns with its place is made anew; else the queries are a part of the product's output, which stays.
+        return job.query_features + (0.0 if job.rotary else 2 * job.key_features)
+    # As attention takes them: repeated for each head with dropout, and in fp32 on a GPU.
+    is_in_fp32 = job.device == "cuda" and job.compute_bytes == FP32
+    are_repeated = (job.attention_dropout or is_in_fp32) and job.recompute != "selective"
+    return job.query_features + 2 * (job.query_features if are_repeated else job.key_features)
+
+
 def context_activations(job: Job) -> float:
-    """What attention over gathered keys keeps of a layer besides: the keys and values of all ranks, what comes out a
-    chunk at a time; and the masks of its two chunks where no kernel does without (megalith.layers.attend)."""
-    if job.context == 1 or job.context_exchange != "gather" or job.recompute == "selective":
+    """What attention over context ranks keeps of a layer besides. Of gathered keys: those and the values of all ranks,
+    what comes out a chunk at a time, and the masks of its two chunks where no kernel does without
+    (megalith.layers.attend). Of traded heads: what comes out, before it is traded back."""
+    if job.context > 1 and job.context_exchange == "all-to-all" and job.recompute != "selective":
+        return job.compute_bytes * job.tokens * (job.query_features + _kept_as_traded(job))
+    if not job.keeps_gathered_keys:
         return 0.0
     heads, chunk = job.query_features, job.sequence_length / (2 * job.context)
+    # A rank's two chunks of queries see one chunk more than there are. Each keeps what it repeats of the keys it sees.
+    are_repeated = job.key_features < heads and (job.attention_dropout or job.device == "cuda")
+    keys = heads * (2 * job.context + 1) if are_repeated else job.key_features * 2 * job.context
     is_written = (job.device == "cpu" or job.compute_bytes == FP32) and not job.attention_dropout
     pairs = chunk**2 * (2 * job.context + 1) if is_written else 0.0
-    return job.compute_bytes * (job.tokens * heads * (2 * job.context + 1) + pairs)
+    return job.compute_bytes * (job.tokens * (keys + heads) + pairs)
+
+
+def _kept_as_traded(job: Job) -> float:
+    """Of a token whose heads are traded, what stays beside the queries, keys and values as attention takes them: these
+    come as one, of which none goes as long as one of them is used."""
+    if job.key_features == job.query_features:
+        return 0.0
+    # The queries are copied out of several heads of keys, of one not; with dropout keys and values are repeated.
+    are_copied = job.key_features > job.head_width * job.context
+    if job.attention_dropout:
+        return 0.0 if are_copied else 2 * job.key_features
+    return job.query_features if are_copied else 0.0
 
 
 def copy_bytes(job: Job) -> float:
