@@ -10,7 +10,8 @@ from megalith.checkpoint.directory import CheckpointError
 from megalith.checkpoint.index import Index
 from megalith.checkpoint.pieces import Piece
 from megalith.checkpoint.store import Loaded, load_latest
-from megalith.parallel.apply import Held, local_part
+from megalith.optim.local import local_part
+from megalith.parallel.apply import Held
 from megalith.task import Fit, Origin
 
 # What must be the same in two families for their encoders to be the same.

@@ -20,7 +20,8 @@ from megalith.guard import COMPUTES_WRONGLY, MOST_NAMES
 from megalith.job import Job
 from megalith.monitor.peers import this_process
 from megalith.monitor.troubles import ErringRank, PassesCompared
-from megalith.parallel.apply import Laid, local_part
+from megalith.optim.local import local_part
+from megalith.parallel.apply import Laid
 from megalith.parallel.journal import JOURNAL, Finding, Note, compare
 from megalith.parallel.reduce import Sharded, gradient_of
 from megalith.parallel.step import Batch, Timers

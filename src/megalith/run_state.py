@@ -14,8 +14,8 @@ from megalith.models.settings import ModelConfig
 from megalith.models.shape import OPTIONS, shape_of
 from megalith.optim.finite import BadSteps
 from megalith.optim.groups import num_updates, readable_tensors, set_num_updates
+from megalith.optim.local import local_part
 from megalith.optim.schedule import length_flag, resumed_schedule, schedule_to_json
-from megalith.parallel.apply import local_part
 from megalith.sources import as_toml
 
 # Tensors of a checkpoint are named after what they are, then by the parameter: weight.layers.0.... , exp_avg. ...

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from megalith.checkpoint.directory import list_checkpoints
 from megalith.checkpoint.pieces import Piece
 from megalith.checkpoint.store import load_latest
-from megalith.parallel.apply import Laid, local_part
+from megalith.optim.local import local_part
+from megalith.parallel.apply import Laid
 from megalith.parallel.seen import SeenLosses
 from megalith.parallel.step import Batch, RunPart
 from tests.layouts.runs import MODEL, events_of, largest_difference, run_on, steps_of, weights_of

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalith.parallel.apply import Laid, local_part
+from megalith.optim.local import local_part
+from megalith.parallel.apply import Laid
 from tests.layouts.runs import Runs, assert_same_steps, run_on, steps_of
 
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"

@@ -15,7 +15,8 @@ from megalith.check import check
 from megalith.checkpoint.directory import list_checkpoints
 from megalith.layers.feedforward import FeedForward
 from megalith.layers.products import Again
-from megalith.parallel.apply import Laid, local_part
+from megalith.optim.local import local_part
+from megalith.parallel.apply import Laid
 from megalith.recheck import compares_gradients
 from megalith.sources import read_command_line
 from tests.images import write_images

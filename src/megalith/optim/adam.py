@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megalith.optim.local import local_part
+
 
 class LightOptimizer(torch.optim.Optimizer):
     """An optimizer whose making does not import the compiler."""
@@ -40,7 +42,7 @@ class FusedAdamW(LightOptimizer):
             beta1, beta2 = group["betas"]
             torch._fused_adamw_(
                 [local_part(parameter) for parameter in moved],
-                [local_part(parameter.grad) for parameter in moved],
+                [local_part(gradient) for p in moved if (gradient := p.grad) is not None],
                 [local_part(state["exp_avg"]) for state in states],
                 [local_part(state["exp_avg_sq"]) for state in states],
                 [],
@@ -61,11 +63,3 @@ class FusedAdamW(LightOptimizer):
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state
-
-
-def local_part(tensor: Tensor | None) -> Tensor:
-    """What lies on this rank of a tensor that may be sharded."""
-    assert tensor is not None
-    to_local = getattr(tensor, "to_local", None)
-    local: Tensor = tensor if to_local is None else to_local()
-    return local.detach() if local.requires_grad else local

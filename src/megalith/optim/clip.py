@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from megalith.optim.local import local_part
+
 # Takes the scalar that a rank found, gives that of all ranks.
 Reduction = Callable[[Tensor], Tensor]
 
@@ -29,7 +31,7 @@ def unscale_gradients(gradients: Iterable[Tensor], scale: float) -> Tensor:
     One pass over the gradients, which must be floating-point tensors on one device; at least one. The result is a
     scalar on that device, of this rank alone: see `finite.measure`.
     """
-    local = [_local(gradient) for gradient in gradients]
+    local = [local_part(gradient) for gradient in gradients]
     found = torch.zeros((), dtype=torch.float32, device=local[0].device)
     inverse = torch.full((), 1.0 / scale, dtype=torch.float32, device=local[0].device)
     torch._amp_foreach_non_finite_check_and_unscale_(local, found, inverse)
@@ -42,7 +44,7 @@ def global_norm(tensors: Iterable[Tensor], *, device: torch.device, reduce: Redu
 
     tensors: those that this rank counts, possibly none. reduce: the sum over ranks of squared norms.
     """
-    local = [part for tensor in tensors if (part := _local(tensor)).numel()]
+    local = [part for tensor in tensors if (part := local_part(tensor)).numel()]
     total = torch.zeros((), dtype=torch.float64, device=device)
     if local:
         total = torch.cat(_norms(local)).double().square().sum()
@@ -77,7 +79,7 @@ def clip_gradients(gradients: Iterable[Tensor], norm: Tensor, max_norm: float, *
     norm: that of the gradients divided by the scale. Beside the scale the factor is max_norm / (norm + 1e-6), if it is
     below 1. A norm that is not finite makes gradients NaN or 0: look at it first. Nothing waits for the device.
     """
-    scaled = [_local(gradient) for gradient in gradients]
+    scaled = [local_part(gradient) for gradient in gradients]
     torch._foreach_mul_(scaled, ((max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0) / scale).float())
 
 
@@ -86,14 +88,6 @@ def count_zeros(gradients: Iterable[Tensor], *, device: torch.device, reduce: Re
     """How many gradient entries are 0, an int64 scalar on the device. reduce: the sum over ranks."""
     total = torch.zeros((), dtype=torch.int64, device=device)
     for gradient in gradients:
-        local = _local(gradient)
+        local = local_part(gradient)
         total += local.numel() - torch.count_nonzero(local)
     return reduce(total)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies on this rank, sharing its memory."""
-    # Asked by attribute, so that a run on one rank need not import torch.distributed.tensor (a second of start-up).
-    to_local = getattr(tensor, "to_local", None)
-    local: Tensor = tensor if to_local is None else to_local()
-    return local.detach()

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megalith.optim.adam import LightOptimizer, local_part
+from megalith.optim.adam import LightOptimizer
+from megalith.optim.local import local_part
 
 HAS_TRITON = find_spec("triton") is not None
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -137,13 +138,13 @@ class CompactAdamW(LightOptimizer):
             for parameter in group["params"]:
                 number += 1
                 if parameter.grad is not None:
-                    self._update(parameter, group, number)
+                    self._update(parameter, parameter.grad, group, number)
 
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any], number: int) -> None:
+    def _update(self, parameter: nn.Parameter, found: Tensor, group: dict[str, Any], number: int) -> None:
         state = self.kept(parameter)
         state["step"] += 1
         step = int(state["step"])
-        weights, gradient = local_part(parameter).view(-1), local_part(parameter.grad).reshape(-1)
+        weights, gradient = local_part(parameter).view(-1), local_part(found).reshape(-1)
         (beta1, beta2), eps, rate = group["betas"], group["eps"], group["lr"]
         size1 = rate / (1 - beta1**step)
         root2 = math.sqrt(1 - beta2**step)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megalith.layers.float8 import use_float8
 from megalith.layers.initial import Shard, draw_weights
 from megalith.layers.linear import split_backward_passes
+from megalith.optim.local import local_part
 from megalith.parallel.collectives import Group, all_reduce, size_of
 from megalith.parallel.context import cut_context
 from megalith.parallel.contrast import share_candidates
@@ -260,13 +261,6 @@ def shard_offset(parameter: Tensor) -> tuple[int, ...]:
     from megalith.parallel.shard import offset_of_shard
 
     return offset_of_shard(parameter)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What lies on this rank of a tensor that may be sharded, sharing its memory."""
-    to_local = getattr(tensor, "to_local", None)
-    local: Tensor = tensor if to_local is None else to_local()
-    return local
 
 
 def _counts(config: ParallelConfig, layout: Layout) -> bool:

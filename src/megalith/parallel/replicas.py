@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megalith.parallel.apply import TIED, Laid, local_part
+from megalith.optim.local import local_part
+from megalith.parallel.apply import TIED, Laid
 from megalith.parallel.digest import digest
 from megalith.parallel.mesh import Layout
 from megalith.parallel.settings import ParallelConfig
