@@ -239,6 +239,7 @@ def stand_in() -> Iterator[None]:
         "mem_get_info": (80 << 30, 80 << 30),
         "get_rng_state": torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": None,
+        "cudart": SimpleNamespace(cudaHostRegister=lambda *args: 0, cudaHostUnregister=lambda *args: 0),
         **dict.fromkeys(["set_device", "synchronize", "reset_peak_memory_stats", "empty_cache", "_lazy_init"]),
         **dict.fromkeys(
             ["memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"], 1 << 20
