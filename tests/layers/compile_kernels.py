@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megalith.layers import attend_fused, columns
+from megalith.layers import attend_kernels, columns
 from megalith.layers.attend_fused import backward_blocks, forward_blocks, queries_blocks
 from megalith.optim import compact, compact_fused
 
@@ -17,10 +17,10 @@ POINTERS = {
     "sums": "fp32", "largest": "fp32", "products": "fp32", "rows": "i32", "words": "i32", "visible": "u8",
 }  # fmt: skip
 KERNELS = {
-    attend_fused._forward: forward_blocks,
-    attend_fused._row_products: queries_blocks,
-    attend_fused._backward_keys: backward_blocks,
-    attend_fused._backward_queries: queries_blocks,
+    attend_kernels.attend_forward: forward_blocks,
+    attend_kernels.attend_row_products: queries_blocks,
+    attend_kernels.attend_backward_keys: backward_blocks,
+    attend_kernels.attend_backward_queries: queries_blocks,
 }
 
 COLUMN_KERNELS: dict[Any, dict[str, Any]] = {
