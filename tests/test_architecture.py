@@ -53,6 +53,7 @@ LEVELS = [
         "owner",
         "passes",
         "planned",
+        "preprocess",
         "recheck",
         "resume",
         "run_state",

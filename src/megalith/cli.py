@@ -175,9 +175,9 @@ def start_ranks(words: Sequence[str], run: "Run") -> int:
 
 def preprocess(words: Sequence[str], started: float) -> int:
     """Turn text (JSON lines, plain text, parquet) into the token files that training reads."""
-    from megalith.data.prepare import main as prepare_main
+    from megalith.preprocess import main as preprocess_main
 
-    return prepare_main(words)
+    return preprocess_main(words)
 
 
 def verify(words: Sequence[str], started: float) -> int:

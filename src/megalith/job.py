@@ -163,11 +163,7 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
     batch_sizes = make_batch_sizes(run.optimizer, data_parallel=layout.data)
     announce_start(run, layout, device.type, batch_sizes, log)
     tokenizer, vocab_size = announce_tokenizer(run, task, log)
-    if vocab_size and (layout.tensor - 1) * -(-vocab_size // layout.tensor) >= vocab_size:
-        raise ValueError(
-            f"--make-vocab-size-divisible-by = {run.model.make_vocab_size_divisible_by}: the {vocab_size} rows of the "
-            f"vocabulary leave a tensor rank without any. Give {layout.tensor} or a multiple of it."
-        )
+    require_rows(run, vocab_size, layout)
     data = data_of(run, task, tokenizer, vocab_size, log)
     require_same_data(data, tokenizer)
     if (folder := scalars_folder(run)) is not None:
@@ -184,22 +180,7 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
     if why is not None:
         log.line(why)
     with timers("model-and-optimizer-setup"):
-        dtype: torch.dtype = getattr(torch, compute_dtype(run))
-        seen = SeenLosses(task.run_part)
-        laid = lay_out(
-            task.build_part(run, vocab_size, dtype),
-            seen,
-            model_sizes(run, task, vocab_size, dtype),
-            run.parallel,
-            layout,
-            groups,
-            device=device,
-            seed=None if run.train.exit_before_training else run.train.seed,
-            recompute=recompute_granularity(run),
-            compiled=compiled,
-            compute_dtype=dtype,
-            is_tied=task.is_tied(run),
-        )
+        laid, seen = lay_out_model(run, task, layout, groups, device, vocab_size=vocab_size, compiled=compiled)
         optimizer = build_optimizer(laid.trained, run.optimizer, same_on_every_cut=run.parallel.deterministic)
     log.report(model_built(task, laid, layout, groups))
     schedule = make_schedule(
@@ -239,6 +220,38 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
         book=LedgerFile(save, disk=disk) if (save := run.checkpoint.save) is not None and layout.rank == 0 else None,
         interval=Interval(time.perf_counter(), last_step=last_step, num_devices=layout.world_size, peak_flops=peak),
     )
+
+
+def require_rows(run: Run, vocab_size: int, layout: Layout) -> None:
+    """Raise ValueError if a tensor rank would hold no row of the vocabulary."""
+    if vocab_size and (layout.tensor - 1) * -(-vocab_size // layout.tensor) >= vocab_size:
+        raise ValueError(
+            f"--make-vocab-size-divisible-by = {run.model.make_vocab_size_divisible_by}: the {vocab_size} rows of the "
+            f"vocabulary leave a tensor rank without any. Give {layout.tensor} or a multiple of it."
+        )
+
+
+def lay_out_model(
+    run: Run, task: Task, layout: Layout, groups: Groups, device: torch.device, *, vocab_size: int, compiled: bool
+) -> tuple[Laid, SeenLosses]:
+    """This rank's parts of the model with their first weights, and what sees the losses that they give."""
+    dtype: torch.dtype = getattr(torch, compute_dtype(run))
+    seen = SeenLosses(task.run_part)
+    laid = lay_out(
+        task.build_part(run, vocab_size, dtype),
+        seen,
+        model_sizes(run, task, vocab_size, dtype),
+        run.parallel,
+        layout,
+        groups,
+        device=device,
+        seed=None if run.train.exit_before_training else run.train.seed,
+        recompute=recompute_granularity(run),
+        compiled=compiled,
+        compute_dtype=dtype,
+        is_tied=task.is_tied(run),
+    )
+    return laid, seen
 
 
 def task_of(run: Run) -> Task:

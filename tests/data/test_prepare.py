@@ -24,10 +24,11 @@ from hypothesis import strategies as st
 import megalith
 import megalith.data.documents
 from megalith.data.indexed import IndexedDataset
-from megalith.data.prepare import PrepareConfig, main, prepare
+from megalith.data.prepare import PrepareConfig, prepare
 from megalith.data.sentences import split_sentences
 from megalith.data.tokenizer import load_tokenizer
 from megalith.files import Disk
+from megalith.preprocess import main
 
 EOD = 256  # of the byte-level tokenizer
 WORDS = st.sampled_from(["", "One. Two! ", "caf\u00e9 ", "\n\n", "the cat ", " ", "\u4e2d\u6587\u3002", "x" * 50])

@@ -1,18 +1,14 @@
-"""`megalith preprocess`: text files to the token files that training reads.
+"""Text files to the token files that training reads, as `megalith preprocess` makes them.
 
 One pass: a process cuts the input into blocks, workers tokenize them, the tokens are written in the order of the input.
 So memory stays bounded, and the files are the same bytes whatever the number of workers. They get their names when all
 is done, and last of all PREFIX_KEY_document.json, which says what they were made from and what their digests are.
 """
 
-import argparse
-import dataclasses
-import difflib
 import errno
 import os
 import sys
 import time
-import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from megalith import __version__
-from megalith.command_line import CommandParser
 from megalith.data.documents import NO_JSON, TEXT_DOCUMENTS, Block, DocumentRules, read_blocks
 from megalith.data.indexed import IndexedWriter, best_dtype, bin_path, idx_path
 from megalith.data.input_files import COMPRESSIONS, FORMATS, SUFFIXES, Source, find_sources
@@ -29,9 +24,8 @@ from megalith.data.record import record_path, write_record
 from megalith.data.tokenized import TokenizedBlock, TokenRules, tokenize_block
 from megalith.data.tokenizer import KINDS, Tokenizer, load_tokenizer
 from megalith.data.worker_pool import WorkerPool
-from megalith.fields import describe, setting
+from megalith.fields import setting
 from megalith.files import TEMPORARY_SUFFIX, Written
-from megalith.terminal import printable
 
 MOST_FAULTS_SHOWN = 10
 
@@ -353,65 +347,3 @@ def _described(
 def _num_cores() -> int:
     """The cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def main(words: Sequence[str]) -> int:
-    """Run `megalith preprocess WORDS`; return the exit status. ValueError for what a user can correct."""
-    parser, flags = _parser()
-    if any(word in ("-h", "--help") for word in words):
-        parser.print_help()
-        return 0
-    values, unknown = parser.parse_known_args(list(words))
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-        raise ValueError(
-            f"{unknown[0]} is not a flag of megalith preprocess{f'; did you mean {near[0]}?' if near else ''}"
-        )
-    given: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in vars(values).items()
-    }
-    try:
-        report = prepare(PrepareConfig(**given))
-    except ChildProcessError as error:
-        print(f"megalith: {printable(str(error))}", file=sys.stderr)
-        return 1
-    for line in report.lines():
-        print(printable(line))
-    return 0
-
-
-def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
-    """The parser of the flags that PrepareConfig declares, and these flags."""
-    parser = CommandParser(
-        prog="megalith preprocess",
-        usage="%(prog)s --input FILE ... --output-prefix PREFIX --tokenizer-type TYPE [--flags ...]",
-        description="Turn text into token files for training: PREFIX_KEY_document.bin and .idx for each key.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120),
-    )
-    groups: dict[str, Any] = {}
-    flags: list[str] = []
-    for declared in dataclasses.fields(PrepareConfig):
-        described = describe(declared)
-        section = described["section"]
-        group = groups.setdefault(section, None) or parser.add_argument_group(section)
-        groups[section] = group
-        flags.append("--" + declared.name.replace("_", "-"))
-        if described["switch"]:
-            group.add_argument(flags[-1], dest=declared.name, action="store_true", help=described["help"])
-            continue
-        default = " ".join(declared.default) if isinstance(declared.default, tuple) else declared.default
-        shown = [described["unit"], f"default {default}" if default else ""]
-        note = "; ".join(part for part in shown if part)
-        whole = typing.get_type_hints(PrepareConfig)[declared.name] in (int, int | None)
-        group.add_argument(
-            flags[-1],
-            dest=declared.name,
-            type=int if whole else str,
-            choices=described["choices"] or None,
-            nargs=described["repeat"] or None,
-            metavar="|".join(described["choices"]) or ("N" if whole else "TEXT"),
-            help=described["help"] + (f" [{note}]" if note else ""),
-        )
-    return parser, flags
