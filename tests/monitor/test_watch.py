@@ -16,6 +16,7 @@ import megalith.derived
 import megalith.train
 from megalith.checkpoint.directory import list_checkpoints
 from megalith.checkpoint.verify import verify
+from megalith.config import Run
 from megalith.data import index_cache, index_maps
 from megalith.data.causal import CausalBatches
 from megalith.job import Job
@@ -172,6 +173,21 @@ def test_a_rank_that_dies_ends_the_others_who_name_it(data: Path, tmp_path: Path
     print(f"the job was down {seconds:.2f} s after a rank's death (goal 2 s)")
     assert ended.statuses[0] == -signal.SIGKILL and ended.statuses[1] in (PEER_LOST, -signal.SIGKILL)
     assert seconds < 8.0
+    if ended.statuses[1] == PEER_LOST:
+        assert re.search(r"rank 1 ends: rank 0 \(process \d+ on [^)]+\) has died", ended.said)
+    assert "Traceback" not in ended.said
+
+
+def test_a_rank_that_dies_while_settings_are_compared_ends_the_others_who_name_it(data: Path, tmp_path: Path) -> None:
+    def die(run: Run) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def disturb(rank: int) -> None:
+        if rank == 0:
+            setattr(megalith.train, "require_same_settings", die)  # noqa: B010 - mypy knows of no such name
+
+    ended = start(tmp_path, data, disturb=disturb)
+    assert ended.statuses[0] == -signal.SIGKILL and ended.statuses[1] in (PEER_LOST, -signal.SIGKILL)
     if ended.statuses[1] == PEER_LOST:
         assert re.search(r"rank 1 ends: rank 0 \(process \d+ on [^)]+\) has died", ended.said)
     assert "Traceback" not in ended.said
