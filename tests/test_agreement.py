@@ -1,5 +1,6 @@
 """Ranks that are not given the same do not start: rank 0 says what differs and where, and all end with status 2."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from megalith import cli
 from megalith.agreement import host_name, named_ranks
 from megalith.data.indexed import IndexedWriter
 from megalith.launch import NOT_STARTED
+from tests.faults.disk import Moment, Operation, Wire
 from tests.layouts.runs import END_OF_DOCUMENT, MODEL, steps_of, write_data
 from tests.ranks import watch_ranks
 
@@ -180,3 +182,19 @@ def test_a_run_directory_that_another_node_cannot_write_to_is_named(data: Path, 
     assert said[0].startswith(f"megalith: --save = {tmp_path / 'a' / 'run'}: on rank 1, checkpoints cannot be written")
     assert str(tmp_path / "b" / "run") in said[0] and said[0].endswith(". Choose another directory.\n")
     assert list((tmp_path / "a" / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_run_directory_that_another_node_cannot_read_is_named_with_the_error(data: Path, tmp_path: Path) -> None:
+    def cannot_read(moment: Moment, operation: Operation) -> None:
+        if moment == "before" and operation.name == "read" and "checkpoints" in operation.path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), operation.path)
+
+    def on_rank(rank: int) -> None:
+        if rank == 1:
+            Wire(cannot_read).install()
+
+    statuses, said = command_on_ranks(tmp_path, lambda rank: words_of(tmp_path, data), 2, before=on_rank)
+    assert statuses == [NOT_STARTED] * 2
+    assert said[0].startswith(f"megalith: --save = {tmp_path / 'run'}: on rank 1, [Errno 5] Input/output error: '")
+    assert said[0].endswith("'. Choose another directory.\n") and str(tmp_path / "run" / "checkpoints") in said[0]
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []

@@ -57,7 +57,7 @@ def try_save_directory(run: Run, layout: Layout) -> None:
         hosts = ranks.together(try_here)
         if ranks.size > 1:
             mark = Mark(*ranks.from_first(marks)[0])
-            sees = ranks.gather(_is_seen(save, mark))
+            sees = ranks.together(lambda: _is_seen(save, mark))
     except RanksError as failed:
         rank, message, _ = failed.failures[0]
         where = f"on rank {rank}, " if ranks.size > 1 else ""
@@ -72,11 +72,18 @@ def try_save_directory(run: Run, layout: Layout) -> None:
 
 
 def _is_seen(save: str, mark: Mark) -> bool:
-    """Whether rank 0's mark is seen from here; a network's file system may take a moment to show it."""
+    """Whether rank 0's mark is seen from here; a network's file system may take a moment to show it, or to let it be
+    read. Raises ValueError, with a remedy, if it is there and cannot be."""
     until = time.monotonic() + SECONDS_TO_SEE
-    while not (seen := sees_mark(save, mark, disk=DISK)) and time.monotonic() < until:
+    while True:
+        is_over = time.monotonic() >= until
+        try:
+            if (seen := sees_mark(save, mark, disk=DISK)) or is_over:
+                return seen
+        except OSError as error:
+            if is_over:
+                raise ValueError(f"{error}. {remedy_for(error)}") from error
         time.sleep(0.2)
-    return seen
 
 
 def keep_what_is_trained(run: Run, tokenizer: Tokenizer | None) -> None:

@@ -89,10 +89,10 @@ def leave_mark(run_dir: Location, *, disk: Disk) -> Mark:
 
 
 def sees_mark(run_dir: Location, mark: Mark, *, disk: Disk) -> bool:
-    """Whether the mark is seen from here."""
+    """Whether the mark is seen from here. Raises OSError if it is there and cannot be read."""
     try:
         text = read_file(folder_of(run_dir) / mark.name / LONGEST_NAME, len(mark.text), disk=disk)
-    except (OSError, DamagedError):
+    except (FileNotFoundError, NotADirectoryError, DamagedError):
         return False
     return text == mark.text.encode()
 
