@@ -66,19 +66,19 @@ def test_no_port_is_a_fault_of_the_setting() -> None:
             open_store({"MASTER_PORT": value}, rank=0, world_size=2, seconds=1)
 
 
-def test_the_store_of_one_host_is_reached_by_loopback_only(port: int) -> None:
-    environment = {"MASTER_ADDR": socket.gethostname(), "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
+@pytest.mark.parametrize("address", [socket.gethostname(), "127.0.1.1"], ids=["name", "another-loopback"])
+def test_the_store_of_one_host_is_reached_by_loopback_only(address: str, port: int) -> None:
+    """127.0.1.1 is what a host's name stands for on many a system."""
+    environment = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
 
     def on_rank(rank: int) -> list[tuple[str, bool]]:
-        if rank:
-            return []
-        store = open_store(environment, rank=0, world_size=2, seconds=10)
+        store = open_store(environment, rank=rank, world_size=2, seconds=30)
         found = [(listener.address, listener.is_local) for listener in listeners([os.getpid()])]
-        del store
-        return found
+        call_roll(store, rank, 2, seconds=30)  # or the store would go before the other has found it
+        return found if rank == 0 else []
 
     ends = watch_ranks(on_rank, 2)
-    assert not ends[0].error, ends[0].error
+    assert not ends[0].error and not ends[1].error, ends
     assert ends[0].value and all(is_local for _, is_local in ends[0].value), ends[0].value
 
 

@@ -46,16 +46,20 @@ def open_store(environment: Mapping[str, str], *, rank: int, world_size: int, se
         return FileStore(environment[STORE_VARIABLE], world_size)
     host, port = environment.get("MASTER_ADDR", DEFAULT_ADDRESS), _port(environment)
     limit = timedelta(seconds=seconds)
-    keeps = rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    is_of_agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    keeps = rank == 0 and not is_of_agent
     # torchrun's store outlives a start: what the ranks before have left there must not be taken for the present.
     attempt = f"megalith/attempt-{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    listener = _listen(host, port, local=on_one_host(environment, world_size)) if keeps else None
+    is_local = on_one_host(environment, world_size)
+    listener = _listen(host, port, local=is_local) if keeps else None
+    # The host's name may stand for an address of its own (127.0.1.1, say), where nothing listens then.
+    address = DEFAULT_ADDRESS if is_local and not is_of_agent else host
     try:
         if listener is None:
-            store = TCPStore(host, port, world_size, is_master=False, timeout=limit, wait_for_workers=False)
+            store = TCPStore(address, port, world_size, is_master=False, timeout=limit, wait_for_workers=False)
         else:
             store = TCPStore(
-                host,
+                address,
                 port,
                 world_size,
                 is_master=True,
