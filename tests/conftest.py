@@ -13,7 +13,16 @@ if not Path("/dev/nvidiactl").exists():
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import hypothesis
 import pytest
+
+# What a launcher or a scheduler has told this process is not for those under test.
+for name in list(os.environ):
+    if name in ("RANK", "WORLD_SIZE") or name.startswith(("LOCAL_", "MASTER_", "SLURM_", "TORCHELASTIC_", "MEGALITH_")):
+        del os.environ[name]
+# Property tests write files and start threads: on a busy machine an example may take longer than it is granted.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 GOLDEN = Path(__file__).parent / "golden" / "data"
 

@@ -70,8 +70,12 @@ def listeners(pids: list[int]) -> list[Listener]:
 
 
 def shared_memory() -> set[str]:
-    """The names in the folder of shared memory, and of torch's sockets and stores in the temporary one."""
-    names = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm")}
+    """The names in the folder of shared memory, and of torch's sockets and stores in the temporary one.
+
+    Without the folders and files of tests, of which others may run beside this process.
+    """
+    of_tests = ("megalith-test-", "megalith-faults-", "megalith-leak-")
+    names = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if not name.startswith(of_tests)}
     return names | {f"/tmp/{name}" for name in os.listdir("/tmp") if name.startswith(("torch", "megalith", "pymp"))}
 
 

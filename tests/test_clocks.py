@@ -92,7 +92,7 @@ def test_a_calendar_that_jumps_by_days_and_years_changes_nothing(
     world_size: int, data: Path, whole: Path, tmp_path: Path
 ) -> None:
     words = ("--exit-duration-in-mins", "30", "--hang-timeout", "60", "--keep-last", "2")
-    jumps = jumping(DAY, -DAY, 0.0, 400 * DAY, -20_000 * DAY, 0.7, 30_000 * DAY)
+    jumps = jumping(400 * DAY, -DAY, 0.0, DAY, -20_000 * DAY, 0.7, 30_000 * DAY)
     began = time.monotonic()
     ended = start(tmp_path, data, *words, "--exit-interval", "5", disturb=quick_heart(jumps), world_size=world_size)
     assert ended.statuses == (0,) * world_size and not ended.said, ended

@@ -1,5 +1,6 @@
 """A run holds no more after thousands of steps than it did when it was warm, and a leak of any kind would be seen."""
 
+import mmap
 import os
 import statistics
 import tempfile
@@ -15,7 +16,7 @@ from megalith.keeper import Keeper
 from megalith.monitor.events import StepDone
 from tests.faults.cluster import run_ranks
 from tests.faults.disk import Disturbance, undisturbed
-from tests.growth import COUNTED, Reading, growing, growth, read_each, readings_in, resident_bytes, slope
+from tests.growth import COUNTED, LEAKED, Reading, growing, growth, read_each, readings_in, resident_bytes, slope
 from tests.layouts.runs import write_data
 
 INTERVAL = 10  # steps between two saves, and between two readings
@@ -92,19 +93,23 @@ def leak_zombie() -> None:
         os._exit(0)
 
 
-HOARD: list[bytearray] = []
+HOARD: list[mmap.mmap] = []
 
 
 def leak_memory() -> None:
     """One and a half percent in a thousand steps, of what this process holds: the tests' own memory is in it."""
-    HOARD.append(bytearray(b"x" * (resident_bytes() * INTERVAL * 15 // 1_000_000)))
+    size = resident_bytes() * INTERVAL * 15 // 1_000_000
+    # Straight from the kernel: the allocator may have memory left from earlier tests.
+    HOARD.append(mmap.mmap(-1, size))
+    HOARD[-1].write(b"x" * size)
 
 
 def leak_shared(folder: Path) -> Callable[[], None]:
     """Leave another entry in shared memory at each call, and its name in the folder."""
 
     def leak() -> None:
-        descriptor, path = tempfile.mkstemp(dir="/dev/shm", prefix="megalith-leak-")
+        folder_of_all, name = os.path.split(f"{LEAKED}{os.getpid()}-")
+        descriptor, path = tempfile.mkstemp(dir=folder_of_all, prefix=name)
         os.close(descriptor)
         with (folder / "left").open("a") as left:
             left.write(f"{path}\n")

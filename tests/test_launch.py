@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -27,6 +28,15 @@ import os, signal, sys, time
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 def ready():
     os.write(1, f"{rank} {os.getpid()}\\n".encode())
+def names():
+    with open(os.environ["MEETING"]) as file:
+        return file.read().split()
+# Ranks that begin long after the others would be ended for the others' end.
+with open(os.environ["MEETING"], "a") as file:
+    file.write(f"{rank} ")
+begun = names().count(str(rank))
+while any(names().count(str(other)) < begun for other in range(world_size)):
+    time.sleep(0.01)
 """
 
 
@@ -55,19 +65,20 @@ def launched(program: str, num_ranks: int = 2, **settings: float) -> Iterator[La
     settings = {"stop_grace": 30.0, **settings}
     words = ", ".join(f"{name}={value}" for name, value in settings.items())
     launcher = f"import sys; from megalith.launch import launch; sys.exit(launch(sys.argv[1:], {num_ranks}, {words}))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", launcher, sys.executable, "-c", BEGINNING + program],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, MARK: mark},
-    )
-    try:
-        yield Launched(process, mark)
-    finally:
-        for pid in marked(mark):
-            os.kill(pid, signal.SIGKILL)
-        process.communicate()
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            [sys.executable, "-c", launcher, sys.executable, "-c", BEGINNING + program],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, MARK: mark, "MEETING": os.path.join(folder, "meeting")},
+        )
+        try:
+            yield Launched(process, mark)
+        finally:
+            for pid in marked(mark):
+                os.kill(pid, signal.SIGKILL)
+            process.communicate()
 
 
 SLEEPING = "ready(); time.sleep(60)"
@@ -151,6 +162,7 @@ def test_a_second_signal_ends_what_does_not_end() -> None:
     with launched(deaf, stop_grace=60.0) as job:
         job.wait_for_ranks(2)
         job.process.terminate()
+        assert job.process.stderr is not None and "SIGTERM" in job.process.stderr.readline()  # once it has been noted
         time.sleep(1.2)
         began = time.monotonic()
         job.process.terminate()

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -84,6 +85,11 @@ def test_the_second_is_refused_by_host_process_and_age_and_the_dead_ones_lease_i
     os.close(writing)
 
 
+def sleeper() -> int:
+    time.sleep(60)
+    return 0
+
+
 def test_a_zombie_is_dead_and_a_process_number_that_is_used_again_too(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     first = forked(holder(tmp_path, writing))
@@ -94,9 +100,14 @@ def test_a_zombie_is_dead_and_a_process_number_that_is_used_again_too(tmp_path: 
         lease.take(quiet)
     status_of(first)
     # The number of a process that lives, of which another start is known.
-    elsewhere(tmp_path, host=this_host(), pid=os.getppid(), started=1)
-    with Lease(tmp_path) as lease:
-        lease.take(quiet)
+    living = forked(sleeper)
+    try:
+        elsewhere(tmp_path, host=this_host(), pid=living, started=1)
+        with Lease(tmp_path) as lease:
+            lease.take(quiet)
+    finally:
+        os.kill(living, signal.SIGKILL)
+        status_of(living)
 
 
 def test_of_many_who_start_at_once_exactly_one_wins(tmp_path: Path) -> None:
@@ -203,7 +214,8 @@ def test_the_heart_beats_and_an_owner_that_was_taken_for_dead_writes_nothing_mor
         assert time.monotonic() < deadline
         time.sleep(0.02)
     lease.check()
-    other = elsewhere(tmp_path)
+    with Lease(tmp_path)._locked():  # as whoever takes a lease over: between a look and a writing nobody else writes
+        other = elsewhere(tmp_path)
     while not lease.lost:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -333,7 +345,7 @@ def test_two_jobs_in_one_run_directory_one_goes_on(tmp_path: Path) -> None:
     first = forked(holder(save, writing))
     assert os.read(reading, 1) == b"!"
     program = f"import sys; from megalith.cli import main; sys.exit(main({words!r}))"
-    refused = subprocess.run(["python", "-c", program], capture_output=True, text=True, timeout=120)
+    refused = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert refused.returncode == 2
     (line,) = refused.stderr.splitlines()
     assert f"another job writes there, process {first} on host" in line

@@ -1,5 +1,6 @@
 """A disk that becomes slow is told once a save has taken several times as long as usual; by a clock that is turned."""
 
+import threading
 import time
 import types
 from functools import partial
@@ -9,6 +10,7 @@ import pytest
 
 import megalith.checkpoint.saver
 import megalith.keeper
+from megalith.checkpoint.saver import AsyncSaver, Saved
 from tests.disturbed import start_run
 from tests.faults.disk import Disturbance, Moment, Operation, Wire
 from tests.layouts.runs import events_of
@@ -27,10 +29,20 @@ def slow_from(first: int, last: int, *, usual: float, slow: float) -> Disturbanc
 
     def on_rank(rank: int) -> None:
         ahead, each = 0.0, usual
+        waited_for, wait = threading.Event(), AsyncSaver.wait
+
+        def waiting(saver: AsyncSaver) -> list[Saved]:
+            waited_for.set()
+            try:
+                return wait(saver)
+            finally:
+                waited_for.clear()
 
         def act(moment: Moment, operation: Operation) -> None:
             nonlocal ahead
             if moment == "before" and operation.lane == "save":
+                if each == slow:  # else a save may be over before the training comes to wait for it
+                    assert waited_for.wait(60)
                 ahead += each
 
         def set_pace(step: int) -> None:
@@ -40,6 +52,7 @@ def slow_from(first: int, last: int, *, usual: float, slow: float) -> Disturbanc
         fake = types.SimpleNamespace(monotonic=lambda: time.monotonic() + ahead, perf_counter=time.perf_counter)
         setattr(megalith.checkpoint.saver, "time", fake)  # noqa: B010 - mypy forbids to assign a module's
         setattr(megalith.keeper, "time", fake)  # noqa: B010
+        setattr(AsyncSaver, "wait", waiting)  # noqa: B010
         each_step(set_pace)
         Wire(act).install()
 

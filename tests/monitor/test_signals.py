@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 
@@ -22,23 +22,31 @@ def test_first_signal_is_noted_and_handlers_come_back(number: signal.Signals) ->
     assert signal.getsignal(number) is before
 
 
-def test_second_signal_ends_the_process_at_once() -> None:
+def test_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     program = (
-        "import time\n"
+        "import os, sys, time\n"
         "from megalith.monitor.signals import StopSignals\n"
-        "with StopSignals() as signals:\n"
+        "def clock():\n"
+        "    with open(sys.argv[1]) as file: now = float(file.read())\n"
+        "    os.write(1, b'asked\\n')\n"
+        "    return now\n"
+        "with StopSignals(clock=clock) as signals:\n"
         "    print('ready', flush=True)\n"
         "    while True: time.sleep(0.01)\n"
     )
-    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    now = tmp_path / "now"
+    now.write_text("0")
+    child = subprocess.Popen([sys.executable, "-c", program, str(now)], stdout=subprocess.PIPE)
     assert child.stdout is not None
     assert child.stdout.readline() == b"ready\n"
     child.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
+    assert child.stdout.readline() == b"asked\n"
+    now.write_text("0.3")
     # A launcher hands on what the scheduler has sent to all processes: that is the same request.
     child.send_signal(signal.SIGTERM)
-    time.sleep(SECONDS_OF_ONE_REQUEST)
+    assert child.stdout.readline() == b"asked\n"
     assert child.poll() is None
+    now.write_text(str(SECONDS_OF_ONE_REQUEST + 0.1))
     child.send_signal(signal.SIGTERM)
     assert child.wait(timeout=10) == 128 + signal.SIGTERM
     child.stdout.close()
