@@ -70,6 +70,18 @@ def _put_rows(x, value, stride_b, stride_h, stride_n, b, h, n, count, WIDTH, PAD
 
 
 @triton.jit
+def _sample_and_head(heads):
+    """Those of this program, in 64 bits: strides times them may be more than 32 hold."""
+    return (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+
+
+@triton.jit
+def _first_query(BLOCK_T):
+    """Of this program's block. In causal order the last queries see most, so they begin."""
+    return (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_T
+
+
+@triton.jit
 def attend_forward(
     q, k, v, o, sums, rows, words, visible, stride_mb, stride_mt,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks,
@@ -79,9 +91,8 @@ def attend_forward(
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Some queries of one head over all keys that they may see; sums gets log2 of each query's sum of exponentials."""
-    # In causal order the last queries see most, so they begin.
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_T
-    b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    first = _first_query(BLOCK_T)
+    b, h = _sample_and_head(heads)
     t = first + tl.arange(0, BLOCK_T)
     q_TK = _rows_at(q, stride_qb, stride_qh, stride_qt, b, h, t, num_queries, WIDTH, PADDED)
     row_words = tl.load(rows + (b * heads + h) * num_queries + t, mask=t < num_queries, other=0)
@@ -122,7 +133,7 @@ def attend_row_products(
     WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """o . grad_o of each query, which is sum_s p_s grad_p_s, also under dropout (Dao et al. 2022, appendix B.4)."""
-    b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    b, h = _sample_and_head(heads)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_TK = _rows_at(o, stride_ob, stride_oh, stride_ot, b, h, t, num_queries, WIDTH, PADDED)
     g_TK = _rows_at(grad_o, stride_gb, stride_gh, stride_gt, b, h, t, num_queries, WIDTH, PADDED)
@@ -155,7 +166,7 @@ def attend_backward_keys(
 ):  # fmt: skip
     """The gradients of some keys and values of one head, from all queries that see them."""
     first = tl.program_id(0) * BLOCK_S
-    b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    b, h = _sample_and_head(heads)
     s = first + tl.arange(0, BLOCK_S)
     k_SK = _rows_at(k, stride_kb, stride_kh, stride_ks, b, h, s, num_keys, WIDTH, PADDED)
     v_SK = _rows_at(v, stride_vb, stride_vh, stride_vs, b, h, s, num_keys, WIDTH, PADDED)
@@ -201,8 +212,8 @@ def attend_backward_queries(
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """The gradients of some queries of one head, over all keys that they see."""
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_T
-    b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    first = _first_query(BLOCK_T)
+    b, h = _sample_and_head(heads)
     t = first + tl.arange(0, BLOCK_T)
     row = (b * heads + h) * num_queries + t
     q_TK = _rows_at(q, stride_qb, stride_qh, stride_qt, b, h, t, num_queries, WIDTH, PADDED)
