@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -74,8 +75,11 @@ def test_the_store_of_one_host_is_reached_by_loopback_only(address: str, port: i
     def on_rank(rank: int) -> list[tuple[str, bool]]:
         store = open_store(environment, rank=rank, world_size=2, seconds=30)
         found = [(listener.address, listener.is_local) for listener in listeners([os.getpid()])]
-        call_roll(store, rank, 2, seconds=30)  # or the store would go before the other has found it
-        return found if rank == 0 else []
+        if rank:
+            store.set("found", "")
+            return []
+        store.wait(["found"], timedelta(seconds=30))  # or the store would go before the other has found it
+        return found
 
     ends = watch_ranks(on_rank, 2)
     assert not ends[0].error and not ends[1].error, ends
