@@ -50,10 +50,9 @@ def open_store(environment: Mapping[str, str], *, rank: int, world_size: int, se
     keeps = rank == 0 and not is_of_agent
     # torchrun's store outlives a start: what the ranks before have left there must not be taken for the present.
     attempt = f"megalith/attempt-{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    is_local = on_one_host(environment, world_size)
-    listener = _listen(host, port, local=is_local) if keeps else None
-    # The host's name may stand for an address of its own (127.0.1.1, say), where nothing listens then.
-    address = DEFAULT_ADDRESS if is_local and not is_of_agent else host
+    # On one host loopback, on which rank 0 listens then: the host's name may stand for another (127.0.1.1, say).
+    address = DEFAULT_ADDRESS if on_one_host(environment, world_size) and not is_of_agent else host
+    listener = _listen(address, port, host=host) if keeps else None
     try:
         if listener is None:
             store = TCPStore(address, port, world_size, is_master=False, timeout=limit, wait_for_workers=False)
@@ -83,9 +82,8 @@ def _port(environment: Mapping[str, str]) -> int:
     return int(value)
 
 
-def _listen(host: str, port: int, *, local: bool) -> socket.socket:
-    """A socket that listens on loopback, or on the address by which the other hosts know this one."""
-    address = DEFAULT_ADDRESS if local else host
+def _listen(address: str, port: int, *, host: str) -> socket.socket:
+    """A socket that listens there. host: what a user has named."""
     try:
         family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
