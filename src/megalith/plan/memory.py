@@ -151,10 +151,10 @@ def context_activations(job: Job) -> float:
     """What attention over context ranks keeps of a layer besides. Of gathered keys: those and the values of all ranks,
     what comes out a chunk at a time, and the masks of its two chunks where no kernel does without
     (megalith.layers.attend). Of traded heads: what comes out, before it is traded back."""
-    if job.context > 1 and job.context_exchange == "all-to-all" and job.recompute != "selective":
-        return job.compute_bytes * job.tokens * (job.query_features + _kept_as_traded(job))
-    if not job.keeps_gathered_keys:
+    if job.context == 1 or job.recompute == "selective":
         return 0.0
+    if job.context_exchange == "all-to-all":
+        return job.compute_bytes * job.tokens * (job.query_features + _kept_as_traded(job))
     heads, chunk = job.query_features, job.sequence_length / (2 * job.context)
     # A rank's two chunks of queries see one chunk more than there are. Each keeps what it repeats of the keys it sees.
     are_repeated = job.key_features < heads and (job.attention_dropout or job.device == "cuda")
