@@ -14,6 +14,7 @@ from megalith.job import build_job
 from megalith.keeper import Keeper
 from megalith.loaders import open_data
 from megalith.monitor.log import RunLog
+from megalith.optim.local import local_part
 from megalith.parallel.mesh import Layout
 from megalith.plan.machine import H100
 from megalith.plan.memory import gathered_bytes, predict
@@ -166,15 +167,9 @@ def states_on_rank(rank: int, sharding: str) -> tuple[int, int]:
         with Keeper(job) as keeper:
             open_data(job)
             take_step(job, keeper)
-    weights = [local(p) for part in job.laid.parts.values() for p in part.parameters()]
-    moments = [local(t) for t in tensors_in(job.optimizer.state) if t.dim()]
+    weights = [local_part(p) for part in job.laid.parts.values() for p in part.parameters()]
+    moments = [local_part(t) for t in tensors_in(job.optimizer.state) if t.dim()]
     return sum(t.numel() * 4 for t in weights), sum(t.numel() * 4 for t in moments)
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    to_local = getattr(tensor, "to_local", None)
-    shard: torch.Tensor = tensor if to_local is None else to_local()
-    return shard
 
 
 @pytest.mark.parametrize("sharding", ["none", "optimizer", "parameters"])
