@@ -157,6 +157,13 @@ def test_building_index_maps_for_longer_than_a_start_may_stand_still_is_no_hang(
     assert len(steps_of(tmp_path / "run")) == 3
 
 
+def assert_death_of_the_first_is_told(ended: Ended) -> None:
+    assert ended.statuses[0] == -signal.SIGKILL and ended.statuses[1] in (PEER_LOST, -signal.SIGKILL)
+    if ended.statuses[1] == PEER_LOST:
+        assert re.search(r"rank 1 ends: rank 0 \(process \d+ on [^)]+\) has died", ended.said)
+    assert "Traceback" not in ended.said
+
+
 def test_a_rank_that_dies_ends_the_others_who_name_it(data: Path, tmp_path: Path) -> None:
     at = tmp_path / "at"
 
@@ -171,11 +178,8 @@ def test_a_rank_that_dies_ends_the_others_who_name_it(data: Path, tmp_path: Path
     ended = start(tmp_path, data, disturb=disturb)
     seconds = time.monotonic() - float(at.read_text())
     print(f"the job was down {seconds:.2f} s after a rank's death (goal 2 s)")
-    assert ended.statuses[0] == -signal.SIGKILL and ended.statuses[1] in (PEER_LOST, -signal.SIGKILL)
+    assert_death_of_the_first_is_told(ended)
     assert seconds < 8.0
-    if ended.statuses[1] == PEER_LOST:
-        assert re.search(r"rank 1 ends: rank 0 \(process \d+ on [^)]+\) has died", ended.said)
-    assert "Traceback" not in ended.said
 
 
 def test_a_rank_that_dies_while_settings_are_compared_ends_the_others_who_name_it(data: Path, tmp_path: Path) -> None:
@@ -187,10 +191,7 @@ def test_a_rank_that_dies_while_settings_are_compared_ends_the_others_who_name_i
             setattr(megalith.train, "require_same_settings", die)  # noqa: B010 - mypy knows of no such name
 
     ended = start(tmp_path, data, disturb=disturb)
-    assert ended.statuses[0] == -signal.SIGKILL and ended.statuses[1] in (PEER_LOST, -signal.SIGKILL)
-    if ended.statuses[1] == PEER_LOST:
-        assert re.search(r"rank 1 ends: rank 0 \(process \d+ on [^)]+\) has died", ended.said)
-    assert "Traceback" not in ended.said
+    assert_death_of_the_first_is_told(ended)
 
 
 @pytest.mark.parametrize(
