@@ -21,9 +21,9 @@ from megalith.job import Job
 from megalith.keeper import Keeper
 from megalith.monitor.events import StepDone
 from megalith.monitor.watch import Watch
+from tests.processes import LEAKED
 
 COUNTED = ("descriptors", "threads", "children", "shared")
-LEAKED = "/dev/shm/megalith-leak-"  # how what a test leaks on purpose is named, before the number of its process
 MOST_GROWTH = 0.01  # of the resident memory, in a thousand steps
 
 
@@ -58,8 +58,9 @@ def num_children() -> int:
 
 def shared_entries() -> set[str]:
     """Of files; what other tests beside this process leak on purpose is not in it."""
-    files = {entry.path for entry in os.scandir("/dev/shm") if entry.is_file(follow_symlinks=False)}
-    return {path for path in files if not path.startswith(LEAKED) or path.startswith(f"{LEAKED}{os.getpid()}-")}
+    files = [entry for entry in os.scandir("/dev/shm") if entry.is_file(follow_symlinks=False)]
+    own = f"{LEAKED}{os.getpid()}-"
+    return {entry.path for entry in files if not entry.name.startswith(LEAKED) or entry.name.startswith(own)}
 
 
 def own_shared(before: set[str]) -> int:

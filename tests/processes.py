@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+LEAKED = "megalith-leak-"  # begins what a test leaves in shared memory on purpose; then the number of its process
 MARK = "MEGALITH_TEST_MARK"  # a variable by whose value the processes of a test are known, children included
 
 
@@ -74,7 +75,7 @@ def shared_memory() -> set[str]:
 
     Without the folders and files of tests, of which others may run beside this process.
     """
-    of_tests = ("megalith-test-", "megalith-faults-", "megalith-leak-")
+    of_tests = ("megalith-test-", "megalith-faults-", LEAKED)
     names = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if not name.startswith(of_tests)}
     return names | {f"/tmp/{name}" for name in os.listdir("/tmp") if name.startswith(("torch", "megalith", "pymp"))}
 

@@ -16,8 +16,9 @@ from megalith.keeper import Keeper
 from megalith.monitor.events import StepDone
 from tests.faults.cluster import run_ranks
 from tests.faults.disk import Disturbance, undisturbed
-from tests.growth import COUNTED, LEAKED, Reading, growing, growth, read_each, readings_in, resident_bytes, slope
+from tests.growth import COUNTED, Reading, growing, growth, read_each, readings_in, resident_bytes, slope
 from tests.layouts.runs import write_data
+from tests.processes import LEAKED
 
 INTERVAL = 10  # steps between two saves, and between two readings
 WARM = 5 * INTERVAL  # by then every thread has been started, and a checkpoint has been deleted
@@ -108,8 +109,7 @@ def leak_shared(folder: Path) -> Callable[[], None]:
     """Leave another entry in shared memory at each call, and its name in the folder."""
 
     def leak() -> None:
-        folder_of_all, name = os.path.split(f"{LEAKED}{os.getpid()}-")
-        descriptor, path = tempfile.mkstemp(dir=folder_of_all, prefix=name)
+        descriptor, path = tempfile.mkstemp(dir="/dev/shm", prefix=f"{LEAKED}{os.getpid()}-")
         os.close(descriptor)
         with (folder / "left").open("a") as left:
             left.write(f"{path}\n")
