@@ -1,23 +1,30 @@
 """oneDNN's products against torch's own and float64."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megalith.layers.products import LEAST, Again, linear, suits_onednn
+from megalith.layers import products
+from megalith.layers.products import LEAST, Again, leaves_half_to_onednn, linear, suits_onednn, times_transposed
 
 
 def draw(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("half", [True, False], ids=["no product to MKL", "some to MKL"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(3, 70), (210,)], ids=["BT", "N"])
 @pytest.mark.parametrize(("width", "outputs"), [(161, 129), (129, 161)], ids=["narrower", "wider"])
 def test_output_and_gradients_are_those_of_float64(
-    shape: tuple[int, ...], width: int, outputs: int, bias: bool
+    shape: tuple[int, ...], width: int, outputs: int, bias: bool, half: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(products, "leaves_half_to_onednn", lambda: half)
     x, weight, b = draw(*shape, width), draw(outputs, width, seed=2), draw(outputs, seed=3) if bias else None
     inputs = [t.requires_grad_() for t in (x, weight, b) if t is not None]
     assert suits_onednn(x, weight)
@@ -78,3 +85,45 @@ def test_small_sixteen_bit_and_meta_products_stay_with_torch() -> None:
     assert suits_onednn(draw(rows, 64), weight) and not suits_onednn(draw(rows - 1, 64), weight)
     assert not suits_onednn(draw(rows, 64).bfloat16(), weight.bfloat16())
     assert not suits_onednn(draw(rows, 64).to("meta"), weight.to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "half"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_f": True, "avx_vnni": True}, True),  # Zen 5
+        ({"cpu_name": "AMD EPYC", "avx512_f": True, "avx_vnni": False}, False),  # Zen 4
+        ({"cpu_name": "AMD Ryzen 7 5800X", "avx512_f": False, "avx_vnni": False}, False),
+        ({"cpu_name": "Intel Xeon Platinum 8480+", "avx512_f": True, "avx_vnni": True}, False),
+        ({"architecture": "aarch64", "neon": True}, False),
+    ],
+)
+def test_mkl_uses_half_of_a_zen_5(capabilities: dict[str, Any], half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    leaves_half_to_onednn.cache_clear()
+    try:
+        assert leaves_half_to_onednn() is half
+    finally:
+        leaves_half_to_onednn.cache_clear()
+
+
+class Weights(TorchDispatchMode):
+    """While entered, notes the weights that oneDNN is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.mkldnn._linear_pointwise.default:
+            self.given.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("weight", [draw(129, 400)[:, 100:261], draw(400, 129)[:161].t(), draw(322, 129)[::2].t()])
+def test_onednn_is_given_no_weights_with_gaps(weight: Tensor) -> None:
+    """It would take them by its reference code, which is thousands of times slower."""
+    x = draw(300, 161)
+    with Weights() as weights:
+        y = times_transposed(x, weight)
+    torch.testing.assert_close(y, F.linear(x, weight), rtol=0, atol=3e-5)
+    assert all(given.is_contiguous() or given.t().is_contiguous() for given in weights.given) and weights.given

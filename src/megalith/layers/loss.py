@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalith.layers.loss_blocks import BLOCK, add_product, losses_and_gradients
+from megalith.layers.loss_blocks import BLOCK, add_product, losses, losses_and_gradients
 from megalith.layers.products import LEAST, suits_onednn
 
 # Rows per chunk: fewer make the matrix products slow, more make the chunk's logits large (100 MB for 512 rows of 50304
@@ -91,7 +91,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_table = torch.empty_like(table_VD, dtype=torch.float32)
         grad_bias = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         losses_N = torch.empty_like(weights_N)
-        by_blocks = bias_V is None and not softmax_in_16_bit and _suits_blocks(hidden_ND[:chunk], table_VD)
+        by_blocks = not softmax_in_16_bit and _suits_blocks(hidden_ND[:chunk], table_VD)
         # One piece of memory for all chunks: taking and giving back as much for each would cost as much as a product.
         memory_CV = hidden_ND.new_empty(0 if by_blocks else min(chunk, len(hidden_ND)), len(table_VD))
         for start in range(0, len(hidden_ND), chunk):
@@ -106,6 +106,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     grad_hidden_CD=grad_hidden[part],
                     grad_table_VD=grad_table,
                     first=start == 0,
+                    bias_V=bias_V,
+                    grad_bias_V=grad_bias,
                 )
                 continue
             logits = torch.mm(hidden, table_VD.t(), out=memory_CV[: len(hidden)])
@@ -207,9 +209,13 @@ def _losses(
     losses_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
     for start in range(0, len(hidden_ND), chunk):
         part = slice(start, start + chunk)
-        logits = F.linear(hidden_ND[part], table_VD, bias_V)
+        hidden, labels = hidden_ND[part], labels_N[part, None].clamp(min=0)
+        if not softmax_in_16_bit and _suits_blocks(hidden, table_VD):
+            losses_N[part] = losses(hidden, table_VD, labels, bias_V)
+            continue
+        logits = F.linear(hidden, table_VD, bias_V)
         logs = torch.log_softmax(logits, -1, dtype=logits.dtype if softmax_in_16_bit else torch.float32)
-        losses_N[part] = -logs.gather(1, labels_N[part, None].clamp(min=0))[:, 0]
+        losses_N[part] = -logs.gather(1, labels)[:, 0]
     return losses_N
 
 

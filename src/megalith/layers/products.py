@@ -1,13 +1,14 @@
 """Matrix products in fp32 on the CPU by oneDNN, whose kernels are as fast on one maker's processors as on another's.
 
-torch sends its own products to MKL, which is 5 to 15 % slower on AMD's (Zen 4; more on older ones). The choice depends
-on type, device and size, never on a measurement, so that a run gives the same bits each time.
+torch sends its own products to MKL, which is 5 to 15 % slower on AMD's (Zen 4), and half as fast on Zen 5. The choice
+depends on processor, type, device and size, never on a measurement, so that a run gives the same bits each time.
 
 Shape letters: N rows, I inputs, O outputs.
 """
 
 import platform
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,17 @@ def suits_onednn(left: Tensor, right: Tensor) -> bool:
     )
 
 
+@cache
+def leaves_half_to_onednn() -> bool:
+    """Whether MKL uses half of the width of this processor's vector units, so that no product should go to it.
+
+    On AMD's processors it runs code for 256 bits. Zen 4 takes 512 bits in two halves and loses nothing by it; Zen 5,
+    the first of them with AVX-VNNI beside AVX-512, is left half idle (docs/LOG.md).
+    """
+    has = torch.cpu.get_capabilities()
+    return "AMD" in has.get("cpu_name", "") and bool(has.get("avx512_f") and has.get("avx_vnni"))
+
+
 def has_instructions_for(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies numbers of a type itself, as far as can be told: only for x86-64."""
     if dtype == torch.float32 or platform.machine() != "x86_64":
@@ -58,6 +70,9 @@ def has_instructions_for(dtype: torch.dtype) -> bool:
 
 def times_transposed(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x weight^T + bias by oneDNN, in new memory and without gradients; for what `suits_onednn`."""
+    if not (weight_OI.is_contiguous() or weight_OI.t().is_contiguous()):
+        # From a view with gaps it would multiply by its reference code, 2000 times as slowly.
+        weight_OI = weight_OI.contiguous()
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
     return y
 
@@ -86,7 +101,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _gradient_by_weight(grad_NO: Tensor, x_NI: Tensor) -> Tensor:
-    """grad^T x. Where a layer narrows, oneDNN is 4 to 8 % faster at it; where it widens, MKL is as fast or faster."""
-    if x_NI.shape[1] > grad_NO.shape[1]:
+    """grad^T x. Where a layer narrows, oneDNN is 4 to 8 % faster at it; where it widens, MKL is mostly as fast."""
+    if x_NI.shape[1] > grad_NO.shape[1] or leaves_half_to_onednn():
         return times_transposed(grad_NO.t(), x_NI.t())
     return torch.mm(grad_NO.t(), x_NI)

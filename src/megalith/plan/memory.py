@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megalith.layers.loss import chunk_rows
 from megalith.layers.loss_blocks import BLOCK, rows_added_at_once
-from megalith.layers.products import LEAST
+from megalith.layers.products import LEAST, leaves_half_to_onednn
 from megalith.plan.job import FP32, Job, kept_passes, layer_parameters, parameters_in_products, parameters_on_rank
 
 # Of an Adam moment, by --optimizer-state-dtype; int8 has 4 bytes of scale for 256 elements.
@@ -244,11 +244,16 @@ def loss_bytes(job: Job) -> float:
     """A chunk of logits, the gradient by the hidden states, and that of the table."""
     tokens, vocabulary = job.tokens, job.vocab_size / job.tensor
     rows = min(chunk_rows(job.device, int(tokens)), tokens)
-    if job.bf16 and job.device == "cpu" and vocabulary > BLOCK and rows * job.width * BLOCK >= LEAST:
+    by_blocks = job.device == "cpu" and vocabulary > BLOCK and rows * job.width * BLOCK >= LEAST
+    if job.bf16 and by_blocks:
         # The probabilities of a chunk, the logits of the last block in fp32 or of the one before, the table in bf16.
         last, e = vocabulary % BLOCK, job.compute_bytes
         block = max(FP32 * last, FP32 * BLOCK - e * last)
         copies = 1.0 + block / (e * vocabulary) + job.width / rows
+    elif job.compute_bytes == FP32 and by_blocks and job.tensor == 1:
+        # Beside the probabilities rows of labels and products, and a block of the table's gradient before it is added.
+        added = BLOCK if leaves_half_to_onednn() else 0
+        copies = 1.0 + (4 * rows + added) * job.width / (rows * vocabulary)
     elif job.compute_bytes == FP32:
         copies = 1.0
     elif job.device == "cpu":
