@@ -5,7 +5,8 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from megalith.monitor.flops import TERA, measure_matmul_flops
+from megalith.monitor.flops import TERA
+from megalith.plan.ceiling import measure_matmul_flops
 from megalith.plan.products import operations_with_waste
 
 if TYPE_CHECKING:

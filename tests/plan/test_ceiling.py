@@ -1,0 +1,32 @@
+"""The yardstick of MFU."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megalith.plan.ceiling import measure_matmul_flops
+
+
+def test_the_measured_ceiling_is_what_a_product_of_matrices_reaches() -> None:
+    flops = measure_matmul_flops(torch.device("cpu"), torch.float32, seconds=0.01)
+    assert 1e8 < flops < 1e14
+
+
+def test_both_libraries_have_their_turns_at_the_ceiling() -> None:
+    with Operations() as operations:
+        measure_matmul_flops(torch.device("cpu"), torch.float32, seconds=0.01)
+    assert {"aten.mm.out", "mkldnn._linear_pointwise.default"} <= operations.seen
+
+
+class Operations(TorchDispatchMode):
+    """While entered, notes the names of operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        self.seen.add(str(func))
+        return func(*args, **(kwargs or {}))
