@@ -126,6 +126,21 @@ def test_in_bf16_loss_and_gradients_are_those_of_float64_but_for_its_rounding(ch
 
 
 @pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.usefixtures("either_library")
+def test_products_in_fp32_are_added_by_either_library(first: bool, transposed: bool) -> None:
+    generator = torch.Generator().manual_seed(5)
+    left, right, total = (
+        torch.randint(-3, 4, shape, generator=generator).float()
+        for shape in ((VOCABULARY, 30), (30, WIDTH), (VOCABULARY, WIDTH))
+    )
+    left = left.t().contiguous().t() if transposed else left
+    expected = left @ right + (0 if first else total)
+    loss_blocks.add_product(total, left, right, first=first)
+    assert torch.equal(total, expected)
+
+
+@pytest.mark.parametrize("first", [True, False])
 def test_products_in_16_bits_are_added_some_rows_at_a_time(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(5)
     # Small whole numbers, so that every sum is exact whatever its order.

@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalith.layers import products
-from megalith.layers.products import LEAST, Again, leaves_half_to_onednn, linear, suits_onednn, times_transposed
+from megalith.layers.products import (
+    LEAST,
+    Again,
+    leaves_half_to_onednn,
+    linear,
+    linear_without_gradients,
+    suits_onednn,
+    times_transposed,
+)
 
 
 def draw(*shape: int, seed: int = 1) -> Tensor:
@@ -38,6 +46,18 @@ def test_output_and_gradients_are_those_of_float64(
     for found, right in zip(gradients, torch.autograd.grad(expected, exact, slopes.double()), strict=True):
         assert found.dtype == torch.float32 and found.is_contiguous()
         torch.testing.assert_close(found.double(), right, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_without_gradients_the_output_is_the_same_by_either_library(
+    half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "leaves_half_to_onednn", lambda: half)
+    x, weight, b = draw(210, 161), draw(129, 161, seed=2), draw(129, seed=3)
+    with Weights() as weights:
+        y = linear_without_gradients(x, weight, b)
+    assert bool(weights.given) == half
+    torch.testing.assert_close(y.double(), F.linear(x.double(), weight.double(), b.double()), rtol=0, atol=3e-5)
 
 
 def test_a_transposed_gradient_and_input_give_the_same() -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalith.layers.products import leaves_half_to_onednn, times_transposed
+from megalith.layers.products import leaves_half_to_onednn, suits_onednn, times_transposed
 
 BLOCK = 1024  # entries of the vocabulary whose logits of 512 rows take 2 MB
 # Entries of a block of which the likeliest tells the size of the block's logits; and a share too small to tell.
@@ -58,13 +58,7 @@ def losses_and_gradients(
             torch.mul(product_CD, share_C1, out=sum_CD)
         else:
             sum_CD.addcmul_(product_CD, share_C1)
-        shared_CD = (weighted_CD * share_C1).to(dtype)
-        if dtype == torch.float32 and leaves_half_to_onednn():
-            product_SD = times_transposed(p_CS.t(), shared_CD.t())
-            grad_SD.copy_(product_SD) if first else grad_SD.add_(product_SD)
-            del product_SD
-        else:
-            add_product(grad_SD, p_CS.t(), shared_CD, first=first)
+        add_product(grad_SD, p_CS.t(), (weighted_CD * share_C1).to(dtype), first=first)
         if grad_bias_S is not None:
             grad_bias_S += p_CS.t() @ (weights_C1 * share_C1)[:, 0].to(dtype)
     sum_CD.sub_(label_rows_CD).mul_(weights_C1)
@@ -97,6 +91,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> N
         memory = right.new_empty(rows, right.shape[1])
         for part, sums in zip(left.split(rows), total.split(rows), strict=True):
             product = torch.mm(part, right, out=memory[: len(part)])
+            sums.copy_(product) if first else sums.add_(product)
+    elif suits_onednn(left, right.t()) and leaves_half_to_onednn():
+        for part, sums in zip(left.t().split(BLOCK, 1), total.split(BLOCK), strict=True):
+            # A whole matrix is transposed several times as fast as some columns of it.
+            product = times_transposed(part.contiguous().t(), right.t())
             sums.copy_(product) if first else sums.add_(product)
     elif first:
         torch.mm(left, right, out=total)

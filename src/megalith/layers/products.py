@@ -77,6 +77,13 @@ def times_transposed(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None)
     return y
 
 
+def linear_without_gradients(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x weight^T + bias, by oneDNN where MKL would leave half of the processor idle, else as torch does it."""
+    if suits_onednn(x, weight_OI) and leaves_half_to_onednn():
+        return times_transposed(x, weight_OI, bias_O)
+    return F.linear(x, weight_OI, bias_O)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megalith.layers.loss import compiled, in_type_of, rows_per_chunk, take_gradients
 from megalith.layers.loss_blocks import add_product
+from megalith.layers.products import linear_without_gradients
 from megalith.parallel.collectives import (
     Group,
     all_gather,
@@ -103,11 +104,11 @@ class _CutCrossEntropy(torch.autograd.Function):
             hidden, weights = hidden_ND[part], weights_N[part, None]
             labels = labels_N[part, None]
             here = (labels >= 0) & (labels < len(table_SD))
-            logits = F.linear(hidden, table_SD, bias_S)
+            logits = linear_without_gradients(hidden, table_SD, bias_S)
             score = _scored_by_formulas if hidden.is_cuda else _scored_in_place
             slopes, losses_N[part] = score(logits, labels.masked_fill(~here, 0), here, dtype, group, slopes=wanted)
             if grad_hidden is not None and grad_table is not None:
-                torch.mm(slopes, table_SD, out=grad_hidden[part]).mul_(weights)
+                torch.mul(linear_without_gradients(slopes, table_SD.t()), weights, out=grad_hidden[part])
                 weighted = (hidden * weights).to(hidden.dtype)
                 add_product(grad_table, slopes.t(), weighted, first=False)
                 if grad_bias is not None:

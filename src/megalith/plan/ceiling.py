@@ -8,11 +8,13 @@ if TYPE_CHECKING:
     import torch
 
 
-def measure_matmul_flops(device: "torch.device", dtype: "torch.dtype", *, seconds: float = 0.3) -> float:
+def measure_matmul_flops(
+    device: "torch.device", dtype: "torch.dtype", *, seconds: float = 0.3, any_library: bool = True
+) -> float:
     """Operations per second of the best of many large square matrix products: what this machine reaches in practice.
 
     Takes about twice the given seconds, at least two products. The product is of 8192 rows on a GPU, 1024 on the CPU,
-    where in fp32 both of torch's libraries have their turns.
+    where in fp32 both of torch's libraries have their turns, or, unless any_library, the one that it uses by itself.
     """
     import torch
 
@@ -25,7 +27,7 @@ def measure_matmul_flops(device: "torch.device", dtype: "torch.dtype", *, second
     result = torch.empty((size, size), device=device, dtype=dtype)
 
     ways: list[Callable[[], torch.Tensor]] = [lambda: torch.mm(left, right, out=result)]
-    if suits_onednn(left, right):
+    if any_library and suits_onednn(left, right):
         ways.append(lambda: times_transposed(left, right))
 
     def product() -> float:

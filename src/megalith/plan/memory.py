@@ -250,12 +250,12 @@ def loss_bytes(job: Job) -> float:
         last, e = vocabulary % BLOCK, job.compute_bytes
         block = max(FP32 * last, FP32 * BLOCK - e * last)
         copies = 1.0 + block / (e * vocabulary) + job.width / rows
-    elif job.compute_bytes == FP32 and by_blocks and job.tensor == 1:
-        # Beside the probabilities rows of labels and products, and a block of the table's gradient before it is added.
-        added = BLOCK if leaves_half_to_onednn() else 0
-        copies = 1.0 + (4 * rows + added) * job.width / (rows * vocabulary)
     elif job.compute_bytes == FP32:
-        copies = 1.0
+        # Beside the probabilities rows of labels and products, and a part of the table's gradient before it is added.
+        beside = 4 * rows if by_blocks and job.tensor == 1 else 0
+        if job.device == "cpu" and leaves_half_to_onednn():
+            beside += min(BLOCK, vocabulary)
+        copies = 1.0 + beside * job.width / (rows * vocabulary)
     elif job.device == "cpu":
         # The slopes are another chunk, and so are the logarithms, in fp32: nothing is fused.
         copies = 2.0 + 1.5 * FP32 / job.compute_bytes
