@@ -2,24 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megalith.layers import loss as loss_module
 from megalith.layers.loss import per_token_losses, vocabulary_cross_entropy
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements that any tensor made under it had."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = function(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))])
-        return result
+from tests.largest import Largest
 
 
 def draw(dtype: torch.dtype = torch.float32, *, vocabulary: int = 40) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -97,13 +83,13 @@ def test_labels_without_weight_may_be_negative_and_give_no_gradient() -> None:
 def test_the_logits_never_exist_whole() -> None:
     hidden, table, _, labels, weights = draw(vocabulary=4000)
     whole = hidden.shape[0] * hidden.shape[1] * len(table)
-    with LargestTensor() as plain:
+    with Largest() as plain:
         plain_loss(hidden, table, None, labels, weights).backward()
-    with LargestTensor() as chunked:
+    with Largest() as chunked:
         vocabulary_cross_entropy(hidden, table, labels, weights, chunk=4).backward()
-    assert plain.numel == whole
+    assert plain.elements == whole
     # What is left is the table and its gradient.
-    assert chunked.numel == table.numel() < whole / 2
+    assert chunked.elements == table.numel() < whole / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,13 +1,11 @@
 """oneDNN's products against torch's own and float64."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalith.layers import products
 from megalith.layers.products import (
@@ -19,6 +17,7 @@ from megalith.layers.products import (
     suits_onednn,
     times_transposed,
 )
+from tests.calls import Calls
 
 
 def draw(*shape: int, seed: int = 1) -> Tensor:
@@ -54,9 +53,9 @@ def test_without_gradients_the_output_is_the_same_by_either_library(
 ) -> None:
     monkeypatch.setattr(products, "leaves_half_to_onednn", lambda: half)
     x, weight, b = draw(210, 161), draw(129, 161, seed=2), draw(129, seed=3)
-    with Weights() as weights:
+    with Calls() as calls:
         y = linear_without_gradients(x, weight, b)
-    assert bool(weights.given) == half
+    assert bool(calls.of(torch.ops.mkldnn._linear_pointwise.default)) == half
     torch.testing.assert_close(y.double(), F.linear(x.double(), weight.double(), b.double()), rtol=0, atol=3e-5)
 
 
@@ -126,24 +125,12 @@ def test_mkl_uses_half_of_a_zen_5(capabilities: dict[str, Any], half: bool, monk
         leaves_half_to_onednn.cache_clear()
 
 
-class Weights(TorchDispatchMode):
-    """While entered, notes the weights that oneDNN is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.given: list[Tensor] = []
-
-    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.mkldnn._linear_pointwise.default:
-            self.given.append(args[1])
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("weight", [draw(129, 400)[:, 100:261], draw(400, 129)[:161].t(), draw(322, 129)[::2].t()])
 def test_onednn_is_given_no_weights_with_gaps(weight: Tensor) -> None:
     """It would take them by its reference code, which is thousands of times slower."""
     x = draw(300, 161)
-    with Weights() as weights:
+    with Calls() as calls:
         y = times_transposed(x, weight)
     torch.testing.assert_close(y, F.linear(x, weight), rtol=0, atol=3e-5)
-    assert all(given.is_contiguous() or given.t().is_contiguous() for given in weights.given) and weights.given
+    ((_, given, *_),) = calls.of(torch.ops.mkldnn._linear_pointwise.default)
+    assert given.is_contiguous() or given.t().is_contiguous()

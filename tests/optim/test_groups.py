@@ -2,13 +2,11 @@
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalith.models.decoder import Decoder
 from megalith.models.settings import ModelConfig
@@ -21,6 +19,7 @@ from megalith.optim.groups import (
     set_num_updates,
 )
 from megalith.optim.settings import OptimizerConfig
+from tests.calls import Calls
 
 ADAM = OptimizerConfig(adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, weight_decay=0.1)
 SGD = OptimizerConfig(optimizer="sgd", sgd_momentum=0.9, weight_decay=0.1)
@@ -173,20 +172,13 @@ def test_a_parameter_left_out_of_a_step_is_named() -> None:
 
 
 def test_updates_are_read_from_the_device_at_once() -> None:
-    class CountsReads(TorchDispatchMode):
-        reads = 0
-
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.reads += function == torch.ops.aten._local_scalar_dense.default
-            return function(*args, **(kwargs or {}))
-
     model = small()
     optimizer = build_optimizer(model, ADAM)
     train(model, optimizer, range(2))
-    with CountsReads() as counts:
+    with Calls() as calls:
         assert num_updates(model, optimizer) == 2
     # A tensor of all counts becomes a list by a copy, which is no read of this kind.
-    assert counts.reads == 0
+    assert not calls.of(torch.ops.aten._local_scalar_dense.default)
 
 
 @pytest.mark.parametrize("config", [ADAM, SGD], ids=["adam", "sgd"])

@@ -91,7 +91,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_table = torch.empty_like(table_VD, dtype=torch.float32)
         grad_bias = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         losses_N = torch.empty_like(weights_N)
-        by_blocks = not softmax_in_16_bit and _suits_blocks(hidden_ND[:chunk], table_VD)
+        by_blocks = _suits_blocks(hidden_ND[:chunk], table_VD, softmax_in_16_bit)
         # One piece of memory for all chunks: taking and giving back as much for each would cost as much as a product.
         memory_CV = hidden_ND.new_empty(0 if by_blocks else min(chunk, len(hidden_ND)), len(table_VD))
         for start in range(0, len(hidden_ND), chunk):
@@ -146,9 +146,9 @@ def take_gradients(ctx: Any, grad_loss: Tensor) -> Sequence[Tensor | None]:
     return gradients
 
 
-def _suits_blocks(hidden_CD: Tensor, table_VD: Tensor) -> bool:
-    """Whether a chunk goes by blocks of the table: on the CPU, if it has several, in fp32 or bf16."""
-    if len(table_VD) <= BLOCK or hidden_CD.device.type != "cpu":
+def _suits_blocks(hidden_CD: Tensor, table_VD: Tensor, softmax_in_16_bit: bool) -> bool:
+    """Whether a chunk goes by blocks of the table: on the CPU, if it has several, in fp32 or bf16, softmax in fp32."""
+    if softmax_in_16_bit or len(table_VD) <= BLOCK or hidden_CD.device.type != "cpu":
         return False
     if hidden_CD.dtype == torch.bfloat16:
         return hidden_CD.numel() * BLOCK >= LEAST and not torch.compiler.is_compiling()
@@ -210,7 +210,7 @@ def _losses(
     for start in range(0, len(hidden_ND), chunk):
         part = slice(start, start + chunk)
         hidden, labels = hidden_ND[part], labels_N[part, None].clamp(min=0)
-        if not softmax_in_16_bit and _suits_blocks(hidden, table_VD):
+        if _suits_blocks(hidden, table_VD, softmax_in_16_bit):
             losses_N[part] = losses(hidden, table_VD, labels, bias_V)
             continue
         logits = F.linear(hidden, table_VD, bias_V)

@@ -50,9 +50,9 @@ def losses_and_gradients(
     wide_CD = hidden_CD.float()
     weighted_CD = wide_CD * weights_C1
     sum_CD = torch.empty_like(wide_CD) if dtype != torch.float32 else grad_hidden_CD
-    gradients = zip(grad_table_VD.split(BLOCK), _split(grad_bias_V, len(blocks)), strict=True)
-    places = zip(blocks, gradients, softmaxes, shares_CK.split(1, -1), strict=True)
-    for number, (rows_SD, (grad_SD, grad_bias_S), p_CS, share_C1) in enumerate(places):
+    gradients, bias_gradients = grad_table_VD.split(BLOCK), _split(grad_bias_V, len(blocks))
+    places = zip(blocks, gradients, bias_gradients, softmaxes, shares_CK.split(1, -1), strict=True)
+    for number, (rows_SD, grad_SD, grad_bias_S, p_CS, share_C1) in enumerate(places):
         product_CD = _times_transposed(p_CS, rows_SD.t()).float()
         if number == 0:
             torch.mul(product_CD, share_C1, out=sum_CD)

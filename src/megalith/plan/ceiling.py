@@ -8,13 +8,15 @@ if TYPE_CHECKING:
     import torch
 
 
-def measure_matmul_flops(
-    device: "torch.device", dtype: "torch.dtype", *, seconds: float = 0.3, any_library: bool = True
-) -> float:
-    """Operations per second of the best of many large square matrix products: what this machine reaches in practice.
+def measure_matmul_flops(device: "torch.device", dtype: "torch.dtype", *, seconds: float = 0.3) -> float:
+    """Operations per second of the best of many large square matrix products: what this machine reaches in practice."""
+    return max(measure_libraries(device, dtype, seconds=seconds))
 
-    Takes about twice the given seconds, at least two products. The product is of 8192 rows on a GPU, 1024 on the CPU,
-    where in fp32 both of torch's libraries have their turns, or, unless any_library, the one that it uses by itself.
+
+def measure_libraries(device: "torch.device", dtype: "torch.dtype", *, seconds: float = 0.3) -> list[float]:
+    """The same of each library that may multiply: the one that torch uses by itself, then oneDNN where it has a part.
+
+    Takes about twice the given seconds, at least two products. The product is of 8192 rows on a GPU, 1024 on the CPU.
     """
     import torch
 
@@ -25,28 +27,23 @@ def measure_matmul_flops(
     generator = torch.Generator().manual_seed(1)
     left, right = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
     result = torch.empty((size, size), device=device, dtype=dtype)
-
     ways: list[Callable[[], torch.Tensor]] = [lambda: torch.mm(left, right, out=result)]
-    if any_library and suits_onednn(left, right):
+    if suits_onednn(left, right):
         ways.append(lambda: times_transposed(left, right))
 
-    def product() -> float:
-        """Seconds of the fastest way."""
-        seconds_of_ways = []
-        for way in ways:
-            started = time.perf_counter()
-            way()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds_of_ways.append(time.perf_counter() - started)
-        return min(seconds_of_ways)
+    def seconds_of(way: Callable[[], torch.Tensor]) -> float:
+        started = time.perf_counter()
+        way()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
 
-    warm_until = time.perf_counter() + seconds
-    product()
-    while time.perf_counter() < warm_until:
-        product()
-    measure_until = time.perf_counter() + seconds
-    fastest = product()
-    while time.perf_counter() < measure_until:
-        fastest = min(fastest, product())
-    return 2.0 * size**3 / fastest
+    def turns(until: float) -> list[float]:
+        """The least seconds of each way, in turns until then."""
+        fastest = [seconds_of(way) for way in ways]
+        while time.perf_counter() < until:
+            fastest = [min(least, seconds_of(way)) for least, way in zip(fastest, ways, strict=True)]
+        return fastest
+
+    turns(time.perf_counter() + seconds)  # to warm up
+    return [2.0 * size**3 / fastest for fastest in turns(time.perf_counter() + seconds)]

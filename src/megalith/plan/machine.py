@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megalith.monitor.flops import TERA
-from megalith.plan.ceiling import measure_matmul_flops
+from megalith.plan.ceiling import measure_libraries
 from megalith.plan.products import operations_with_waste
 
 if TYPE_CHECKING:
@@ -134,9 +134,10 @@ def this_cpu(ranks: int, dtype: "torch.dtype") -> Machine:
 
     cpu = torch.device("cpu")
     # Now and then all threads stand on one core until they have slept.
-    flops = max(_rested_flops(cpu, dtype) for _ in range(TIMES)) / ranks
+    of_libraries = [max(rates) for rates in zip(*(_rested_flops(cpu, dtype) for _ in range(TIMES)), strict=True)]
+    flops = max(of_libraries) / ranks
     # Attention's kernel multiplies by the library that torch uses by itself.
-    attention_share = 0.4 * min(1.0, _rested_flops(cpu, dtype, any_library=False) / ranks / flops)
+    attention_share = 0.4 * of_libraries[0] / max(of_libraries)
     numbers = torch.ones(1 << 24)
     target = torch.empty_like(numbers)
     fastest = min(_seconds_of_copy(numbers, target) for _ in range(5))
@@ -160,9 +161,9 @@ def this_cpu(ranks: int, dtype: "torch.dtype") -> Machine:
     )
 
 
-def _rested_flops(device: "torch.device", dtype: "torch.dtype", *, any_library: bool = True) -> float:
+def _rested_flops(device: "torch.device", dtype: "torch.dtype") -> list[float]:
     time.sleep(0.05)
-    return measure_matmul_flops(device, dtype, seconds=MEASURED, any_library=any_library)
+    return measure_libraries(device, dtype, seconds=MEASURED)
 
 
 def _seconds_of_copy(numbers: "torch.Tensor", target: "torch.Tensor") -> float:
