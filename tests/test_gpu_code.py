@@ -59,8 +59,11 @@ def test_a_block_is_one_graph_each_way(words: str, products: int) -> None:
     told = json.loads(ended.stdout.splitlines()[-1])
     assert told["graph_breaks"] == 0
     forward, backward = told["graphs"]
+    # The operator adds a weight's gradient to what is there; 8-bit products leave that to autograd.
+    by_weight = [name for name, _ in backward if "gradient_by_weight" in name and not name.startswith("triton")]
+    assert len(by_weight) == (0 if "fp8" in words else 4)
     of_products = [[name for name, _ in calls if name.startswith("extern_kernels.")] for calls in (forward, backward)]
-    assert [len(names) for names in of_products] == [4, products]
+    assert [len(names) for names in of_products] == [4, products - len(by_weight)]
     assert any("attend" in name or "attention" in name for name, _ in forward)
     # x, what enters and leaves the branches and GELU, and the weights: a hash that went through memory would show.
     assert sum(size for _, size in forward) < 1.15e9 or "fp8" in words

@@ -1,4 +1,4 @@
-"""Weights are rounded once for a step's microbatches, and are not there when nothing runs."""
+"""Weights are rounded once for a step's microbatches, and are not there when nothing runs; who adds gradients up."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from megalith.layers import accumulate
 from megalith.layers.block import Block
 from megalith.layers.float8 import Weight8, use_float8, weight_in_8_bits
 from megalith.layers.linear import split_backward_passes
 from megalith.models.settings import ModelConfig
 from megalith.models.shape import block_shape
-from megalith.parallel.narrow import Narrowed, linears_of
+from megalith.parallel.narrow import AddedUp, Narrowed, linears_of
 from megalith.parallel.step import Batch, Timers
 
 CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=2, max_position_embeddings=8)
@@ -80,3 +81,30 @@ def test_products_whose_backward_pass_comes_in_halves_are_left_alone() -> None:
     block = made()
     split_backward_passes(block)
     assert not linears_of(block)
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_products_may_take_the_gradients_of_blocks_while_an_engine_runs(
+    backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = made()
+    inner = Watching(block)
+    taken: list[list[int]] = []
+
+    def run(microbatches: Sequence[Batch], *, backward: bool, timers: Timers) -> Tensor:
+        grad, x = (torch.ones(2, size) for size in block.feedforward.up.weight.shape)
+        weights = [linear.weight for linear in linears_of(block)]
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        accumulate.gradient_by_weight(block.feedforward.up.weight, grad, x)
+        taken.append([number for number, weight in enumerate(weights) if weight.grad is None])
+        return Watching.run(inner, microbatches, backward=backward, timers=timers)
+
+    monkeypatch.setattr(inner, "run", run)
+    up = [linear is block.feedforward.up for linear in linears_of(block)].index(True)
+    for engine, expected in ((AddedUp(inner, [block]), [up]), (inner, [])):
+        try:
+            engine.run([{}], backward=backward, timers=lambda name: torch.no_grad())
+        except ValueError:
+            assert not backward  # the engine stops
+        assert taken.pop() == expected

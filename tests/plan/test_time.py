@@ -131,7 +131,8 @@ def test_more_work_takes_longer_and_more_ranks_less() -> None:
     assert seconds(tensor=2).forward < 0.7 * seconds().forward
     assert seconds(tensor=2).tensor > 0
     assert seconds(machine=A100).total > 2 * seconds().total
-    assert seconds(fp8=True).total < seconds().total
+    # 8 bits pay with enough rows in a microbatch: gradients of matrices leave such products one by one.
+    assert seconds(fp8=True, micro_batch_size=8).total < seconds(micro_batch_size=8).total
 
 
 def test_what_a_later_stage_keeps_is_less_until_the_loss_comes_in() -> None:

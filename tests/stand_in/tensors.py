@@ -23,6 +23,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+from megalith.layers import accumulate
+
 DEVICE = torch.device("cuda", 0)
 aten = torch.ops.aten
 
@@ -64,6 +66,9 @@ class OnDevice(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return compute(func, args, kwargs or {})
+
+    def data_ptr(self) -> int:
+        return self.beneath.data_ptr()
 
     def tolist(self) -> Any:
         _wait()
@@ -115,6 +120,13 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is aten.mm.dtype:
         # 16-bit factors whose product leaves in fp32: another one.
         return OnDevice(args[0].beneath.to(args[2]) @ args[1].beneath.to(args[2]))
+    if func is aten.addmm.dtype_out:
+        total, left, right = (tensor.beneath.to(args[3]) for tensor in args[:3])
+        torch.addmm(total, left, right, beta=kwargs.get("beta", 1), out=kwargs["out"].beneath)
+        return kwargs["out"]
+    if func is torch.ops.megalith.gradient_by_weight.default:
+        # It goes by a weight's place in memory, and changes a gradient that is not among its arguments.
+        return accumulate.multiply(*args)
     given = {name: _beneath(value) for name, value in kwargs.items()}
     if _is_cuda(wanted):
         given["device"] = torch.device("cpu")

@@ -20,6 +20,7 @@ MODEL = """
     --max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3
 """.split()
 
+SIXTEEN = "--hidden-dropout 0 --attention-dropout 0 --fp16 --initial-loss-scale 1024"
 LLAMA = """
     --normalization RMSNorm --disable-bias-linear --swiglu --position-embedding-type rope
     --group-query-attention --num-query-groups 2 --reset-position-ids
@@ -76,7 +77,10 @@ def run(library: Path, device: str, words: list[str], *, folder: Path, ranks: in
     ("words", "ranks"),
     [
         ("", 1),
-        ("--hidden-dropout 0 --attention-dropout 0 --fp16 --initial-loss-scale 1024", 1),
+        (SIXTEEN, 1),
+        (f"{SIXTEEN} --checkpoint-activations", 1),
+        (f"{SIXTEEN} --pipeline-model-parallel-size 2", 2),
+        (f"{SIXTEEN} --data-parallel-sharding optimizer --global-batch-size 8", 2),
         ("--checkpoint-activations --optimizer-state-dtype int8 --log-num-zeros-in-grad --log-params-norm", 1),
         ("--tensor-model-parallel-size 2 --sequence-parallel", 2),
         ("--context-parallel-size 2", 2),

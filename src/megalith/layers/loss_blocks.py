@@ -14,15 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalith.layers.accumulate import add_product_in_fp32
 from megalith.layers.products import leaves_half_to_onednn, suits_onednn, times_transposed
 
 BLOCK = 1024  # entries of the vocabulary whose logits of 512 rows take 2 MB
 # Entries of a block of which the likeliest tells the size of the block's logits; and a share too small to tell.
 _TRIED = 64
 _LEAST_SHARE = 1e-30
-# Bytes of a product in 16 bits that is added to a sum in fp32 at once: they stay in a GPU's cache. Its tiles are whole.
-_ADDED_AT_ONCE = 32 << 20
-_TILE = 128
 
 
 def losses_and_gradients(
@@ -84,14 +82,13 @@ def losses(hidden_CD: Tensor, table_VD: Tensor, labels_C1: Tensor, bias_V: Tenso
 def add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
     """total += left @ right in place, in fp32; the first product overwrites.
 
-    Products in 16 bits are rounded, some rows at a time, before they are added.
+    Products in 16 bits are rounded on a CPU before they are added.
     """
-    if total.dtype != left.dtype:
-        rows = rows_added_at_once(total.shape[0], right[0].numel() * right.element_size())
-        memory = right.new_empty(rows, right.shape[1])
-        for part, sums in zip(left.split(rows), total.split(rows), strict=True):
-            product = torch.mm(part, right, out=memory[: len(part)])
-            sums.copy_(product) if first else sums.add_(product)
+    if total.dtype != left.dtype and left.is_cuda:
+        add_product_in_fp32(total, left, right, first=first)
+    elif total.dtype != left.dtype:
+        product = torch.mm(left, right)
+        total.copy_(product) if first else total.add_(product)
     elif suits_onednn(left, right.t()) and leaves_half_to_onednn():
         for part, sums in zip(left.t().split(BLOCK, 1), total.split(BLOCK), strict=True):
             # A whole matrix is transposed several times as fast as some columns of it.
@@ -101,12 +98,6 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> N
         torch.mm(left, right, out=total)
     else:
         total.addmm_(left, right)
-
-
-def rows_added_at_once(num_rows: int, bytes_of_row: int) -> int:
-    """Rows of a part of a product in 16 bits: whole tiles, and parts as alike as these allow."""
-    parts = -(-num_rows * bytes_of_row // _ADDED_AT_ONCE)
-    return min(num_rows, -(-num_rows // (parts * _TILE)) * _TILE)
 
 
 def _split(bias_V: Tensor | None, num_blocks: int) -> Sequence[Tensor | None]:

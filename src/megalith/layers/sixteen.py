@@ -1,8 +1,8 @@
 """Layers in 16 bits on GPUs, as one would write their backward passes by hand.
 
-Gradients of weights leave their products in fp32, where autograd would round them to 16 bits and widen them again. The
-gradient of a bias is a sum over rows of what a kernel is writing anyway, so that kernel adds it up: behind GELU, and
-where the gradients of queries, keys and values come together. See columns.py for the kernels.
+Gradients of weights leave their products in fp32, where autograd would round them to 16 bits and widen them again, and
+are added up there (accumulate.py). The gradient of a bias is a sum over rows of what a kernel is writing anyway, so
+that kernel adds it up: behind GELU, and where the gradients of queries, keys and values come together (columns.py).
 
 Shape letters: B batch, T token, N rows, I inputs, O outputs, H heads, K head width, F inner features.
 """
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalith.layers.accumulate import gradient_by_weight
 from megalith.layers.attend import HAS_TRITON
 
 
@@ -56,18 +57,11 @@ def has_kernels(*, form: str = "tanh") -> bool:
     return HAS_TRITON and form in ("tanh", "erf")
 
 
-def product_in_fp32(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right of 16-bit matrices, never rounded to 16 bits where the device can leave it so."""
-    if left.device.type == "cuda":
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, narrow_OI: Tensor | None) -> Tensor:
         weight = weight_OI.to(x.dtype) if narrow_OI is None else narrow_OI
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, weight_OI)
         return F.linear(x, weight, None if bias_O is None else bias_O.to(x.dtype))
 
     @staticmethod
@@ -81,7 +75,7 @@ class _LinearGelu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_FI: Tensor, bias_F: Tensor, narrow_FI: Tensor | None, tanh: bool) -> Tensor:
         weight = weight_FI.to(x.dtype) if narrow_FI is None else narrow_FI
         before = F.linear(x, weight, bias_F.to(x.dtype))
-        ctx.save_for_backward(x, weight, before)
+        ctx.save_for_backward(x, weight, weight_FI, before)
         ctx.tanh = tanh
         return F.gelu(before, approximate="tanh" if tanh else "none")
 
@@ -89,7 +83,7 @@ class _LinearGelu(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         from megalith.layers.columns import gelu_backward
 
-        before = ctx.saved_tensors[2]
+        before = ctx.saved_tensors[-1]
         seen = gelu_backward(grad_y, before, ctx.tanh)
         return *_by_input_and_weight(ctx, seen.matrix), seen.sums, None, None
 
@@ -100,7 +94,7 @@ class _Heads(torch.autograd.Function):
         ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor, narrow_OI: Tensor | None, head_width: int
     ) -> tuple[Tensor, ...]:
         weight = weight_OI.to(x.dtype) if narrow_OI is None else narrow_OI
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, weight_OI)
         q_BTHK, k_BTHK, v_BTHK = F.linear(x, weight, bias_O.to(x.dtype)).unflatten(-1, (-1, 3, head_width)).unbind(-2)
         return q_BTHK, k_BTHK, v_BTHK
 
@@ -113,9 +107,9 @@ class _Heads(torch.autograd.Function):
 
 
 def _by_input_and_weight(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x and of the weight, of which the context has saved x and the weight in 16 bits."""
-    x, weight, *_ = ctx.saved_tensors
-    grad_x = grad_y @ weight if ctx.needs_input_grad[0] else None
+    """The gradients of x and of the weight; the context has saved x, the weight in 16 bits, and the weight."""
+    x, narrow_OI, weight_OI, *_ = ctx.saved_tensors
+    grad_x = grad_y @ narrow_OI if ctx.needs_input_grad[0] else None
     if not ctx.needs_input_grad[1]:
         return grad_x, None
-    return grad_x, product_in_fp32(grad_y.flatten(0, -2).t(), x.flatten(0, -2))
+    return grad_x, gradient_by_weight(weight_OI, grad_y.flatten(0, -2), x.flatten(0, -2))

@@ -17,7 +17,7 @@ from megalith.parallel.collectives import Group, all_reduce, size_of
 from megalith.parallel.context import cut_context
 from megalith.parallel.contrast import share_candidates
 from megalith.parallel.mesh import Groups, Layout
-from megalith.parallel.narrow import Narrowed
+from megalith.parallel.narrow import AddedUp, Narrowed
 from megalith.parallel.recompute import compile_blocks, recompute_blocks, recomputes_inside
 from megalith.parallel.reduce import (
     FixedOrder,
@@ -190,9 +190,10 @@ def lay_out(
     if isinstance(reduction, OptimizerSharded):
         held = _held_by_rows(reduction, held)
     engine = _engine(parts, run_part, sizes, config, layout, groups, reduction, device)
-    keeps_weights = recompute != "full" and config.activation_memory_budget is None and not sharded
-    if device.type == "cuda" and compute_dtype != torch.float32 and keeps_weights:
-        engine = Narrowed(engine, parts.values(), compute_dtype)
+    if device.type == "cuda" and compute_dtype != torch.float32 and not sharded:
+        engine = AddedUp(engine, parts.values())
+        if recompute != "full" and config.activation_memory_budget is None:
+            engine = Narrowed(engine, parts.values(), compute_dtype)
     return Laid(parts, engine, Trained(held), reduction, cuts, groups, is_tied and layout.pipeline > 1, count)
 
 

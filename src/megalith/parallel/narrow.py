@@ -1,7 +1,8 @@
-"""Weights of blocks in 16 or 8 bits, rounded once for all microbatches of a step instead of in each of them.
+"""What the microbatches of a step in 16 or 8 bits share: rounded weights, and the gradients that they add up.
 
-They are there while an engine runs and at no other time, so that nobody meets rounded weights of yesterday; and they
-take the place of the copies that each block would keep for its backward pass.
+Weights of blocks are rounded once for all microbatches instead of in each of them. They are there while an engine runs
+and at no other time, so that nobody meets rounded weights of yesterday; and they take the place of the copies that each
+block would keep for its backward pass.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from megalith.layers.accumulate import accumulating
 from megalith.layers.block import Block
 from megalith.layers.linear import Linear
 from megalith.parallel.step import Batch, Engine, Timers
@@ -40,6 +42,19 @@ class Narrowed:
         finally:
             for linear in (*self._plain, *self._others):
                 linear.narrow = None
+
+
+class AddedUp:
+    """An engine whose products add to the gradients of the microbatches before; see layers/accumulate.py."""
+
+    def __init__(self, engine: Engine, parts: Iterable[nn.Module]) -> None:
+        self._engine = engine
+        self._weights = [linear.weight for part in parts for linear in linears_of(part)]
+
+    def run(self, microbatches: Sequence[Batch], *, backward: bool, timers: Timers) -> Tensor:
+        """What the engine gives."""
+        with accumulating(self._weights):
+            return self._engine.run(microbatches, backward=backward, timers=timers)
 
 
 def linears_of(part: nn.Module) -> list[Linear]:

@@ -8,7 +8,7 @@ and an allocator's waste come on top.
 from dataclasses import dataclass
 
 from megalith.layers.loss import chunk_rows
-from megalith.layers.loss_blocks import BLOCK, rows_added_at_once
+from megalith.layers.loss_blocks import BLOCK
 from megalith.layers.products import LEAST, leaves_half_to_onednn
 from megalith.plan.job import FP32, Job, kept_passes, layer_parameters, parameters_in_products, parameters_on_rank
 
@@ -188,6 +188,12 @@ def is_rounded_once(job: Job) -> bool:
     return job.device == "cuda" and job.recompute != "full" and not job.shares_weights and not split
 
 
+def adds_in_products(job: Job) -> bool:
+    """Whether a microbatch's gradients of matrices are nowhere but in the sum of all (layers/accumulate.py)."""
+    by_hand = job.device == "cuda" and job.compute_bytes < FP32 and not job.fp8
+    return by_hand and not job.shares_weights and job.schedule != "zero-bubble"
+
+
 def _is_kept(job: Job, features: float) -> bool:
     """Whether a norm's output is kept for the backward pass of the product that makes so many features of it."""
     by_onednn = job.device == "cpu" and job.compute_bytes == FP32
@@ -226,7 +232,8 @@ def layer_working(job: Job, *, with_table: bool) -> float:
     tokens, e = job.tokens, job.compute_bytes
     inner = job.inner / job.tensor
     waiting = FP32 * job.vocab_size / job.tensor * job.width if with_table and job.tied else 0.0
-    return tokens * e * (inner + job.width) + FP32 * job.width * inner + waiting
+    matrix = 0.0 if job.num_microbatches > 1 and adds_in_products(job) else FP32 * job.width * inner
+    return tokens * e * (inner + job.width) + matrix + waiting
 
 
 def look_up_bytes(job: Job) -> float:
@@ -260,8 +267,7 @@ def loss_bytes(job: Job) -> float:
         # The slopes are another chunk, and so are the logarithms, in fp32: nothing is fused.
         copies = 2.0 + 1.5 * FP32 / job.compute_bytes
     else:
-        # The slopes take the logits' place; beside them the table in 16 bits, and a part of a product by it.
-        part = rows_added_at_once(int(vocabulary), int(job.width * job.compute_bytes))
-        copies = 1.0 + (job.width / rows) * (1.0 + part / vocabulary)
+        # The slopes take the logits' place; beside them the table in 16 bits.
+        copies = 1.0 + job.width / rows
     chunk = rows * vocabulary * job.compute_bytes * copies
     return chunk + tokens * job.width * job.compute_bytes + FP32 * vocabulary * job.width

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 
 from megalith.plan.job import FP32, Job, layer_matrices, parameters_in_products, parameters_on_rank, table_parameters
 from megalith.plan.machine import Machine
-from megalith.plan.memory import MOMENT_BYTES, is_rounded_once
+from megalith.plan.memory import MOMENT_BYTES, adds_in_products, is_rounded_once
 from megalith.plan.traffic import Transfer, parameters_of_first_stage, transfers
 
 MILLISECOND = 1e-3
@@ -32,6 +32,7 @@ class Program:
     cast_bytes: float = 0.0  # moved to round each weight of a product to 16 bits
     compact_bytes: float = 0.0  # moved besides for each weight to update it where moments take 8 bits
     gradient_bytes: float = 12.0  # moved for each weight in a microbatch to add its gradient up
+    adds_in_products: bool = False  # a product does that, where it can
     travelling_bytes: float = FP32  # of a gradient between replicas
     host_forward: float = 0.0  # seconds to start a layer's kernels
     host_backward: float = 0.0
@@ -52,6 +53,7 @@ COMPILED = Program(
     fp8_passes=80.0,
     attention_dropout_slowdown=1.5,
     cast_bytes=6.0,
+    adds_in_products=True,
     host_forward=0.3 * MILLISECOND,
     host_backward=0.6 * MILLISECOND,
 )
@@ -179,7 +181,10 @@ def layer_passes(job: Job, machine: Machine, program: Program) -> _Passes:
     further = program.dropout_passes * (job.dropout or job.attention_dropout) + program.fp8_passes * job.fp8
     further *= tokens * job.width / job.cut * size
     cast = 0.0 if size == FP32 else program.cast_bytes / (job.num_microbatches if is_rounded_once(job) else 1)
-    weights = parameters_in_products(job) * (cast + program.gradient_bytes)
+    added = program.gradient_bytes
+    if program.adds_in_products and adds_in_products(job):
+        added = FP32 * (1 - 1 / job.num_microbatches)  # read once more, but by the first
+    weights = parameters_in_products(job) * (cast + added)
     forward += attention.forward + machine.passes(passes + further / 3)
     backward += attention.backward + machine.passes(passes * program.backward_passes + further * 2 / 3 + weights)
     again = {"full": forward, "selective": attention.forward}.get(job.recompute or "", 0.0)
