@@ -153,7 +153,7 @@ def products(report: Report) -> None:
 
 def tests(report: Report) -> None:
     """The tests that need a GPU, and those of the kernels."""
-    names = ("accumulate", "attend_fused", "random", "float8", "sixteen")
+    names = ("accumulate", "attend_fused", "random", "float8", "sixteen", "norm_fused")
     files = [f"tests/layers/test_{name}.py" for name in names]
     chosen = (
         files if report.rehearse else ["-m", "gpu or not gpu", *files, "tests/layers/test_attend.py", "tests/optim"]

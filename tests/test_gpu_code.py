@@ -65,5 +65,8 @@ def test_a_block_is_one_graph_each_way(words: str, products: int) -> None:
     of_products = [[name for name, _ in calls if name.startswith("extern_kernels.")] for calls in (forward, backward)]
     assert [len(names) for names in of_products] == [4, products - len(by_weight)]
     assert any("attend" in name or "attention" in name for name, _ in forward)
+    # Norms hold their rows, and each has one pass backward.
+    assert not any(name.startswith("triton_red") and "norm" in name and size > 1e6 for name, size in forward)
+    assert sum(name.startswith("torch.ops.megalith.norm_backward") for name, _ in backward) == 2
     # x, what enters and leaves the branches and GELU, and the weights: a hash that went through memory would show.
     assert sum(size for _, size in forward) < 1.15e9 or "fp8" in words

@@ -7,13 +7,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megalith.layers import attend_kernels, columns
+from megalith.layers import attend_kernels, columns, norm_fused
 from megalith.layers.attend_fused import backward_blocks, forward_blocks, queries_blocks
 from megalith.optim import compact, compact_fused
 
 POINTERS = {
     "q": "", "k": "", "v": "", "o": "", "grad_o": "", "grad_q": "", "grad_k": "", "grad_v": "",
-    "grad_y": "", "x": "", "grad_x": "", "joined": "",
+    "grad_y": "", "x": "", "grad_x": "", "joined": "", "beside": "",
+    "weight": "fp32", "mean": "fp32", "inverse": "fp32",
     "sums": "fp32", "largest": "fp32", "products": "fp32", "rows": "i32", "words": "i32", "visible": "u8",
 }  # fmt: skip
 KERNELS = {
@@ -27,7 +28,7 @@ COLUMN_KERNELS: dict[Any, dict[str, Any]] = {
     columns._gelu_backward: {
         "TANH": True,
         "STRETCH": columns.STRETCH,
-        "ROWS": columns.ROWS,
+        "ROWS": columns.GELU_ROWS,
         "COLUMNS": columns.COLUMNS,
     },
     columns._look_at: {"STRETCH": columns.STRETCH, "ROWS": columns.ROWS, "COLUMNS": columns.COLUMNS},
@@ -69,6 +70,14 @@ def main(capability: int, dtypes: list[str]) -> None:
             made = triton.compile(ASTSource(kernel, signature_of(kernel, dtype, constants), constants), target=target)
             assert made.asm["cubin"]
             print(f"{kernel.__name__} {dtype} shared {made.metadata.shared} bytes")
+    for dtype in dtypes:
+        for width, centered in ((1600, True), (8192, False)):
+            constants = {"CENTERED": centered, "PADDED": triton.next_power_of_2(width)}
+            signature = signature_of(norm_fused._norm_backward, dtype, constants)
+            source = ASTSource(norm_fused._norm_backward, signature, constants)
+            made = triton.compile(source, target=target, options={"num_warps": norm_fused.warps_for(width)})
+            assert made.asm["cubin"]
+            print(f"{norm_fused._norm_backward.__name__} {dtype} {width} shared {made.metadata.shared} bytes")
     for codes in (("i8", "u8"), ("bf16", "bf16")):
         made = triton.compile(ASTSource(compact_fused._update, *of_update(*codes)), target=target)
         assert made.asm["cubin"]

@@ -120,27 +120,28 @@ class Block(nn.Module):
         dtype = self.shape.dtype
         stream_rows = self.cut(rows_BT) if self.cut is not None and rows_BT is not None else rows_BT
 
-        entering = self._entering(x_BTD, self.attention_norm)
+        x_BTD, entering = self._fork(x_BTD, self.attention_norm)
         again = self._again(x_BTD, self.attention_norm)
         branch = self.attention(entering.to(dtype), mask, rows_BT, cache, again, rotation)
         x_BTD = self._add(x_BTD, entering, branch, stream_rows, self.drop_attention, self.attention_norm)
 
         if self.cross is not None and self.cross_norm is not None:
             assert memory_BSD is not None and memory_mask is not None
-            entering = self._entering(x_BTD, self.cross_norm)
+            x_BTD, entering = self._fork(x_BTD, self.cross_norm)
             branch = self.cross(entering.to(dtype), memory_BSD, memory_mask, rows_BT)
             x_BTD = self._add(x_BTD, entering, branch, stream_rows, self.drop_cross, self.cross_norm)
 
-        entering = self._entering(x_BTD, self.feedforward_norm)
+        x_BTD, entering = self._fork(x_BTD, self.feedforward_norm)
         branch = self.feedforward(entering.to(dtype), self._again(x_BTD, self.feedforward_norm))
         return self._add(x_BTD, entering, branch, stream_rows, self.drop_feedforward, self.feedforward_norm)
 
-    def _entering(self, x_BTD: Tensor, norm: nn.Module) -> Tensor:
-        """What enters a branch."""
+    def _fork(self, x_BTD: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """The stream, and what enters a branch."""
         if self.shape.norm_after_residual:
-            return x_BTD
-        normed: Tensor = norm(x_BTD)
-        return normed
+            return x_BTD, x_BTD
+        if isinstance(norm, LayerNorm | RMSNorm) and not self.shape.residual_after_norm:
+            return norm.beside(x_BTD)
+        return x_BTD, norm(x_BTD)
 
     def _again(self, x_BTD: Tensor, norm: nn.Module) -> Again | None:
         """How what enters a branch can be made again of what is kept anyway; None where it cannot."""

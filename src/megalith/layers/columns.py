@@ -17,6 +17,7 @@ from torch import Tensor
 
 STRETCH = 128  # rows that one program adds up
 ROWS, COLUMNS = 16, 128  # at a time
+GELU_ROWS = 8  # those that are computed and the next: more take so many registers that fewer programs run at once
 
 
 class Seen(NamedTuple):
@@ -51,7 +52,7 @@ def _gelu_backward_op(grad_y: Tensor, x: Tensor, tanh: bool) -> tuple[Tensor, Te
     grad_x, grid, sums_SC, largest_P = torch.empty_like(x), *_places(x)
     _gelu_backward[grid](
         grad_y, x, grad_x, sums_SC, largest_P, x.numel() // x.shape[-1], x.shape[-1],
-        TANH=tanh, STRETCH=STRETCH, ROWS=ROWS, COLUMNS=COLUMNS,
+        TANH=tanh, STRETCH=STRETCH, ROWS=GELU_ROWS, COLUMNS=COLUMNS,
     )  # fmt: skip
     return grad_x, sums_SC.sum(0), largest_P
 
@@ -111,10 +112,11 @@ def _seen_of(like: Tensor, columns_each: int = COLUMNS) -> tuple[Tensor, Tensor]
     return torch.empty_like(sums_SC[0]), largest_P
 
 
-# sqrt(2 / pi), 1 / sqrt(2) and 1 / sqrt(2 pi).
-ROOT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+# 2 sqrt(2 / pi), by which GELU's cubic is the logistic function's; 1 / sqrt(2), 1 / sqrt(2 pi), and log2(e).
+TWO_ROOT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 ROOT_HALF = tl.constexpr(0.7071067811865476)
 DENSITY = tl.constexpr(0.3989422804014327)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -122,8 +124,10 @@ def _slope(x, TANH):
     """The derivative of GELU."""
     if TANH:
         # (1 + tanh(z)) / 2 is the logistic function of 2 z.
-        half = 1 / (1 + tl.exp(tl.minimum((x + 0.044715 * x * x * x) * (-2 * ROOT_2_OVER_PI), 80.0)))
-        slope = half + 2 * x * half * (1 - half) * (1 + 3 * 0.044715 * x * x) * ROOT_2_OVER_PI
+        square = x * x
+        power = x * ((-TWO_ROOT_2_OVER_PI * LOG2_E) * (1 + 0.044715 * square))
+        half = 1 / (1 + tl.exp2(tl.minimum(power, 126.0)))
+        slope = half + (half - half * half) * (x * (TWO_ROOT_2_OVER_PI * (1 + 3 * 0.044715 * square)))
     else:
         slope = 0.5 * (1 + tl.erf(x * ROOT_HALF)) + x * DENSITY * tl.exp(-0.5 * x * x)
     return slope
@@ -151,14 +155,20 @@ def _gelu_backward(
 ):  # fmt: skip
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total, most = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    at, inside = _tile(0, c, num_rows, num_columns, STRETCH, ROWS)
+    before, arriving = tl.load(x + at, mask=inside, other=0.0), tl.load(grad_y + at, mask=inside, other=0.0)
     for start in range(0, STRETCH, ROWS):
-        at, inside = _tile(start, c, num_rows, num_columns, STRETCH, ROWS)
-        slope = _slope(tl.load(x + at, mask=inside, other=0.0).to(tl.float32), TANH)
-        made = (tl.load(grad_y + at, mask=inside, other=0.0).to(tl.float32) * slope).to(grad_x.dtype.element_ty)
-        tl.store(grad_x + at, made, mask=inside)
-        total += made.to(tl.float32)
-        most = tl.maximum(most, tl.abs(made.to(tl.float32)))
-    _put_seen(sums, largest, total, most, c, num_columns)
+        # What comes next is on its way while this is computed.
+        next_at, next_inside = _tile(start + ROWS, c, num_rows, num_columns, STRETCH, ROWS)
+        next_inside = next_inside & (start + ROWS < STRETCH)
+        next_before = tl.load(x + next_at, mask=next_inside, other=0.0)
+        next_arriving = tl.load(grad_y + next_at, mask=next_inside, other=0.0)
+        made = arriving.to(tl.float32) * _slope(before.to(tl.float32), TANH)
+        tl.store(grad_x + at, made.to(grad_x.dtype.element_ty), mask=inside)
+        total += made
+        most = tl.maximum(most, tl.abs(made))
+        at, inside, before, arriving = next_at, next_inside, next_before, next_arriving
+    _put_seen(sums, largest, total, most.to(grad_x.dtype.element_ty).to(tl.float32), c, num_columns)
 
 
 @triton.jit

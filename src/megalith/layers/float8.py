@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megalith.layers.block import Block
 from megalith.layers.linear import Linear
-from megalith.layers.sixteen import has_kernels
+from megalith.layers.sixteen import gelu_of, has_kernels
 
 # e4m3: 4 bits of exponent and 3 of mantissa for everything; hybrid: e5m2, with more range, for gradients of outputs.
 Float8Format = Literal["e4m3", "hybrid"]
@@ -169,7 +169,7 @@ class _Float8Gelu(torch.autograd.Function):
     ) -> Tensor:
         before = _forward(ctx, x, weight_NK, bias_N, form, narrow, and_keep=True)
         ctx.tanh = tanh
-        return F.gelu(before, approximate="tanh" if tanh else "none")
+        return gelu_of(before, tanh)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:

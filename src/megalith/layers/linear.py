@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from megalith.layers.initial import ZEROS, Initial
+from megalith.layers.norm import LayerNorm, RMSNorm
 from megalith.layers.products import Again, linear
 from megalith.layers.sixteen import SixteenJoined, sixteen_linear, suits_sixteen
 
@@ -88,7 +89,7 @@ class Linear(nn.Module):
 
 
 def split_backward_passes(model: nn.Module) -> None:
-    """Let the backward passes of the model's products come in two halves; in place."""
+    """Let the backward passes of the model's products and norms come in two halves; in place."""
     for module in model.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, Linear | LayerNorm | RMSNorm):
             module.split_backward = True

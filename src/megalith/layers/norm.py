@@ -7,14 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megalith.layers.attend import HAS_TRITON
 from megalith.layers.initial import ONES, ZEROS
 from megalith.layers.products import Again
 
 Normalization = Literal["LayerNorm", "RMSNorm"]
+# Features whose sums a GPU's kernel keeps in registers (norm_fused.py).
+LONGEST_ROW = 8192
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation (Ba, Kiros and Hinton 2016): statistics in fp32, output in the type of x."""
+    """Layer normalisation (Ba, Kiros and Hinton 2016): statistics in fp32, output in the type of x.
+
+    Seam for pipelines: split_backward, as of `Linear`.
+    """
 
     def __init__(self, width: int, epsilon: float, *, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -22,6 +28,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width, dtype=torch.float32, device=device))
         self.initial = {"weight": ONES, "bias": ZEROS}
         self.epsilon = epsilon
+        self.split_backward = False
 
     def forward(self, x: Tensor) -> Tensor:
         return _layer_norm(x, self.weight.to(x.dtype), self.bias.to(x.dtype), epsilon=self.epsilon)
@@ -29,6 +36,10 @@ class LayerNorm(nn.Module):
     def again(self, x: Tensor) -> Again:
         """How the norm of x is made, and can be made again."""
         return Again(partial(_layer_norm, epsilon=self.epsilon), (x, self.weight.to(x.dtype), self.bias.to(x.dtype)))
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x, for what goes on beside the norm, and its norm: on a GPU one pass gives the gradients by both."""
+        return _beside(self, x, self.weight, self.bias)
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, epsilon: float) -> Tensor:
@@ -38,7 +49,7 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, epsilon: float) -> T
 class RMSNorm(nn.Module):
     """Division by the root of the mean square (Zhang and Sennrich 2019, arXiv:1910.07467), in fp32; no bias.
 
-    Beside x the backward pass keeps one number for each token.
+    Beside x the backward pass keeps one number for each token. Seam for pipelines: split_backward, as of `Linear`.
     """
 
     def __init__(self, width: int, epsilon: float, *, device: torch.device | str | None = None) -> None:
@@ -46,6 +57,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, dtype=torch.float32, device=device))
         self.initial = {"weight": ONES}
         self.epsilon = epsilon
+        self.split_backward = False
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _RMSNorm.apply(x, self.weight, self.epsilon)
@@ -54,6 +66,10 @@ class RMSNorm(nn.Module):
     def again(self, x: Tensor) -> Again:
         """How the norm of x is made, and can be made again."""
         return Again(partial(_rms_norm, epsilon=self.epsilon), (x, self.weight))
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x, for what goes on beside the norm, and its norm: on a GPU one pass gives the gradients by both."""
+        return _beside(self, x, self.weight, None)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:
@@ -86,6 +102,44 @@ class _RMSNorm(torch.autograd.Function):
         grad = grad * weight
         grad_x = inverse * (grad - normed * (grad * normed).mean(-1, keepdim=True))
         return grad_x.to(x.dtype), grad_weight, None
+
+
+def suits_fused(x: Tensor) -> bool:
+    """Whether a norm's backward pass is one kernel of our own: in 16 bits on a GPU."""
+    in_16_bits = x.dtype in (torch.float16, torch.bfloat16)
+    return x.device.type == "cuda" and in_16_bits and HAS_TRITON and x.shape[-1] <= LONGEST_ROW
+
+
+def _beside(norm: LayerNorm | RMSNorm, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    # A pipeline that splits backward passes asks an operation for one gradient, as if it had one output.
+    if norm.split_backward or not suits_fused(x):
+        return x, norm(x)
+    passing, y = _Beside.apply(x, weight, bias, norm.epsilon)
+    return passing, y
+
+
+class _Beside(torch.autograd.Function):
+    """x, and LayerNorm of it, or without a bias RMSNorm."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
+        mean: Tensor | None
+        if bias is None:
+            mean, inverse = None, _inverse_rms(x, epsilon)
+            y = _scaled(x, inverse, weight)
+        else:
+            narrow = weight.to(x.dtype), bias.to(x.dtype)
+            y, mean, inverse = torch.native_layer_norm(x, weight.shape, *narrow, epsilon)
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight, mean, inverse)
+        return x.view_as(x), y
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        from megalith.layers.norm_fused import norm_backward
+
+        made = norm_backward(grad_y, grad_x, *ctx.saved_tensors)
+        return made.x, made.weight, made.bias if ctx.has_bias else None, None
 
 
 def make_norm(

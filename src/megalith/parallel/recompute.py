@@ -103,6 +103,9 @@ def compile_blocks(
 
         # Dropout's hash is more operations than Inductor lets stand together: its words would go through memory.
         inductor.realize_opcount_threshold = 400
+        from megalith.parallel.kernel_choices import KernelChoices
+
+        inductor.inductor_choices_class = KernelChoices
     for attention in _left_alone(model, device=device):
         # Said here and not where they are defined, for that alone would import the compiler, a second of start-up.
         # It takes minutes over the loop, and Inductor (torch 2.13, CPU) gets the words of a fused arange wrong.

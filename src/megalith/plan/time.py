@@ -48,7 +48,7 @@ class Program:
 COMPILED = Program(
     stream_passes=9.0,
     inner_passes=12.0,
-    backward_passes=1.83,
+    backward_passes=1.68,
     dropout_passes=7.0,
     fp8_passes=80.0,
     attention_dropout_slowdown=1.5,

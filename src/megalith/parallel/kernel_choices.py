@@ -1,0 +1,29 @@
+"""What the compiler chooses otherwise for Megalith's blocks on GPUs. Importing it imports the compiler."""
+
+from typing import Any
+
+from torch._inductor.choices import InductorChoices
+from torch._inductor.runtime.hints import ReductionHint
+
+# Features that a norm's kernel holds in registers; beyond them backward passes spill (8192 on an H100).
+LONGEST_ROW = 4096
+
+
+class KernelChoices(InductorChoices):
+    """Rows of features are read once and kept, where Inductor reads those beyond 1024 in a loop, twice.
+
+    Its loop takes the variance by Welford's formula, a division an element: of GPT-2 XL's norms, which read and write
+    105 MB, it makes 86 us on an H200 (docs/LOG.md).
+    """
+
+    @staticmethod
+    def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+        """Whether a kernel holds all that it sums up."""
+        is_of_rows = features.get_reduction_hint() == ReductionHint.INNER and not cooperative_reduction
+        if is_of_rows and features.reduction_numel <= LONGEST_ROW:
+            return True
+        return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+
+    def uuid(self) -> str:
+        """What sets kernels in the compiler's cache apart from those of other choices."""
+        return f"megalith rows {LONGEST_ROW}"
