@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,6 +73,25 @@ def test_what_is_computed_again_inside_keeps_nothing(asked: float | None, inside
     assert partitioning.activation_memory_budget == budget
     compile_blocks(nn.Linear(1, 1), memory_budget=None, device=torch.device("cpu"))
     assert partitioning.activation_memory_budget == 1.0
+
+
+def test_rows_that_fit_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.runtime.hints import ReductionHint
+
+    from megalith.parallel.kernel_choices import KernelChoices
+
+    monkeypatch.setattr(InductorChoices, "should_use_persistent_reduction", lambda features, cooperative: "its own")
+    choices = KernelChoices()
+    for width, hint, cooperative, expected in (
+        (1600, ReductionHint.INNER, False, True),
+        (4096, ReductionHint.INNER, False, True),
+        (4097, ReductionHint.INNER, False, "its own"),
+        (1600, ReductionHint.OUTER, False, "its own"),
+        (1600, ReductionHint.INNER, True, "its own"),
+    ):
+        features = SimpleNamespace(get_reduction_hint=lambda hint=hint: hint, reduction_numel=width)
+        assert choices.should_use_persistent_reduction(features, cooperative) == expected
 
 
 @pytest.mark.filterwarnings("default")  # the compiler has warnings of its own

@@ -12,8 +12,8 @@ LONGEST_ROW = 4096
 class KernelChoices(InductorChoices):
     """Rows of features are read once and kept, where Inductor reads those beyond 1024 in a loop, twice.
 
-    Its loop takes the variance by Welford's formula, a division an element: of GPT-2 XL's norms, which read and write
-    105 MB, it makes 86 us on an H200 (docs/LOG.md).
+    Its loop takes the variance by Welford's formula, a division an element: a norm of GPT-2 XL, which reads and writes
+    105 MB, took 86 us so on an H200 (docs/LOG.md).
     """
 
     @staticmethod
