@@ -15,7 +15,24 @@ ROOT = Path(__file__).parent.parent
 
 def test_what_overlaps_is_busy_once() -> None:
     assert busy_seconds([(3.0, 4.0), (0.0, 1.0), (0.5, 2.0), (0.6, 0.7)]) == pytest.approx(3.0)
-    assert kind_of("nvjet_tst_192x192_64x4") == "products" and kind_of("triton_poi_fused_gelu_8") == "compiled"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_tst_192x192_64x4", "products"),
+        ("triton_poi_fused_gelu_8", "compiled"),
+        ("triton_per_fused_native_layer_norm_backward_0", "compiled"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
+        ("void cudnn::fusion::compute_dot_do_o_specialized<true, 64>", "attention"),
+        ("attend_backward_keys", "attention"),
+        ("_gelu_backward", "own"),
+        ("_norm_backward", "own"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "other"),
+    ],
+)
+def test_kernels_have_kinds(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
 
 
 def test_the_peak_of_memory_is_told_by_the_places_that_hold_it() -> None:
