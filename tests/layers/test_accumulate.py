@@ -81,7 +81,7 @@ def test_a_weight_that_is_used_twice_in_a_pass_has_both() -> None:
 def test_only_the_weights_that_are_named_are_touched_and_only_while_it_is_entered() -> None:
     weight, inputs = made()
     other = nn.Parameter(weight.detach().clone())
-    with pytest.raises(ValueError, match="stopped"), accumulating([other]):
+    with pytest.raises(ValueError, match="stopped"), accumulating([weight]):
         raise ValueError("stopped")
     for entered in ([other], []):
         for parameter in (weight, other):

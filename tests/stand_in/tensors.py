@@ -67,9 +67,6 @@ class OnDevice(torch.Tensor):
     ) -> Any:
         return compute(func, args, kwargs or {})
 
-    def data_ptr(self) -> int:
-        return self.beneath.data_ptr()
-
     def tolist(self) -> Any:
         _wait()
         return self.beneath.tolist()
@@ -125,7 +122,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         torch.addmm(total, left, right, beta=kwargs.get("beta", 1), out=kwargs["out"].beneath)
         return kwargs["out"]
     if func is torch.ops.megalith.gradient_by_weight.default:
-        # It goes by a weight's place in memory, and changes a gradient that is not among its arguments.
+        # It looks at a weight's mark, and changes a gradient that is not among its arguments.
         return accumulate.multiply(*args)
     given = {name: _beneath(value) for name, value in kwargs.items()}
     if _is_cuda(wanted):

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-# By their place in memory, which is all that a compiled backward pass knows of them.
-_trained: dict[int, nn.Parameter] = {}
+# The name of the mark on a parameter whose gradient may be taken.
+MARK = "adds_up"
 
 
 @contextmanager
@@ -24,13 +24,14 @@ def accumulating(weights: Iterable[nn.Parameter]) -> Iterator[None]:
     `torch.autograd.grad` would then give the sum with what was there; nothing else may read gradients between a
     product's backward pass and the end of autograd's.
     """
-    mine = {weight.data_ptr(): weight for weight in weights}
-    _trained.update(mine)
+    marked = list(weights)
+    for weight in marked:
+        setattr(weight, MARK, True)
     try:
         yield
     finally:
-        for place in mine:
-            _trained.pop(place, None)
+        for weight in marked:
+            delattr(weight, MARK)
 
 
 def gradient_by_weight(weight_OI: Tensor, grad_NO: Tensor, x_NI: Tensor) -> Tensor:
@@ -41,12 +42,12 @@ def gradient_by_weight(weight_OI: Tensor, grad_NO: Tensor, x_NI: Tensor) -> Tens
 
 def multiply(weight_OI: Tensor, grad_NO: Tensor, x_NI: Tensor) -> Tensor:
     """`gradient_by_weight`, where nothing is traced."""
-    trained = _trained.get(weight_OI.data_ptr())
-    if trained is None or trained.grad is None:
+    # Compiled backward passes are given the parameter itself, too.
+    total_OI = weight_OI.grad if hasattr(weight_OI, MARK) else None
+    if total_OI is None:
         return product_in_fp32(grad_NO.t(), x_NI)
-    total_OI = trained.grad
     add_product_in_fp32(total_OI, grad_NO.t(), x_NI)
-    trained.grad = None
+    weight_OI.grad = None
     return total_OI
 
 

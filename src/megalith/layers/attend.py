@@ -9,19 +9,18 @@ Shape letters: B batch, H heads (of keys and values: perhaps fewer), T query, S 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalith.kernels import HAS_TRITON
 from megalith.layers.mask import Mask, causal_order
 from megalith.layers.random import keep_mask, number_words
 
 # Scores held at once by attention with dropout: on the CPU what fits its caches, on a GPU what fills it.
 _SCORES_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 27}
-HAS_TRITON = find_spec("triton") is not None  # a constant, for the compiler
 LARGEST_FUSED_HEAD = 256  # features; wider heads do not fit a multiprocessor's shared memory
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalith.layers.attend import HAS_TRITON
+from megalith.kernels import HAS_TRITON
 from megalith.layers.initial import ONES, ZEROS
 from megalith.layers.products import Again
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalith.kernels import HAS_TRITON
 from megalith.layers.accumulate import gradient_by_weight
-from megalith.layers.attend import HAS_TRITON
 
 
 def suits_sixteen(x: Tensor, weight_OI: Tensor) -> bool:

@@ -12,16 +12,15 @@ back is bit for bit what was saved.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from megalith.kernels import HAS_TRITON
 from megalith.optim.adam import LightOptimizer
 from megalith.optim.local import local_part
 
-HAS_TRITON = find_spec("triton") is not None
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BLOCK = 256
 # Elements that are in fp32 at once: they fit the cache of a processor, and fill a GPU.
