@@ -321,10 +321,14 @@ def test_an_elastic_job_goes_on_with_the_hosts_that_are_left(tmp_path: Path) -> 
         with (tmp_path / name).open("w") as out:
             return subprocess.Popen([*agent, *words], stdout=out, stderr=out, text=True, env=environment)
 
-    first = start("first")  # it keeps the rendezvous
+    first = start("first")  # it keeps the rendezvous, for which the first to come opens a port
+    deadline = time.monotonic() + 200
+    with socket.socket() as asking:
+        while asking.connect_ex(("127.0.0.1", port)) != 0:
+            assert first.poll() is None and time.monotonic() < deadline, (tmp_path / "first").read_text()[-3000:]
+            time.sleep(0.05)
     second = start("second")
     try:
-        deadline = time.monotonic() + 200
         log = tmp_path / "run" / "log.jsonl"
         while not log.exists() or len(steps_of(tmp_path / "run")) < 12:
             assert time.monotonic() < deadline, (tmp_path / "first").read_text()[-3000:]
