@@ -11,6 +11,7 @@ from megalith.layers import products
 from megalith.layers.products import (
     LEAST,
     Again,
+    lacks_avx512,
     leaves_half_to_onednn,
     linear,
     linear_without_gradients,
@@ -24,24 +25,39 @@ def draw(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("half", [True, False], ids=["no product to MKL", "some to MKL"])
+@pytest.mark.parametrize(
+    ("half", "narrow", "by_onednn"),
+    [(True, False, (3, 3)), (False, False, (3, 2)), (False, True, (1, 2))],
+    ids=["no product to MKL", "some to MKL", "without AVX-512"],
+)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(3, 70), (210,)], ids=["BT", "N"])
 @pytest.mark.parametrize(("width", "outputs"), [(161, 129), (129, 161)], ids=["narrower", "wider"])
 def test_output_and_gradients_are_those_of_float64(
-    shape: tuple[int, ...], width: int, outputs: int, bias: bool, half: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...],
+    width: int,
+    outputs: int,
+    bias: bool,
+    half: bool,
+    narrow: bool,
+    by_onednn: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """by_onednn: how many of the three products go there, where the layer narrows and where it widens."""
     monkeypatch.setattr(products, "leaves_half_to_onednn", lambda: half)
+    monkeypatch.setattr(products, "lacks_avx512", lambda: narrow)
     x, weight, b = draw(*shape, width), draw(outputs, width, seed=2), draw(outputs, seed=3) if bias else None
     inputs = [t.requires_grad_() for t in (x, weight, b) if t is not None]
     assert suits_onednn(x, weight)
-    y = linear(x, weight, b)
-    slopes = draw(*y.shape, seed=4)
+    with Calls() as calls:
+        y = linear(x, weight, b)
+        slopes = draw(*y.shape, seed=4)
+        gradients = torch.autograd.grad(y, inputs, slopes)
+    assert len(calls.of(torch.ops.mkldnn._linear_pointwise.default)) == by_onednn[width < outputs]
     exact = [t.detach().double().requires_grad_() for t in inputs]
     expected = F.linear(exact[0], exact[1], exact[2] if bias else None)
     # fp32 sums of 161 and 210 products of numbers about 1.
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=3e-5)
-    gradients = torch.autograd.grad(y, inputs, slopes)
     for found, right in zip(gradients, torch.autograd.grad(expected, exact, slopes.double()), strict=True):
         assert found.dtype == torch.float32 and found.is_contiguous()
         torch.testing.assert_close(found.double(), right, rtol=0, atol=5e-5)
@@ -107,22 +123,27 @@ def test_small_sixteen_bit_and_meta_products_stay_with_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "half"),
+    ("capabilities", "half", "narrow"),
     [
-        ({"cpu_name": "AMD EPYC", "avx512_f": True, "avx_vnni": True}, True),  # Zen 5
-        ({"cpu_name": "AMD EPYC", "avx512_f": True, "avx_vnni": False}, False),  # Zen 4
-        ({"cpu_name": "AMD Ryzen 7 5800X", "avx512_f": False, "avx_vnni": False}, False),
-        ({"cpu_name": "Intel Xeon Platinum 8480+", "avx512_f": True, "avx_vnni": True}, False),
-        ({"architecture": "aarch64", "neon": True}, False),
+        ({"cpu_name": "AMD EPYC", "architecture": "x86_64", "avx512_f": True, "avx_vnni": True}, True, False),  # Zen 5
+        ({"cpu_name": "AMD EPYC", "architecture": "x86_64", "avx512_f": True, "avx_vnni": False}, False, False),
+        ({"cpu_name": "AMD Ryzen 7 5800X", "architecture": "x86_64", "avx512_f": False}, False, True),
+        ({"cpu_name": "Intel Xeon 8480+", "architecture": "x86_64", "avx512_f": True, "avx_vnni": True}, False, False),
+        ({"architecture": "aarch64", "neon": True}, False, False),
     ],
 )
-def test_mkl_uses_half_of_a_zen_5(capabilities: dict[str, Any], half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_known_of_the_processor(
+    capabilities: dict[str, Any], half: bool, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    leaves_half_to_onednn.cache_clear()
+    for known in (leaves_half_to_onednn, lacks_avx512):
+        known.cache_clear()
     try:
         assert leaves_half_to_onednn() is half
+        assert lacks_avx512() is narrow
     finally:
-        leaves_half_to_onednn.cache_clear()
+        for known in (leaves_half_to_onednn, lacks_avx512):
+            known.cache_clear()
 
 
 @pytest.mark.parametrize("weight", [draw(129, 400)[:, 100:261], draw(400, 129)[:161].t(), draw(322, 129)[::2].t()])
