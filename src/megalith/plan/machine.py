@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megalith.monitor.flops import TERA
-from megalith.plan.ceiling import measure_libraries
+from megalith.plan.ceiling import measure_layer, measure_libraries
 from megalith.plan.products import operations_with_waste
 
 if TYPE_CHECKING:
     import torch
 
 GIGA, GIB, MICROSECOND = 1e9, 2**30, 1e-6
-TIMES, MEASURED = 3, 0.3  # so often and so many seconds the best product of this CPU is looked for
+TIMES, MEASURED = 3, 0.3  # so often and for so many seconds this CPU's best product is looked for
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ MACHINES = {"a100": A100, "h100": H100, "h200": H200}
 
 
 def this_cpu(ranks: int, dtype: "torch.dtype") -> Machine:
-    """This machine's processor as each of so many ranks on it has it, by two seconds of measuring.
+    """This machine's processor as each of so many ranks on it has it, by three seconds of measuring.
 
     All ranks are taken to stand on this machine, since nothing is known of others.
     """
@@ -134,9 +134,11 @@ def this_cpu(ranks: int, dtype: "torch.dtype") -> Machine:
 
     cpu = torch.device("cpu")
     # Now and then all threads stand on one core until they have slept.
-    of_libraries = [max(rates) for rates in zip(*(_rested_flops(cpu, dtype) for _ in range(TIMES)), strict=True)]
+    rested = [_rested_flops(cpu, dtype) for _ in range(TIMES)]
+    *of_libraries, of_layer = (max(rates) for rates in zip(*rested, strict=True))
     flops = max(of_libraries) / ranks
-    # Attention's kernel multiplies by the library that torch uses by itself.
+    product_share = min(1.0, of_layer / max(of_libraries))
+    # Attention's kernel multiplies by the library that torch uses by itself (docs/performance.md).
     attention_share = 0.4 * of_libraries[0] / max(of_libraries)
     numbers = torch.ones(1 << 24)
     target = torch.empty_like(numbers)
@@ -150,9 +152,8 @@ def this_cpu(ranks: int, dtype: "torch.dtype") -> Machine:
         link=1.0 * GIGA,
         network=1.0 * GIGA,
         ranks_per_node=ranks,
-        # The best product is measured, and attention's kernel beside it (docs/performance.md).
-        product_share=0.95,
-        product_share_8_bit=0.95,
+        product_share=product_share,
+        product_share_8_bit=product_share,
         memory_share=1.0,
         attention_share=attention_share,
         attention_backward_share=attention_share,
@@ -162,8 +163,9 @@ def this_cpu(ranks: int, dtype: "torch.dtype") -> Machine:
 
 
 def _rested_flops(device: "torch.device", dtype: "torch.dtype") -> list[float]:
+    """The best product of each library, then the products of a layer."""
     time.sleep(0.05)
-    return measure_libraries(device, dtype, seconds=MEASURED)
+    return [*measure_libraries(device, dtype, seconds=MEASURED), measure_layer(dtype, seconds=MEASURED / 2)]
 
 
 def _seconds_of_copy(numbers: "torch.Tensor", target: "torch.Tensor") -> float:

@@ -72,6 +72,7 @@ EAGER = replace(
 
 CPU = replace(
     EAGER,
+    recomputes_all=True,  # an operation of ours keeps its input only after it has computed
     logit_bytes=24.0,
     cast_bytes=12.0,
     host_forward=0.2 * MILLISECOND,
