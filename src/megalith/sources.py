@@ -15,6 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from megalith import later
 from megalith.checkpoint.settings import FOLDER as CHECKPOINTS
 from megalith.config import REMOVED, TASKS, ConfigError, Fault, Run, compose, convert, known_settings, nearest, overlay
 from megalith.fields import describe
@@ -201,7 +202,10 @@ def read_flags(words: Sequence[str]) -> tuple[dict[str, Any], list[Fault]]:
     for word in rest:
         if word.startswith("-") and word != "-":
             flag = word.split("=", 1)[0]
-            faults.append(Fault(flag, None, "is not a known flag", nearest(flag, flags)))
+            if remedy := later.remedy_of(flag):
+                faults.append(Fault(flag, None, later.RULE, remedy))
+            else:
+                faults.append(Fault(flag, None, "is not a known flag", nearest(flag, flags)))
             unknown_before = True
         elif not unknown_before:
             faults.append(Fault(word, None, "is not expected here", "Flags begin with --"))

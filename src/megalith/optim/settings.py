@@ -30,10 +30,18 @@ class OptimizerConfig:
     lr_warmup_samples: int = setting(0, "warm-up samples", section="learning rate", unit="sequences")
     min_lr: float = setting(0.0, "LR floor", section="learning rate")
     override_lr_scheduler: bool = setting(
-        False, "command-line LR settings win over the checkpoint", section="learning rate", switch="on"
+        False,
+        "command-line LR settings win over the checkpoint",
+        section="learning rate",
+        switch="on",
+        also=("--override-opt_param-scheduler",),
     )
     use_checkpoint_lr_scheduler: bool = setting(
-        False, "checkpoint LR settings win", section="learning rate", switch="on"
+        False,
+        "checkpoint LR settings win",
+        section="learning rate",
+        switch="on",
+        also=("--use-checkpoint-opt_param-scheduler",),
     )
     weight_decay: float = setting(0.01, "decoupled weight decay", section="regularization")
     clip_grad: float = setting(1.0, "global L2 clip threshold, 0 = off", section="regularization")

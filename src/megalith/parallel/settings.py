@@ -54,7 +54,11 @@ class ParallelConfig:
     )
     checkpoint_activations: bool = setting(False, "recompute activations in backward", section="training", switch="on")
     distribute_checkpointed_activations: bool = setting(
-        False, "shard saved activations over the tensor group", section="training", switch="on"
+        False,
+        "shard saved activations over the tensor group",
+        section="training",
+        switch="on",
+        also=("--distribute-saved-activations",),
     )
     checkpoint_num_layers: int = setting(1, "layers per recomputed chunk", section="training", unit="layers")
     recompute_granularity: str | None = setting(
@@ -62,6 +66,7 @@ class ParallelConfig:
         "recompute whole layers or only the attention core in the backward pass",
         section="training",
         choices=("full", "selective"),
+        values={"--recompute-activations": "selective"},
     )
     device: str = setting(
         "auto",
@@ -112,6 +117,7 @@ class ParallelConfig:
         "what replicas share out instead of each holding all (ZeRO stages 0 to 3)",
         section="distributed",
         choices=("none", "optimizer", "gradients", "parameters"),
+        values={"--use-distributed-optimizer": "optimizer", "--use-torch-fsdp2": "parameters"},
     )
     data_parallel_shard_size: int | None = setting(
         None,
