@@ -46,7 +46,7 @@ def _norm_backward_op(
     width, padded, warps = x.shape[-1], triton.next_power_of_2(x.shape[-1]), warps_for(x.shape[-1])
     rows = x.numel() // width
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-    programs = max(1, min(rows, processors * max(1, WARPS // warps)))
+    programs = max(1, min(rows, processors * (WARPS // warps)))
     grad_x, sums_P2C = torch.empty_like(x), torch.empty(programs, 2, width, dtype=torch.float32, device=x.device)
     _norm_backward[(programs,)](
         grad_y, beside, x, weight_C, inverse if mean is None else mean, inverse, grad_x, sums_P2C, rows, width,

@@ -184,14 +184,17 @@ def copy_bytes(job: Job) -> float:
 def is_rounded_once(job: Job) -> bool:
     """Whether a step has its weights in 16 bits from its start to its end, instead of a copy with each microbatch
     (parallel/narrow.py). Weights that are gathered come in 16 bits."""
-    split = job.schedule == "zero-bubble"
-    return job.device == "cuda" and job.recompute != "full" and not job.shares_weights and not split
+    return _knows_its_weights(job) and job.recompute != "full"
 
 
 def adds_in_products(job: Job) -> bool:
     """Whether a microbatch's gradients of matrices are nowhere but in the sum of all (layers/accumulate.py)."""
-    by_hand = job.device == "cuda" and job.compute_bytes < FP32 and not job.fp8
-    return by_hand and not job.shares_weights and job.schedule != "zero-bubble"
+    return _knows_its_weights(job) and job.compute_bytes < FP32 and not job.fp8
+
+
+def _knows_its_weights(job: Job) -> bool:
+    """Whether products on a GPU meet whole parameters, in backward passes that are not taken in two parts."""
+    return job.device == "cuda" and not job.shares_weights and job.schedule != "zero-bubble"
 
 
 def _is_kept(job: Job, features: float) -> bool:
