@@ -76,22 +76,28 @@ def test_what_is_computed_again_inside_keeps_nothing(asked: float | None, inside
 
 
 def test_rows_that_fit_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    sympy = pytest.importorskip("sympy")  # which torch brings
     from torch._inductor.choices import InductorChoices
     from torch._inductor.runtime.hints import ReductionHint
+    from torch._inductor.sizevars import SizeVarAllocator
+    from torch._inductor.virtualized import V
 
     from megalith.parallel.kernel_choices import KernelChoices
 
     monkeypatch.setattr(InductorChoices, "should_use_persistent_reduction", lambda features, cooperative: "its own")
     choices = KernelChoices()
     for width, hint, cooperative, expected in (
-        (1600, ReductionHint.INNER, False, True),
-        (4096, ReductionHint.INNER, False, True),
-        (4097, ReductionHint.INNER, False, "its own"),
-        (1600, ReductionHint.OUTER, False, "its own"),
-        (1600, ReductionHint.INNER, True, "its own"),
+        (sympy.Integer(1600), ReductionHint.INNER, False, True),
+        (sympy.Integer(4096), ReductionHint.INNER, False, True),
+        (sympy.Integer(4097), ReductionHint.INNER, False, "its own"),
+        (sympy.Symbol("rows", positive=True, integer=True), ReductionHint.INNER, False, "its own"),
+        (sympy.Integer(1600), ReductionHint.OUTER, False, "its own"),
+        (sympy.Integer(1600), ReductionHint.INNER, True, "its own"),
     ):
         features = SimpleNamespace(get_reduction_hint=lambda hint=hint: hint, reduction_numel=width)
-        assert choices.should_use_persistent_reduction(features, cooperative) == expected
+        graph: Any = SimpleNamespace(sizevars=SizeVarAllocator())
+        with V.set_graph_handler(graph):
+            assert choices.should_use_persistent_reduction(features, cooperative) == expected
 
 
 @pytest.mark.filterwarnings("default")  # the compiler has warnings of its own

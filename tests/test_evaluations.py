@@ -11,8 +11,8 @@ import pytest
 
 from megalith import evaluations
 from megalith.monitor.ledger import FILE_NAME
+from megalith.monitor.signals import STOPPED_BY_SIGNAL
 from megalith.passes import run_microbatches
-from megalith.train import STOPPED_BY_SIGNAL
 from tests.layouts.runs import events_of, run_on
 from tests.test_train import assert_same
 

@@ -154,6 +154,13 @@ def test_an_argument_that_the_task_has_no_use_for_is_answered(words: str, said: 
     assert len(lines) == 1 and lines[0].startswith(f"note: {flag} changes nothing: {said}")
 
 
+@pytest.mark.parametrize("words", ["--tokenizer-type ByteLevelTokenizer", "--vocab-file nothere.json"])
+def test_a_tokenizer_beside_mock_data_is_answered(words: str) -> None:
+    run = read_command_line([*SMALL.replace("--data-path data", "--mock-data").split(), *words.split()])
+    why = "--mock-data draws from --vocab-size tokens, and reads no text"
+    assert list(notes(run)) == [f"note: {words.split()[0]} changes nothing: {why}."]
+
+
 def test_a_table_of_distances_is_made_as_asked() -> None:
     words = "--position-embedding-type relative --relative-attention-num-buckets 8".split()
     assert list(notes(read_command_line(["t5", *SMALL.split(), *words]))) == []

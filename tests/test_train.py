@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from megalith import train
-from megalith.train import STOPPED_BY_SIGNAL
+from megalith.monitor.signals import STOPPED_BY_SIGNAL
 from tests.layouts.runs import MODEL, events_of, run_on, steps_of, weights_of
 
 STEPS = ["--train-iters", "20"]
@@ -107,6 +109,38 @@ def test_a_signal_while_a_run_is_being_started_is_answered_at_once_and_ends_the_
         assert process.wait(timeout=60) == STOPPED_BY_SIGNAL
     assert said == "megalith: SIGINT: the run ends before its first step; a second signal ends it at once\n"
     assert "stopped by SIGINT before the first step" in log and "step_done" not in log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_before_anything_is_imported_ends_the_start(
+    ranks: int, number: signal.Signals, tmp_path: Path
+) -> None:
+    """To all processes of the job, as a terminal sends it: when Python begins in the last rank, or torch in the one."""
+    words = [*MODEL, *STEPS, "--mock-data", "--save", str(tmp_path / "run"), *(("--nproc", "2") if ranks > 1 else ())]
+    words = [word for word in words if word not in ("--tokenizer-type", "ByteLevelTokenizer")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "megalith", "pretrain", *words], stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stderr is not None
+        while not (len(_ranks_of(process.pid)) == ranks if ranks > 1 else _maps(process.pid, "libtorch_cpu")):
+            assert process.poll() is None
+            time.sleep(0.002)
+        os.killpg(process.pid, number)
+        said = process.stderr.read().decode()
+        assert process.wait(timeout=60) == STOPPED_BY_SIGNAL
+    assert re.fullmatch(rf"megalith: {number.name}: the (run ends before its first step|ranks finish .*)\n", said)
+    assert not (tmp_path / "run").exists()
+
+
+def _ranks_of(pid: int) -> list[str]:
+    """The ranks that a launcher has started: between fork and exec a child has its parent's environment."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [child for child in children if b"\0RANK=" in Path(f"/proc/{child}/environ").read_bytes()]
+
+
+def _maps(pid: int, library: str) -> bool:
+    return library in Path(f"/proc/{pid}/maps").read_text()
 
 
 @pytest.mark.parametrize(
@@ -237,6 +271,19 @@ def test_a_run_without_saved_optimizer_goes_on_in_its_directory(data: Path, tmp_
         assert done.returncode == 0, done.stderr
         assert "step 2 was saved without its optimizer, whose state begins anew" in done.stdout + done.stderr
         assert [step["step"] for step in steps_of(folder)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_a_run_that_is_to_go_on_does_not_begin_anew(loads: bool, data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Where its directory is not mounted, for one."""
+    lost = tmp_path / "lost"
+    words = [*STEPS, "--exit-on-missing-checkpoint", *(("--load", str(lost)) if loads else ())]
+    done = subprocess.run(command(data, lost, *words), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    flag = "--load" if loads else "--save"
+    assert f"{flag} = {lost}: holds no checkpoint, and --exit-on-missing-checkpoint forbids" in done.stderr
+    shutil.copytree(undisturbed, tmp_path / "here")
+    assert run_on(1, [*STEPS, "--exit-on-missing-checkpoint"], tmp_path / "here", data) == 0
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_all_differences(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO, cast
 
 from megalith.command_line import CommandParser
 from megalith.descriptors import allow_most_descriptors, descriptor_remedy, open_standard_streams
-from megalith.launch import PEER_LOST, PeerLostError, end_with_parent
+from megalith.launch import PEER_LOST, STORE_VARIABLE, PeerLostError, end_with_parent
 from megalith.terminal import Answer, printable, why_no_text
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def usage() -> str:
 
 def pretrain(words: Sequence[str], started: float) -> int:
     """Train a model from a preset, a run file or flags; the same command goes on where it stopped."""
-    from megalith.sources import flag_parser, moved_run_files, read_command_line
+    from megalith.sources import flag_parser, read_command_line
 
     if "-h" in words or "--help" in words:
         flag_parser().print_help()
@@ -146,10 +146,20 @@ def pretrain(words: Sequence[str], started: float) -> int:
         # torchrun leaves its ranks behind when it is killed.
         end_with_parent()
 
+    from megalith.monitor.signals import ending_at_once, stopped_status
+
+    # A launcher speaks for its ranks.
+    speaks = os.environ.get("RANK", "0") == "0" and STORE_VARIABLE not in os.environ
+    with ending_at_once(stopped_status(run), speaks=speaks):
+        return _pretrain(words, run, started)
+
+
+def _pretrain(words: Sequence[str], run: "Run", started: float) -> int:
     from megalith.check import check
     from megalith.check_files import file_faults
     from megalith.config import ConfigError
     from megalith.parallel.mesh import ranks_in
+    from megalith.sources import moved_run_files
 
     _, world_size, local_rank = ranks_in(os.environ)
     if faults := [*check(run, world_size), *file_faults(run), *moved_run_files(words, run)]:
@@ -170,7 +180,13 @@ def start_ranks(words: Sequence[str], run: "Run") -> int:
     parallel = run.parallel
     assert parallel.nproc is not None
     command = [sys.executable, "-m", "megalith", "pretrain", *words]
-    return launch(command, parallel.nproc, stop_grace=parallel.stop_grace, max_restarts=parallel.max_restarts)
+    return launch(
+        command,
+        parallel.nproc,
+        stop_grace=parallel.stop_grace,
+        max_restarts=parallel.max_restarts,
+        signals_wait=True,
+    )
 
 
 def preprocess(words: Sequence[str], started: float) -> int:

@@ -161,6 +161,7 @@ OURS = (
     "verify_data",
     "max_epochs",
     "allow_changed_data",
+    "exit_on_missing_checkpoint",
     "recompute_granularity",
     "device",
     "nproc",

@@ -25,9 +25,11 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
         "--ckpt-assume-constant-structure --use-persistent-ckpt-worker --async-strategy --non-persistent-*",
     ),
     ("begin with the run file that lies in its run directory: megalith pretrain DIR/run.toml", "--use-checkpoint-args"),
-    ("name the checkpoint itself: --load DIR/checkpoints/step-0001000", "--ckpt-step"),
+    (
+        "name the checkpoint itself and another place to save to: --load DIR/checkpoints/step-0001000 --save OTHER",
+        "--ckpt-step",
+    ),
     ("use --load with --finetune", "--pretrained-checkpoint"),
-    ("leave it out: without a checkpoint --load is refused", "--exit-on-missing-checkpoint"),
     ("use --keep-last and --keep-every", "--save-retain-interval"),
     ("leave it out: a signal to stop always saves first", "--exit-signal-handler"),
     (
@@ -37,9 +39,17 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     ("use --checkpoint-num-layers, which is that of the method uniform", "--recompute-num-layers"),
     ("use --recompute-granularity selective", "--recompute-modules"),
     ("use --data-parallel-sharding", "--use-custom-fsdp --use-megatron-fsdp --data-parallel-sharding-strategy"),
-    ("use --data-parallel-shard-size", "--num-distributed-optimizer-instances"),
+    (
+        "use --data-parallel-sharding gradients with --data-parallel-shard-size, which counts the ranks of a group",
+        "--num-distributed-optimizer-instances",
+    ),
     ("use --context-exchange", "--cp-comm-type --hierarchical-context-parallel-sizes"),
-    ("use --num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank"),
+    (
+        "use --num-layers-per-virtual-pipeline-stage, which counts the layers of a part and not the parts",
+        "--num-virtual-stages-per-pipeline-rank",
+    ),
+    ("use --num-layers: both stacks are as deep", "--encoder-num-layers --decoder-num-layers"),
+    ("leave it out, or use megalith evaluate", "--skip-train"),
     (
         "leave it out: stages are cut so that their work is even",
         "--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers --pipeline-model-parallel-layout "
@@ -79,7 +89,7 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     ),
     ("leave it out: --position-embedding-type rope has no table", "--no-position-embedding --add-position-embedding"),
     (
-        "leave it out: tokens/s, TFLOP/s and memory are always logged; megalith bench splits a step",
+        "leave it out: tokens/s, TFLOP/s and memory of each interval stand in DIR/log.jsonl and in TensorBoard",
         "--log-throughput --log-progress --timing-log-level --timing-log-option --log-straggler "
         "--no-barrier-with-level-1-timing --barrier-with-L1-time --log-world-size-to-tensorboard "
         "--log-learning-rate-to-tensorboard --log-loss-scale-to-tensorboard --log-energy",
@@ -93,25 +103,40 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
         "leave it out: there is nothing to set by hand",
         "--manual-gc --manual-gc-interval --no-manual-gc-eval --empty-unused-memory-level --enable-cuda-graph "
         "--external-cuda-graph --cuda-graph-* --microbatch-group-size-per-virtual-pipeline-stage "
+        "--logging-level --data-parallel-random-init --te-rng-tracker --inprocess-restart --config-logger-dir "
+        "--load-main-params-from-ckpt --test-mode --enable-one-logger --no-one-logger --one-logger-* "
+        "--disable-gloo-process-groups --enable-gloo-process-groups --init-model-with-meta-device "
+        "--torch-fsdp2-no-reshard-after-forward --mid-level-dataset-surplus "
+        "--disable-bf16-reduced-precision-matmul --clone-scatter-output-in-embedding "
+        "--no-clone-scatter-output-in-embedding "
         "--no-initialization --perform-initialization --disable-straggler-on-startup --enable-ft-package "
         "--overlap-param-gather --overlap-param-gather-with-optimizer-step --align-param-gather "
         "--no-align-param-gather --no-overlap-p2p-communication --overlap-p2p-communication-warmup-flush --nccl-ub "
         "--no-async-tensor-model-parallel-allreduce --deallocate-pipeline-outputs --defer-embedding-wgrad-compute",
     ),
     (
-        "leave it out: a loss is averaged over each microbatch, as there without the flag",
+        "leave it out: the loss of a step is always the mean over all of its tokens",
         "--calculate-per-token-loss",
     ),
     (
-        "leave it out: Megalith has nothing of the kind",
-        "--tp-comm-* --num-experts --moe-* --expert-* --multi-latent-attention --mtp-* --hybrid-* --mamba-* --spec "
-        "--retro-* --swin-* --dino-* --inference-* --squared-relu --apply-layernorm-1p --qk-layernorm --add-qkv-bias "
-        "--window-size --encoder-tensor-model-parallel-size --encoder-pipeline-model-parallel-size "
-        "--rotary-interleaved --rotary-seq-len-interpolation-factor --use-rope-scaling --rope-scaling-factor "
-        "--decoupled-lr --decoupled-min-lr --lr-wsd-decay-style --lr-wsd-decay-iters --lr-wsd-decay-samples "
-        "--lr-warmup-init --start-weight-decay --end-weight-decay --weight-decay-incr-style --optimizer-cpu-offload "
-        "--optimizer-offload-fraction --iter-per-epoch --tiktoken-pattern",
+        "Megalith has nothing of the kind; the model without it is another one",
+        "--num-experts --moe-* --multi-latent-attention --mtp-* --hybrid-* --mamba-* --spec --retro-* --swin-* "
+        "--dino-* --squared-relu --apply-layernorm-1p --qk-layernorm --add-qkv-bias --window-size --rotary-interleaved "
+        "--rotary-seq-len-interpolation-factor --use-rope-scaling --rope-scaling-factor --tiktoken-*",
     ),
+    (
+        "Megalith has nothing of the kind; the training without it is another one",
+        "--decoupled-lr --decoupled-min-lr --lr-wsd-decay-style --lr-wsd-decay-iters --lr-wsd-decay-samples "
+        "--lr-warmup-init --start-weight-decay --end-weight-decay --weight-decay-incr-style --first-last-layers-bf16 "
+        "--num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16",
+    ),
+    (
+        "leave it out: Megalith has nothing of the kind, and what is computed is the same without it",
+        "--tp-comm-* --expert-* --encoder-tensor-model-parallel-size --encoder-pipeline-model-parallel-size "
+        "--optimizer-cpu-offload --optimizer-offload-fraction --cpu-offloading-num-layers --inference-* "
+        "--iter-per-epoch",
+    ),
+    ("give its settings as flags, or in a run file", "--yaml-cfg"),
 )
 
 

@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 STORE_VARIABLE = "MEGALITH_STORE"
 BOARD_VARIABLE = "MEGALITH_BOARD"
 
-# Exit statuses of a rank, beside those of train.py.
+# Exit statuses of a rank, beside those of train.py and monitor/signals.py.
 NOT_STARTED = 2  # a fault that was named
 PEER_LOST = 77  # another rank died or failed
 HUNG = 78  # no progress for --hang-timeout seconds
 
-# 0, and what train.py and guard.py end with after all ranks have agreed to: they follow, each in its time.
+# 0, and what train.py, monitor/signals.py and guard.py have a run end with: all ranks have agreed to it, or were told,
+# and follow each in its time.
 ALL_END_SO = (0, 74, 75, 76, 80, 81)
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -55,16 +56,18 @@ def end_with_parent() -> None:
             os._exit(128 + signal.SIGKILL)
 
 
-def launch(command: Sequence[str], num_ranks: int, *, stop_grace: float, max_restarts: int = 0) -> int:
+def launch(
+    command: Sequence[str], num_ranks: int, *, stop_grace: float, max_restarts: int = 0, signals_wait: bool = False
+) -> int:
     """Run the command as that many ranks; return the exit status when all have ended.
 
     A signal to stop is handed on; stop_grace: seconds that the ranks then have to end. A rank that is lost takes the
-    others with it; that is done again at most max_restarts times, unless the ranks were told to stop. Raises ValueError
-    where there is nothing to start.
+    others with it; that is done again at most max_restarts times, unless the ranks were told to stop. signals_wait: in
+    a rank, until it unblocks them. Raises ValueError where there is nothing to start.
     """
     if num_ranks < 1:
         raise ValueError(f"--nproc = {num_ranks}: must be greater than 0. Give a positive number")
-    launcher = _Launcher(stop_grace)
+    launcher = _Launcher(stop_grace, signals_wait)
     for restarts in range(max_restarts + 1):
         status = launcher.run(command, num_ranks)
         lost = status in (1, PEER_LOST, HUNG) or status > 128
@@ -79,6 +82,7 @@ class _Launcher:
     """One machine's ranks, and what has been asked of them."""
 
     stop_grace: float
+    signals_wait: bool = False
     stopping: signal.Signals | None = None  # the first request
     stopped_at: float = 0.0
     ranks: list["subprocess.Popen[bytes]"] = field(default_factory=list)
@@ -93,7 +97,8 @@ class _Launcher:
         waited_for = {*STOPPING, signal.SIGCHLD}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
         try:
-            self.ranks = [_start(command, rank, num_ranks, memory) for rank in range(num_ranks)]
+            blocked = STOPPING if self.signals_wait else ()
+            self.ranks = [_start(command, rank, num_ranks, memory, blocked) for rank in range(num_ranks)]
             while len(self.statuses) < num_ranks:
                 left = None if self.kill_at is None else max(0.0, self.kill_at - time.monotonic())
                 received = (
@@ -169,11 +174,13 @@ class _Launcher:
         return status
 
 
-def _start(command: Sequence[str], rank: int, num_ranks: int, memory: Sequence[int]) -> "subprocess.Popen[bytes]":
+def _start(
+    command: Sequence[str], rank: int, num_ranks: int, memory: Sequence[int], blocked: Sequence[signal.Signals]
+) -> "subprocess.Popen[bytes]":
     launcher = os.getpid()
 
     def become_rank() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         end_with_parent()
         if os.getppid() != launcher:
             os._exit(128 + signal.SIGKILL)

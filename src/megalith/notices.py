@@ -93,8 +93,14 @@ def idle(run: Run) -> Iterator[tuple[str, str]]:
             yield name, "there is no table of distances without --position-embedding-type relative"
     if run.task == "vit":
         yield "split", "the folders train and val part the images"
+    if run.task == "vit" or run.data.mock_data:
+        why = (
+            "a vit reads no text"
+            if run.task == "vit"
+            else "--mock-data draws from --vocab-size tokens, and reads no text"
+        )
         for name in ("vocab_file", "merge_file", "tokenizer_model", "tokenizer_type"):
-            yield name, "a vit reads no text"
+            yield name, why
     if run.task in ("classify", "retriever"):
         for name in ("split", "data_path"):
             yield name, "its samples are those of --train-data and --valid-data"

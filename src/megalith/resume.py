@@ -54,6 +54,7 @@ def source_of(job: Job) -> Source | None:
             "go on from them. Choose another directory."
         )
     if checkpoint.load is None:
+        _may_begin(job)
         return None
     if (named := named_step(checkpoint.load)) is not None:
         run_dir, step = named
@@ -63,9 +64,22 @@ def source_of(job: Job) -> Source | None:
         return Source(Path(checkpoint.load), others[-1], is_own=False)
     if not is_same:
         raise ValueError(f"--load = {checkpoint.load}: holds no checkpoint. Correct the path, or leave it out.")
+    _may_begin(job)
     # The habit of Megatron-LM's scripts: one directory to save to and load from, empty at the first start.
     job.log.report(CheckpointMissing(str(Path(checkpoint.load) / TRACKER)))
     return None
+
+
+def _may_begin(job: Job) -> None:
+    """Raise ValueError where a run that would begin anew is to go on, or not to start."""
+    checkpoint = job.run.checkpoint
+    if checkpoint.exit_on_missing_checkpoint:
+        flag, place = ("--save", checkpoint.save) if checkpoint.load is None else ("--load", checkpoint.load)
+        shown = flag if place is None else f"{flag} = {place}"
+        raise ValueError(
+            f"{shown}: holds no checkpoint, and --exit-on-missing-checkpoint forbids to begin anew. Correct the path, "
+            "or leave that flag out."
+        )
 
 
 def _steps_in(run_dir: str) -> list[int]:

@@ -30,7 +30,7 @@ from megalith.loaders import open_data
 from megalith.monitor.events import PlaceReached, RunEnded, StepDone, TrainingStarted, Warned
 from megalith.monitor.log import RunLog
 from megalith.monitor.memory import memory_use
-from megalith.monitor.signals import StopSignals
+from megalith.monitor.signals import StopSignals, stopped_status
 from megalith.optim.clip import clip_gradients, count_zeros, global_norm, is_clipped, unscale_gradients
 from megalith.optim.finite import GRAD_NORM, measure
 from megalith.optim.groups import set_learning_rate
@@ -45,10 +45,9 @@ from megalith.room import refuse_what_cannot_fit
 from megalith.threads import leave_threads_of_parent
 from megalith.watching import Places, open_watch
 
-# Exit statuses beside 0 (done, or stopped where --exit-interval or --exit-duration-in-mins said) and those of guard.py.
+# Exit status beside 0 (done, or stopped where --exit-interval or --exit-duration-in-mins said) and those of guard.py
+# and monitor/signals.py.
 NOT_SAVED = 74  # the last checkpoint could not be written
-STOPPED_BY_SIGNAL = 75  # saved, or there was nothing to save yet; the same command goes on
-STOPPED_UNSAVED = 76  # a signal stopped a run that has no --save
 
 
 def train(run: Run, *, started: float) -> int:
@@ -150,11 +149,6 @@ def was_stopped(signals: StopSignals, log: RunLog) -> bool:
     if number:
         log.line(f"stopped by {signal.Signals(number).name} before the first step")
     return bool(number)
-
-
-def stopped_status(run: Run) -> int:
-    """What a run ends with that a signal stopped."""
-    return STOPPED_BY_SIGNAL if run.checkpoint.save is not None else STOPPED_UNSAVED
 
 
 def run_steps(job: Job, keeper: Keeper, signals: StopSignals) -> str | None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megalith.layers import accumulate
 from megalith.layers.accumulate import accumulating
@@ -13,6 +14,7 @@ from tests.layers.kernels import DEVICE
 
 DTYPE = torch.bfloat16
 OUTPUTS, INPUTS = 40, 24
+BUT_ON_A_GPU = () if DEVICE == "cuda" else pytest.mark.slow
 
 
 def made() -> tuple[nn.Parameter, list[Tensor]]:
@@ -42,16 +44,27 @@ def loss_of(y: Tensor) -> Tensor:
     return (y.float() * torch.arange(OUTPUTS, device=DEVICE)).sum()
 
 
-@pytest.fixture(params=["as it is", "traced", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.fixture(
+    params=["as it is", "traced", "again", "again, traced", pytest.param("by inductor", marks=BUT_ON_A_GPU)]
+)
 def product(request: pytest.FixtureRequest) -> Callable[[Tensor, Tensor], Tensor]:
     def multiply(x: Tensor, weight: Tensor) -> Tensor:
         return sixteen_linear(x, weight, None)
 
     if request.param == "as it is":
         return multiply
-    backend = "inductor" if request.param == "compiled" else "aot_eager"
-    compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(multiply, backend=backend, fullgraph=True)
-    return compiled
+    product: Callable[[Tensor, Tensor], Tensor] = multiply
+    if request.param != "again":
+        backend = "inductor" if request.param == "by inductor" else "aot_eager"
+        product = torch.compile(multiply, backend=backend, fullgraph=True)
+    if not request.param.startswith("again"):
+        return product
+
+    def recomputed(x: Tensor, weight: Tensor) -> Tensor:
+        y: Tensor = checkpoint(product, x, weight, use_reentrant=False)
+        return y
+
+    return recomputed
 
 
 @pytest.mark.filterwarnings("default")  # the compiler has warnings of its own

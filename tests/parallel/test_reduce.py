@@ -82,6 +82,11 @@ def with_one_unused(rank: int, kind: str) -> list[tuple[Tensor, Tensor]]:
         dist.all_reduce(total)
     reduction.before_last_backward()
     loss.backward()
+    reduction.after_last_backward()
+    # The losses of a step travel in the same group.
+    total = torch.full((), float(rank))
+    dist.all_reduce(total)
+    assert total == sum(range(RANKS))
     reduction.finish()
     if isinstance(reduction, OptimizerSharded):
         shards = reduction.shards.values()

@@ -48,6 +48,12 @@ class CheckpointConfig:
         flag="--no-auto-resume",
         switch="off",
     )
+    exit_on_missing_checkpoint: bool = setting(
+        False,
+        "refuse to begin anew where --load, or without it --save, holds no checkpoint",
+        section="checkpointing",
+        switch="on",
+    )
     on_save_failure: str = setting(
         "continue",
         "when a checkpoint cannot be written: continue (the next one is tried anew) or stop",

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-# The name of the mark on a parameter whose gradient may be taken.
-MARK = "adds_up"
+# Parameters whose gradients may be taken, by where they lie: what is computed again is given another tensor there.
+_by_place: dict[int, nn.Parameter] = {}
 
 
 @contextmanager
@@ -24,14 +24,13 @@ def accumulating(weights: Iterable[nn.Parameter]) -> Iterator[None]:
     `torch.autograd.grad` would then give the sum with what was there; nothing else may read gradients between a
     product's backward pass and the end of autograd's.
     """
-    marked = list(weights)
-    for weight in marked:
-        setattr(weight, MARK, True)
+    entered = {weight.data_ptr(): weight for weight in weights}
+    _by_place.update(entered)
     try:
         yield
     finally:
-        for weight in marked:
-            delattr(weight, MARK)
+        for place in entered:
+            del _by_place[place]
 
 
 def gradient_by_weight(weight_OI: Tensor, grad_NO: Tensor, x_NI: Tensor) -> Tensor:
@@ -42,12 +41,11 @@ def gradient_by_weight(weight_OI: Tensor, grad_NO: Tensor, x_NI: Tensor) -> Tens
 
 def multiply(weight_OI: Tensor, grad_NO: Tensor, x_NI: Tensor) -> Tensor:
     """`gradient_by_weight`, where nothing is traced."""
-    # Compiled backward passes are given the parameter itself, too.
-    total_OI = weight_OI.grad if hasattr(weight_OI, MARK) else None
-    if total_OI is None:
+    parameter = _by_place.get(weight_OI.data_ptr())
+    if parameter is None or parameter.grad is None or parameter.shape != weight_OI.shape:
         return product_in_fp32(grad_NO.t(), x_NI)
+    total_OI, parameter.grad = parameter.grad, None
     add_product_in_fp32(total_OI, grad_NO.t(), x_NI)
-    weight_OI.grad = None
     return total_OI
 
 

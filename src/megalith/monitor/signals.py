@@ -1,4 +1,5 @@
 """Stopping a run from outside: a first SIGTERM, SIGINT or SIGUSR1 asks for a stop after the step, a second stops now.
+One that comes before there is anything to finish ends the process by itself, with the status of a stopped run.
 
 A handler writes the signal down and says at once what will happen; the train loop looks at it between steps, a start
 between its parts, and both agree with the other ranks.
@@ -10,14 +11,50 @@ it got. So what follows within a second is the same request.
 import os
 import signal
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from megalith.launch import SECONDS_OF_ONE_REQUEST
+from megalith.launch import SECONDS_OF_ONE_REQUEST, STOPPING
 
+if TYPE_CHECKING:
+    from megalith.config import Run
+
+STOPPED_BY_SIGNAL = 75  # saved, or there was nothing to save yet; the same command goes on
+STOPPED_UNSAVED = 76  # a signal stopped a run that has no --save
 WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def stopped_status(run: "Run") -> int:
+    """What a run ends with that a signal stopped."""
+    return STOPPED_BY_SIGNAL if run.checkpoint.save is not None else STOPPED_UNSAVED
+
+
+@contextmanager
+def ending_at_once(status: int, *, speaks: bool) -> Iterator[None]:
+    """While entered, the watched signals end the process with this status, as nothing has been begun; `StopSignals` may
+    take them over meanwhile. What waited, because a launcher has blocked it, comes now.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if speaks:
+            _say(f"{signal.Signals(number).name}: the run ends before its first step")
+        os._exit(status)
+
+    before = {number: signal.signal(number, end) for number in WATCHED}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    # Not by print, which may be in the middle of a line.
+    with suppress(OSError):
+        os.write(2, f"megalith: {text}\n".encode())
 
 
 class StopSignals:
@@ -49,10 +86,7 @@ class StopSignals:
         if self.received is None:
             self.received, self._at = signal.Signals(number), self._clock()
             if self._speaks:
-                said = f"megalith: {self.received.name}: {self.effect}; a second signal ends it at once\n"
-                # Not by print, which may be in the middle of a line.
-                with suppress(OSError):
-                    os.write(2, said.encode())
+                _say(f"{self.received.name}: {self.effect}; a second signal ends it at once")
         elif self._clock() - self._at > SECONDS_OF_ONE_REQUEST:
             # What was committed is whole whatever happens now; nothing here may wait.
             os._exit(128 + number)

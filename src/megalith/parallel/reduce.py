@@ -33,6 +33,9 @@ class Reduction(Protocol):
     def before_last_backward(self) -> None:
         """The next backward pass is the step's last: what it completes may travel."""
 
+    def after_last_backward(self) -> None:
+        """It is over: what it did not complete leaves before anything else travels in the same group."""
+
     def finish(self) -> None:
         """All gradients that the optimizer will look at are those of the whole step."""
 
@@ -74,6 +77,7 @@ class _Buckets:
         self._bucket_of = {id(p): number for number, bucket in enumerate(self._buckets) for p in bucket}
         self._missing: list[int] = []
         self._travelling: list[tuple[Any, Tensor]] = []
+        self._overlap = overlap
         if overlap:
             for bucket in self._buckets:
                 for parameter in bucket:
@@ -101,11 +105,19 @@ class _Buckets:
         """Take over what has come."""
         raise NotImplementedError
 
+    def after_last_backward(self) -> None:
+        """What this rank could not complete leaves, so that it has the same place among what travels on every rank."""
+        if self._overlap:
+            self._send_rest()
+
+    def _send_rest(self) -> None:
+        while len(self._travelling) < len(self._buckets):
+            self._send_next()
+
     @torch.no_grad()
     def finish(self) -> None:
         """All gradients that the optimizer will look at are those of the whole step."""
-        while len(self._travelling) < len(self._buckets):
-            self._send_next()
+        self._send_rest()
         for bucket, (work, summed) in zip(self._buckets, self._travelling, strict=True):
             work.wait()
             self._arrived(bucket, summed)
@@ -137,6 +149,9 @@ class FixedOrder:
 
     def before_last_backward(self) -> None:
         """Nothing may travel early: the order is fixed."""
+
+    def after_last_backward(self) -> None:
+        """Nothing has travelled yet."""
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -223,6 +238,9 @@ class Sharded:
         """The optimizer will change the shards, so nothing gathered may stay."""
         for part in self._parts:
             part.set_reshard_after_backward(True)
+
+    def after_last_backward(self) -> None:
+        """FSDP2 has reduced in it."""
 
     def finish(self) -> None:
         """The gradients are the shards of the sums."""

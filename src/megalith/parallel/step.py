@@ -67,6 +67,8 @@ class WholeModel:
                     losses.sum().backward()
             sums = losses.detach() if sums is None else sums + losses.detach()
         assert sums is not None, "a step has a microbatch"
+        if backward:
+            self._reduction.after_last_backward()
         return all_reduce(sums, self._group)
 
 
