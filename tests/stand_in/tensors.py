@@ -67,6 +67,9 @@ class OnDevice(torch.Tensor):
     ) -> Any:
         return compute(func, args, kwargs or {})
 
+    def data_ptr(self) -> int:
+        return self.beneath.data_ptr()
+
     def tolist(self) -> Any:
         _wait()
         return self.beneath.tolist()
