@@ -37,6 +37,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.parametrize(("place", "said"), [("0", 1), ("1", 0)])
+def test_a_mistake_is_said_by_one_rank_of_a_node(place: str, said: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", place)):
+        monkeypatch.setenv(name, value)
+    done = megalith("pretrain", "--num-layer", "3")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == said
+
+
 def test_without_words_the_commands_are_listed() -> None:
     done = megalith()
     assert done.returncode == 2

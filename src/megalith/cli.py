@@ -134,12 +134,19 @@ def usage() -> str:
 
 def pretrain(words: Sequence[str], started: float) -> int:
     """Train a model from a preset, a run file or flags; the same command goes on where it stopped."""
+    from megalith.config import ConfigError
     from megalith.sources import flag_parser, read_command_line
 
     if "-h" in words or "--help" in words:
         flag_parser().print_help()
         return 0
-    run = read_command_line(words)
+    try:
+        run = read_command_line(words)
+    except ConfigError:
+        # Said by one rank of each node.
+        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+            raise
+        return FAULT
     if run.parallel.nproc is not None and "RANK" not in os.environ:
         return start_ranks(words, run)
     if "TORCHELASTIC_RUN_ID" in os.environ:
