@@ -10,7 +10,18 @@ PACKAGE = Path(__file__).parent.parent / "src" / "megalith"
 
 # Who may import whom: a module imports only from strictly lower levels, or from its own part.
 LEVELS = [
-    {"allocator", "command_line", "descriptors", "fields", "files", "kernels", "launch", "terminal", "threads"},
+    {
+        "allocator",
+        "command_line",
+        "descriptors",
+        "fields",
+        "files",
+        "kernels",
+        "later",
+        "launch",
+        "terminal",
+        "threads",
+    },
     {"layers", "data", "optim", "monitor"},
     {"models"},
     {"parallel", "checkpoint"},

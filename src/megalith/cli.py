@@ -157,7 +157,7 @@ def pretrain(words: Sequence[str], started: float) -> int:
 
     # A launcher speaks for its ranks.
     speaks = os.environ.get("RANK", "0") == "0" and STORE_VARIABLE not in os.environ
-    with ending_at_once(stopped_status(run), speaks=speaks):
+    with ending_at_once(stopped_status(saves=run.checkpoint.save is not None), speaks=speaks):
         return _pretrain(words, run, started)
 
 

@@ -61,7 +61,7 @@ def train(run: Run, *, started: float) -> int:
         pipeline=run.parallel.pipeline_model_parallel_size,
         context=run.parallel.context_parallel_size,
     )
-    inherited = leave_threads_of_parent()
+    inherited, stopped = leave_threads_of_parent(), stopped_status(saves=run.checkpoint.save is not None)
     with ExitStack() as stack:
         device = choose_device(run.parallel.device, layout.local_rank)
         refuse_what_cannot_fit(run, layout, device)
@@ -81,16 +81,16 @@ def train(run: Run, *, started: float) -> int:
         signals = stack.enter_context(StopSignals("the run ends before its first step", speaks=speaks))
         asked, run = run, prepare_corpus(run, layout, log)
         if was_stopped(signals, log):
-            return stopped_status(run)
+            return stopped
         job = build_job(run, layout, device, log, started=started)
         watch.follow(Places(job))
         if was_stopped(signals, log):
-            return stopped_status(run)
+            return stopped
         keeper = stack.enter_context(Keeper(job, lease))
         with job.timers("model-and-optimizer-setup"):
             resume(job)
         if was_stopped(signals, log):
-            return stopped_status(run)
+            return stopped
         log.report(PlaceReached("after model, optimizer, and learning rate scheduler are built"))
         open_data(job)
         tell_what_is_compared(job)
@@ -106,7 +106,7 @@ def train(run: Run, *, started: float) -> int:
         # From here on a signal lets a step be done; one that came before does not.
         signals.effect = f"the run finishes its step{', saves' if run.checkpoint.save is not None else ''} and ends"
         if was_stopped(signals, log):
-            return stopped_status(run)
+            return stopped
         reason = run_steps(job, keeper, signals)
         if reason is None:
             reason = finish(job, keeper, signals)
@@ -129,7 +129,7 @@ def train(run: Run, *, started: float) -> int:
         return 0
     if reason in EXIT_STATUS:
         return EXIT_STATUS[reason]
-    return stopped_status(run)
+    return stopped
 
 
 def said_of_finished(job: Job) -> str:

@@ -14,21 +14,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from megalith.launch import SECONDS_OF_ONE_REQUEST, STOPPING
-
-if TYPE_CHECKING:
-    from megalith.config import Run
 
 STOPPED_BY_SIGNAL = 75  # saved, or there was nothing to save yet; the same command goes on
 STOPPED_UNSAVED = 76  # a signal stopped a run that has no --save
 WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def stopped_status(run: "Run") -> int:
-    """What a run ends with that a signal stopped."""
-    return STOPPED_BY_SIGNAL if run.checkpoint.save is not None else STOPPED_UNSAVED
+def stopped_status(*, saves: bool) -> int:
+    """What a run ends with that a signal stopped; saves: whether it has a directory for that."""
+    return STOPPED_BY_SIGNAL if saves else STOPPED_UNSAVED
 
 
 @contextmanager
