@@ -27,13 +27,13 @@ from megalith.config import ConfigError, Run
 from megalith.derived import compute_dtype, global_batch_size
 from megalith.job import Job, build_job
 from megalith.keeper import Keeper
-from megalith.launch import launch
+from megalith.launch import launch, ranks_in
 from megalith.loaders import open_data
 from megalith.monitor.flops import TERA
 from megalith.monitor.log import RunLog
 from megalith.monitor.memory import memory_use
 from megalith.monitor.timers import STEP_TIMERS, Timers
-from megalith.parallel.mesh import Layout, choose_device, joined, make_layout, ranks_in
+from megalith.parallel.mesh import Layout, choose_device, joined, make_layout
 from megalith.plan.ceiling import measure_matmul_flops
 from megalith.planned import vocabulary_of
 from megalith.sources import read_command_line

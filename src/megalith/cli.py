@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO, cast
 
 from megalith.command_line import CommandParser
 from megalith.descriptors import allow_most_descriptors, descriptor_remedy, open_standard_streams
-from megalith.launch import PEER_LOST, STORE_VARIABLE, PeerLostError, end_with_parent
+from megalith.launch import PEER_LOST, PeerLostError, end_with_parent, ranks_in, speaks_for_all
 from megalith.terminal import Answer, printable, why_no_text
 
 if TYPE_CHECKING:
@@ -135,16 +135,17 @@ def usage() -> str:
 def pretrain(words: Sequence[str], started: float) -> int:
     """Train a model from a preset, a run file or flags; the same command goes on where it stopped."""
     from megalith.config import ConfigError
-    from megalith.sources import flag_parser, read_command_line
+    from megalith.sources import flag_parser, moved_run_files, read_command_line
 
     if "-h" in words or "--help" in words:
         flag_parser().print_help()
         return 0
+    rank, world_size, local_rank = ranks_in(os.environ)
     try:
         run = read_command_line(words)
     except ConfigError:
         # Said by one rank of each node.
-        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+        if local_rank == 0:
             raise
         return FAULT
     if run.parallel.nproc is not None and "RANK" not in os.environ:
@@ -155,29 +156,20 @@ def pretrain(words: Sequence[str], started: float) -> int:
 
     from megalith.monitor.signals import ending_at_once, stopped_status
 
-    # A launcher speaks for its ranks.
-    speaks = os.environ.get("RANK", "0") == "0" and STORE_VARIABLE not in os.environ
-    with ending_at_once(stopped_status(saves=run.checkpoint.save is not None), speaks=speaks):
-        return _pretrain(words, run, started)
+    status = stopped_status(saves=run.checkpoint.save is not None)
+    with ending_at_once(status, speaks=speaks_for_all(rank)):
+        from megalith.check import check
+        from megalith.check_files import file_faults
 
+        if faults := [*check(run, world_size), *file_faults(run), *moved_run_files(words, run)]:
+            # One rank of each node, which has a command line and files of its own; the others fail alike.
+            if local_rank == 0:
+                raise ConfigError(faults)
+            return FAULT
 
-def _pretrain(words: Sequence[str], run: "Run", started: float) -> int:
-    from megalith.check import check
-    from megalith.check_files import file_faults
-    from megalith.config import ConfigError
-    from megalith.parallel.mesh import ranks_in
-    from megalith.sources import moved_run_files
+        from megalith.train import train
 
-    _, world_size, local_rank = ranks_in(os.environ)
-    if faults := [*check(run, world_size), *file_faults(run), *moved_run_files(words, run)]:
-        # One rank of each node, which has a command line and files of its own; the others fail alike.
-        if local_rank == 0:
-            raise ConfigError(faults)
-        return FAULT
-
-    from megalith.train import train
-
-    return train(run, started=started)
+        return train(run, started=started)
 
 
 def start_ranks(words: Sequence[str], run: "Run") -> int:

@@ -47,6 +47,30 @@ class PeerLostError(Exception):
     """Another rank died, failed or hangs, so this one cannot go on; the message names it."""
 
 
+def ranks_in(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, world size, local rank) that torchrun or SLURM announces in the environment; (0, 1, 0) without either.
+
+    Raises ValueError for numbers that no launcher would give.
+    """
+    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
+        rank, world, local = names
+        if rank not in environment or world not in environment:
+            continue
+        said = {name: environment.get(name, "0") for name in names}
+        for name, text in said.items():
+            if not (text.isascii() and text.isdigit()):
+                raise ValueError(f"{name} = {text}: is no rank or number of ranks. Leave it to torchrun or srun.")
+        if int(said[rank]) >= int(said[world]):
+            raise ValueError(f"{rank} = {said[rank]}: must be below {world} = {said[world]}. Correct one of them.")
+        return int(said[rank]), int(said[world]), int(said[local])
+    return 0, 1, 0
+
+
+def speaks_for_all(rank: int) -> bool:
+    """Whether this rank says what a signal does: rank 0, but where a launcher speaks for its ranks."""
+    return rank == 0 and STORE_VARIABLE not in os.environ
+
+
 def end_with_parent() -> None:
     """From now on the kernel kills this process when its parent has died, whatever it is doing."""
     parent = os.getppid()
@@ -73,7 +97,7 @@ def launch(
         lost = status in (1, PEER_LOST, HUNG) or status > 128
         if not lost or launcher.stopping is not None or restarts == max_restarts:
             break
-        _say(f"starting the {num_ranks} ranks again, restart {restarts + 1} of {max_restarts}")
+        say(f"starting the {num_ranks} ranks again, restart {restarts + 1} of {max_restarts}")
     return status
 
 
@@ -124,7 +148,7 @@ class _Launcher:
         if self.stopping is None:
             self.stopping, self.stopped_at = number, now
             self.kill_at = now + self.stop_grace
-            _say(f"{number.name}: the ranks finish their step, save and end; a second signal ends them at once")
+            say(f"{number.name}: the ranks finish their step, save and end; a second signal ends them at once")
         elif now - self.stopped_at > SECONDS_OF_ONE_REQUEST:
             self.kill_at = min(self.kill_at or now, now) + SECONDS_TO_FOLLOW
         for rank, process in enumerate(self.ranks):
@@ -145,7 +169,7 @@ class _Launcher:
     def _kill(self) -> None:
         left = [rank for rank in range(len(self.ranks)) if rank not in self.statuses]
         if left and self.stopping is not None and time.monotonic() >= self.stopped_at + self.stop_grace:
-            _say(f"{_named(left)} did not end within --stop-grace = {self.stop_grace:g} s; the last commit is whole")
+            say(f"{_named(left)} did not end within --stop-grace = {self.stop_grace:g} s; the last commit is whole")
         for rank in left:
             self.ranks[rank].kill()
             self.killed.add(rank)
@@ -167,10 +191,10 @@ class _Launcher:
             number = signal.Signals(-status)
             followed = "; the others were ended" if len(self.ranks) > 1 else ""
             process = self.ranks[rank].pid
-            _say(f"rank {rank} (process {process}) was ended by {number.name}{followed}{HINTS.get(number, '')}")
+            say(f"rank {rank} (process {process}) was ended by {number.name}{followed}{HINTS.get(number, '')}")
             return 128 - status
         if status in (1, PEER_LOST):
-            _say(f"rank {rank} ended with status {status}: what it printed above says why")
+            say(f"rank {rank} ended with status {status}: what it printed above says why")
         return status
 
 
@@ -214,7 +238,7 @@ def _named(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """One line on the error stream, if anyone reads it."""
     try:
         os.write(2, f"megalith: {text}\n".encode())

@@ -25,7 +25,7 @@ from megalith.evaluations import evaluate_if_owed, is_finished
 from megalith.guard import EXIT_STATUS, leaves_out, may_save, reason_to_give_up, report_slow_ranks
 from megalith.job import Job, build_job, open_log
 from megalith.keeper import Keeper, has_checkpoint, keep_what_is_trained, try_save_directory
-from megalith.launch import STORE_VARIABLE
+from megalith.launch import speaks_for_all
 from megalith.loaders import open_data
 from megalith.monitor.events import PlaceReached, RunEnded, StepDone, TrainingStarted, Warned
 from megalith.monitor.log import RunLog
@@ -76,9 +76,9 @@ def train(run: Run, *, started: float) -> int:
         log = stack.enter_context(open_log(run, layout))
         if inherited:
             log.report(Warned(f"this process was forked: it computes with 1 thread, not {inherited}; spawn keeps all"))
-        # A launcher speaks for its ranks.
-        speaks = layout.rank == 0 and STORE_VARIABLE not in os.environ
-        signals = stack.enter_context(StopSignals("the run ends before its first step", speaks=speaks))
+        signals = stack.enter_context(
+            StopSignals("the run ends before its first step", speaks=speaks_for_all(layout.rank))
+        )
         asked, run = run, prepare_corpus(run, layout, log)
         if was_stopped(signals, log):
             return stopped

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalith.parallel.mesh import AXES, Groups, Layout, make_groups, ranks_in
+from megalith.launch import ranks_in
+from megalith.parallel.mesh import AXES, Groups, Layout, make_groups
 from megalith.parallel.shard import replica_mesh
 from tests.ranks import run_ranks
 

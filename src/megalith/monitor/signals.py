@@ -12,11 +12,11 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
-from megalith.launch import SECONDS_OF_ONE_REQUEST, STOPPING
+from megalith.launch import SECONDS_OF_ONE_REQUEST, STOPPING, say
 
 STOPPED_BY_SIGNAL = 75  # saved, or there was nothing to save yet; the same command goes on
 STOPPED_UNSAVED = 76  # a signal stopped a run that has no --save
@@ -36,7 +36,7 @@ def ending_at_once(status: int, *, speaks: bool) -> Iterator[None]:
 
     def end(number: int, frame: FrameType | None) -> None:
         if speaks:
-            _say(f"{signal.Signals(number).name}: the run ends before its first step")
+            say(f"{signal.Signals(number).name}: the run ends before its first step")
         os._exit(status)
 
     before = {number: signal.signal(number, end) for number in WATCHED}
@@ -46,12 +46,6 @@ def ending_at_once(status: int, *, speaks: bool) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _say(text: str) -> None:
-    # Not by print, which may be in the middle of a line.
-    with suppress(OSError):
-        os.write(2, f"megalith: {text}\n".encode())
 
 
 class StopSignals:
@@ -83,7 +77,7 @@ class StopSignals:
         if self.received is None:
             self.received, self._at = signal.Signals(number), self._clock()
             if self._speaks:
-                _say(f"{self.received.name}: {self.effect}; a second signal ends it at once")
+                say(f"{self.received.name}: {self.effect}; a second signal ends it at once")
         elif self._clock() - self._at > SECONDS_OF_ONE_REQUEST:
             # What was committed is whole whatever happens now; nothing here may wait.
             os._exit(128 + number)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 from torch.distributed import ProcessGroup
 
-from megalith.launch import STORE_VARIABLE
+from megalith.launch import STORE_VARIABLE, ranks_in
 from megalith.monitor.peers import Peer, this_process
 from megalith.parallel.rendezvous import call_roll, on_one_host, open_store
 
@@ -107,25 +107,6 @@ class Groups:
         agreed = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.world)
         return [int(number) for number in agreed]
-
-
-def ranks_in(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, world size, local rank) that torchrun or SLURM announces in the environment; (0, 1, 0) without either.
-
-    Raises ValueError for numbers that no launcher would give.
-    """
-    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
-        rank, world, local = names
-        if rank not in environment or world not in environment:
-            continue
-        said = {name: environment.get(name, "0") for name in names}
-        for name, text in said.items():
-            if not (text.isascii() and text.isdigit()):
-                raise ValueError(f"{name} = {text}: is no rank or number of ranks. Leave it to torchrun or srun.")
-        if int(said[rank]) >= int(said[world]):
-            raise ValueError(f"{rank} = {said[rank]}: must be below {world} = {said[world]}. Correct one of them.")
-        return int(said[rank]), int(said[world]), int(said[local])
-    return 0, 1, 0
 
 
 def make_layout(environment: Mapping[str, str], *, tensor: int, pipeline: int, context: int = 1) -> Layout:

@@ -26,10 +26,10 @@ from megalith.data.survey import Survey
 from megalith.data.tokenizer import Tokenizer
 from megalith.datasets import SPOKEN, Report, identify_token_files, open_corpus
 from megalith.derived import sequence_length
+from megalith.launch import ranks_in
 from megalith.models.retrieval import Retriever, num_candidates
 from megalith.models.shape import shape_of
 from megalith.parallel.apply import BuildPart
-from megalith.parallel.mesh import ranks_in
 from megalith.parallel.step import Batch
 from megalith.sentence_datasets import tell_map, use_of
 from megalith.task import Baseline, Fit, Origin, Task, made_up, stack_flops
