@@ -16,13 +16,14 @@ LEVELS = [
         "descriptors",
         "fields",
         "files",
+        "host_tree",
         "kernels",
         "later",
         "launch",
         "terminal",
         "threads",
     },
-    {"layers", "data", "optim", "monitor"},
+    {"layers", "data", "optim", "monitor", "ranks"},
     {"models"},
     {"parallel", "checkpoint"},
     {"evaluate", "plan"},
@@ -56,11 +57,13 @@ LEVELS = [
         "candidates",
         "evaluations",
         "forecast",
+        "generating",
         "guard",
         "continuity",
         "job",
         "keeper",
         "loaders",
+        "measuring",
         "owner",
         "passes",
         "planned",
@@ -105,7 +108,7 @@ FORBIDDEN_ATTRIBUTES = (
     "torch.distributed.rpc dist.rpc os.system os.popen os.startfile os.spawnl os.spawnv os.execv os.execl os.execvp "
     "subprocess.getoutput subprocess.getstatusoutput pandas.read_pickle pd.read_pickle importlib.import_module"
 ).split()
-# Collectives that send pickles; JSON between ranks goes through megalith.checkpoint.exchange.
+# Collectives that send pickles; JSON between ranks goes through megalith.ranks.
 FORBIDDEN_METHODS = (
     "all_gather_object broadcast_object_list gather_object scatter_object_list send_object_list recv_object_list "
     "unpack_archive extractall"

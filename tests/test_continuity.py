@@ -167,7 +167,11 @@ def test_a_run_may_start_from_a_checkpoint_that_is_not_the_newest(save: Path, da
 def test_what_is_refused_leaves_run_file_and_tokenizer_as_they_are(save: Path, data: Path, tmp_path: Path) -> None:
     before = contents_of(save)
     words = ("--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file", str(write_vocabulary(tmp_path)))
-    refusal(save, data, *words)
+    said = refusal(save, data, *words)
+    one, other = re.findall(r"the tokenizer is one with digest (\w{12}), and the checkpoint's is one with (.*)", said)[
+        0
+    ]
+    assert other.startswith("digest ") and one not in other and f"whose files are in {save / 'tokenizer'}" in other
     after = contents_of(save)
     assert any(name.startswith("tokenizer") for name in after) and "run.toml" in after
     assert {name for name in before if before[name] != after[name]} == {"log.jsonl"}

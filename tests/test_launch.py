@@ -260,6 +260,19 @@ def test_the_listeners_of_a_process_are_found() -> None:
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
+@pytest.mark.parametrize("nproc", [True, False], ids=["nproc", "torchrun"])
+def test_what_all_ranks_refuse_is_said_by_one_of_them(nproc: bool, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    own = command(write_data(tmp_path), tmp_path / "run", "--train-iters", "4", "--load", str(tmp_path / "empty"))
+    words = [*own, "--nproc", "2"] if nproc else [*TORCHRUN, "--nproc-per-node", "2", "-m", "megalith", *own[3:]]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    said = [line for line in ended.stderr.splitlines() if "holds no checkpoint" in line]
+    assert said == [
+        f"megalith: --load = {tmp_path / 'empty'}: holds no checkpoint. Correct the path, or leave it out."
+    ], ended.stderr
+    assert ended.returncode == (2 if nproc else 1)  # torchrun's own
+
+
 @pytest.mark.slow
 def test_a_worker_of_torchrun_that_is_killed_is_started_again_and_the_run_ends_identical(tmp_path: Path) -> None:
     from tests.test_train import assert_same

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from megalith import turns
-from megalith.checkpoint.exchange import Ranks
 from megalith.config import ConfigError, Run, compose
 from megalith.data import index_cache, index_file, survey
 from megalith.data.blend import Blend, BlendedDataset, blend_order
@@ -23,6 +22,7 @@ from megalith.data.record import write_record
 from megalith.data.survey import Survey, nothing
 from megalith.datasets import build_causal_parts, identify_token_files
 from megalith.monitor.events import BlendBuilt, Event, MapsBuilt
+from megalith.ranks import Ranks
 from megalith.turns import in_turns
 from tests.ranks import run_ranks
 

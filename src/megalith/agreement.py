@@ -12,11 +12,11 @@ from typing import Any, NoReturn
 import torch
 
 from megalith import __version__
-from megalith.checkpoint.exchange import Ranks
 from megalith.config import ConfigError, Run, known_settings
 from megalith.data.tokenizer import Tokenizer
 from megalith.fields import describe
 from megalith.monitor.peers import this_host
+from megalith.ranks import Ranks
 from megalith.terminal import say
 
 # Settings of a node alone, of which no step depends; and files that may lie elsewhere on each, whose contents are

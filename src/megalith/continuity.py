@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from megalith.checkpoint.exchange import Ranks, RanksError
 from megalith.config import Run, compose, known_settings
 from megalith.data.blend import parse_data_path
 from megalith.data.indexed import find_prefix
@@ -19,6 +18,7 @@ from megalith.data.tokenizer import Tokenizer
 from megalith.derived import dataloader_type
 from megalith.monitor.events import Warned
 from megalith.monitor.log import RunLog
+from megalith.ranks import Ranks, RanksError
 from megalith.sources import settings_of_toml
 from megalith.task import Task
 

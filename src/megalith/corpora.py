@@ -10,8 +10,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megalith.config import Run
 from megalith.data.corpus import standard_library_documents, titled_documents
 from megalith.data.indexed import IndexedWriter, best_dtype, idx_path
@@ -19,6 +17,7 @@ from megalith.data.sentences import split_sentences
 from megalith.data.tokenizer import load_tokenizer, train_byte_bpe, train_wordpiece
 from megalith.monitor.log import RunLog
 from megalith.parallel.mesh import Layout
+from megalith.ranks import Ranks
 
 SENTENCE_TASKS = ("bert", "t5", "ict")
 
@@ -39,7 +38,7 @@ def prepare_corpus(run: Run, layout: Layout, log: RunLog) -> Run:
         make = make_sentences if run.task in SENTENCE_TASKS else make_corpus
         make(prefix, run.data.corpus_vocab_size)
     if layout.world_size > 1:
-        dist.barrier()
+        Ranks().wait_for_all()
     return dataclasses.replace(run, data=dataclasses.replace(run.data, corpus=None, **_settings(run, prefix)))
 
 
@@ -72,7 +71,7 @@ def prepare_shapes(run: Run, layout: Layout, log: RunLog) -> Run:
 
         draw_set(folder)
     if layout.world_size > 1:
-        dist.barrier()
+        Ranks().wait_for_all()
     return dataclasses.replace(run, data=dataclasses.replace(run.data, corpus=None, data_path=(os.fspath(folder),)))
 
 

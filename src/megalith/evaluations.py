@@ -15,6 +15,7 @@ from megalith.monitor import lines
 from megalith.monitor.events import Evaluated
 from megalith.monitor.signals import StopSignals
 from megalith.passes import run_microbatches
+from megalith.ranks import Ranks
 
 
 class Owed(NamedTuple):
@@ -94,7 +95,7 @@ def evaluate(job: Job, part: str, signals: StopSignals, *, final: bool) -> str |
 
 def signal_agreed(job: Job, signals: StopSignals) -> str | None:
     """The name of a signal that any rank got; every rank calls it."""
-    number = job.groups.agree([int(signals.received or 0)])[0]
+    number = Ranks().largest([int(signals.received or 0)])[0]
     return signal.Signals(number).name if number else None
 
 
@@ -103,4 +104,4 @@ def is_finished(job: Job) -> bool:
     if job.progress.owes is None:
         return True
     finished = job.book.finished_step() if job.book is not None else None
-    return job.groups.agree([0 if finished is None else finished])[0] == job.progress.step
+    return Ranks().largest([0 if finished is None else finished])[0] == job.progress.step

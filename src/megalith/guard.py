@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 from megalith.checkpoint.directory import CheckpointError, StepDirectory, discard, list_checkpoints
-from megalith.checkpoint.exchange import Ranks, RanksError
 from megalith.checkpoint.shards import DamagedError
 from megalith.checkpoint.store import steps_together
 from megalith.files import DISK
@@ -19,6 +18,7 @@ from megalith.monitor.troubles import RankIsSlow, ReplicasCompared, Rewound, Spi
 from megalith.optim.clip import global_norm
 from megalith.optim.finite import GRAD_NORM, Measured
 from megalith.parallel.replicas import Difference, all_alike, differences, digests_held, folded
+from megalith.ranks import Ranks, RanksError
 from megalith.resume import load
 from megalith.run_state import restore
 
@@ -216,7 +216,7 @@ def report_slow_ranks(job: Job) -> None:
         return
     microseconds = [0] * layout.world_size
     microseconds[layout.rank] = max(1, round(own * 1e6))
-    seconds = {rank: number / 1e6 for rank, number in enumerate(job.groups.agree(microseconds))}
+    seconds = {rank: number / 1e6 for rank, number in enumerate(Ranks().largest(microseconds))}
     in_stage = layout.world_size // layout.pipeline
     stages = [range(first, first + in_stage) for first in range(0, layout.world_size, in_stage)]
     for slow in slow_ranks(seconds, stages, ratio=ratio):

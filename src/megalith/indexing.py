@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from torch import nn
 
 from megalith.agreement import require_same
@@ -29,6 +28,7 @@ from megalith.files import DISK, TEMPORARY_SUFFIX, Disk, make_directories
 from megalith.launch import end_with_parent, launch
 from megalith.parallel.mesh import Layout, choose_device, joined, make_layout
 from megalith.parallel.settings import ParallelConfig
+from megalith.ranks import Ranks
 from megalith.trained import run_of
 from megalith.trained_retrieval import TrainedRetriever, digest_of_weights, embed, open_retriever
 from megalith.turns import in_turns
@@ -274,7 +274,7 @@ def clear(folder: Path, *, disk: Disk) -> None:
 
 def _wait(layout: Layout) -> None:
     if layout.world_size > 1:
-        dist.barrier()
+        Ranks().wait_for_all()
 
 
 def _say(layout: Layout, text: str) -> None:

@@ -59,6 +59,7 @@ from megalith.optim.schedule import Schedule, make_schedule
 from megalith.parallel.apply import TIED, Laid, Sizes, lay_out
 from megalith.parallel.mesh import Groups, Layout, make_groups
 from megalith.parallel.seen import SeenLosses
+from megalith.ranks import Ranks
 from megalith.task import Task
 from megalith.task_rows import TASK_ROWS
 
@@ -182,7 +183,7 @@ def build_job(run: Run, layout: Layout, device: torch.device, log: RunLog, *, st
     with timers("model-and-optimizer-setup"):
         laid, seen = lay_out_model(run, task, layout, groups, device, vocab_size=vocab_size, compiled=compiled)
         optimizer = build_optimizer(laid.trained, run.optimizer, same_on_every_cut=run.parallel.deterministic)
-    log.report(model_built(task, laid, layout, groups))
+    log.report(model_built(task, laid, layout))
     schedule = make_schedule(
         run.optimizer,
         global_batch_size=global_batch_size(run, layout.data),
@@ -284,20 +285,24 @@ def model_sizes(run: Run, task: Task, vocab_size: int, dtype: torch.dtype) -> Si
     )
 
 
-def model_built(task: Task, laid: Laid, layout: Layout, groups: Groups) -> ModelBuilt:
+def model_built(task: Task, laid: Laid, layout: Layout) -> ModelBuilt:
     """How many parameters there are, and on each rank of the model, in Megatron-LM's order."""
     counts = [0] * (layout.pipeline * layout.tensor)
     counts[layout.place("pipeline") * layout.tensor + layout.place("tensor")] = laid.num_parameters
-    counts = groups.agree(counts)
+    # The last stage's copy of a tied table is not another parameter.
+    copies = set() if layout.is_first_stage or not laid.has_tied_copy else {TIED}
+    of_stages = [0] * layout.pipeline
+    of_stages[layout.place("pipeline")] = sum(
+        math.prod(held.whole) for name, held in laid.trained.held.items() if name not in copies
+    )
+    found = Ranks().largest([*counts, *of_stages])
+    counts, of_stages = found[: len(counts)], found[len(counts) :]
     ranks = [
         RankParameters(tensor, stage, counts[stage * layout.tensor + tensor])
         for stage in range(layout.pipeline)
         for tensor in range(layout.tensor)
     ]
-    # The last stage's copy of a tied table is not another parameter.
-    copies = set() if layout.is_first_stage or not laid.has_tied_copy else {TIED}
-    own = sum(math.prod(held.whole) for name, held in laid.trained.held.items() if name not in copies)
-    return ModelBuilt(task.title, groups.total_over_stages(own), tuple(ranks))
+    return ModelBuilt(task.title, sum(of_stages), tuple(ranks))
 
 
 def announce_start(

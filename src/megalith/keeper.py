@@ -14,7 +14,6 @@ from megalith.checkpoint.directory import (
     sees_mark,
     try_run_directory,
 )
-from megalith.checkpoint.exchange import Ranks, RanksError
 from megalith.checkpoint.saver import AsyncSaver
 from megalith.checkpoint.store import steps_together
 from megalith.config import Run
@@ -26,6 +25,7 @@ from megalith.monitor.pace import SavePace
 from megalith.monitor.timers import Timer
 from megalith.owner import Lease, remedy_for
 from megalith.parallel.mesh import Layout
+from megalith.ranks import Ranks, RanksError
 from megalith.report import report_saved
 from megalith.run_state import notes_of, state_of, tensors_of
 from megalith.sources import write_run_file

@@ -20,12 +20,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from megalith.checkpoint.directory import discard_leftovers
-from megalith.checkpoint.exchange import Ranks
 from megalith.checkpoint.shards import DamagedError, read_file
 from megalith.config import ConfigError, Run
 from megalith.files import DISK, NO_ROOM, Disk, Location, make_directories, open_directory, sync_directory, write_whole
 from megalith.monitor.peers import Peer, this_process
 from megalith.parallel.mesh import Layout
+from megalith.ranks import Ranks
 from megalith.terminal import printable, say
 
 FILE_NAME = "lease.json"

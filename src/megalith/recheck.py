@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalith.checkpoint.exchange import Ranks
 from megalith.guard import COMPUTES_WRONGLY, MOST_NAMES
 from megalith.job import Job
 from megalith.monitor.peers import this_process
@@ -26,6 +25,7 @@ from megalith.parallel.journal import JOURNAL, Finding, Note, compare
 from megalith.parallel.reduce import Sharded, gradient_of
 from megalith.parallel.step import Batch, Timers
 from megalith.passes import run_microbatches
+from megalith.ranks import Ranks
 
 REMEMBERED_CHECKS = 100  # of which a rank may err in one, in a start of the run
 NOBODY = -1  # has erred, if what ranks exchanged differs and nothing before

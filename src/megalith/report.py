@@ -12,6 +12,7 @@ from megalith.monitor.pace import SavePace
 from megalith.monitor.profile import Profile
 from megalith.monitor.timers import STEP_TIMERS
 from megalith.monitor.troubles import SaveWasSlow
+from megalith.ranks import Ranks
 
 SHORTEST_RISK = 0.1  # hours; what takes less is done again without regret
 
@@ -83,6 +84,6 @@ def memory_of_ranks(job: Job, memory: MemoryUse | None) -> tuple[RankMemory, ...
         first = 5 * (places["pipeline"] * layout.tensor + places["tensor"])
         held = (memory.allocated, memory.max_allocated, memory.reserved, memory.max_reserved)
         figures[first : first + 5] = [layout.rank, *held]
-    figures = job.groups.agree(figures)
+    figures = Ranks().largest(figures)
     of_ranks = [figures[first : first + 5] for first in range(0, len(figures), 5)]
     return tuple(RankMemory(rank, MemoryUse(*held)) for rank, *held in of_ranks if any(held))

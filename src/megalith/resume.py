@@ -6,7 +6,6 @@ from pathlib import Path
 
 from megalith.adopt import Adoption, begin_with
 from megalith.checkpoint.directory import CheckpointError, named_step
-from megalith.checkpoint.exchange import Ranks
 from megalith.checkpoint.index import Index
 from megalith.checkpoint.pieces import Piece
 from megalith.checkpoint.settings import TRACKER
@@ -16,6 +15,7 @@ from megalith.job import Job
 from megalith.monitor.events import CheckpointLoaded, CheckpointMissing, LoadStarted, Warned
 from megalith.monitor.ledger import LedgerFile
 from megalith.optim.groups import take_optimizer_tensors
+from megalith.ranks import Ranks
 from megalith.run_state import (
     WEIGHT,
     differing,
@@ -187,7 +187,7 @@ def load(
     def wanted_of(index: Index) -> dict[str, Piece]:
         pieces.clear()
         asked = with_optimizer and not (may_lack and _lacks_optimizer(job, index))
-        pieces.update(wanted(job, index, with_optimizer=asked, adoption=adoption))
+        pieces.update(wanted(job, index, directory, with_optimizer=asked, adoption=adoption))
         if not fresh:
             check_same_samples(job.run, job.data, samples_of(job), index.state)
         return pieces
@@ -207,12 +207,19 @@ def load(
     return loaded
 
 
-def wanted(job: Job, index: Index, *, with_optimizer: bool, adoption: Adoption | None = None) -> dict[str, Piece]:
-    """The pieces to fill, once it is seen that the checkpoint is of this model, or as near as a fine-tuning needs."""
+def wanted(
+    job: Job, index: Index, directory: Path, *, with_optimizer: bool, adoption: Adoption | None = None
+) -> dict[str, Piece]:
+    """The pieces to fill, once it is seen that the checkpoint is of this model, or as near as a fine-tuning needs.
+
+    directory: of the run that saved it.
+    """
     # Another head takes nothing from the output layer.
     may_differ = () if adoption is None else (*adoption.fit.may_differ, "untie_embeddings_and_output_weights")
     faults = [
-        f"{name} is {stored} in the checkpoint and {value} in this run"
+        _other_tokenizer(stored, value, directory)
+        if name == "tokenizer"
+        else f"{name} is {stored} in the checkpoint and {value} in this run"
         for name, stored, value in differing(index.state["model"], identity_of(job))
         if name not in may_differ
     ]
@@ -234,6 +241,14 @@ def wanted(job: Job, index: Index, *, with_optimizer: bool, adoption: Adoption |
             f"{job.run.optimizer.optimizer}. Give the optimizer of before, or --no-load-optim"
         )
     return {**weight_pieces(job), **{name: piece.to_fill() for name, piece in pieces.items()}}
+
+
+def _other_tokenizer(stored: str | None, own: str | None, directory: Path) -> str:
+    """That the run reads text by another tokenizer, and where the checkpoint's is to be had."""
+    kept = directory / "tokenizer"
+    here, there = ("none" if digest is None else f"one with digest {digest[:12]}" for digest in (own, stored))
+    place = f", whose files are in {kept}" if stored is not None and kept.is_dir() else ""
+    return f"the tokenizer is {here}, and the checkpoint's is {there}{place}"
 
 
 def _lacks_optimizer(job: Job, index: Index) -> bool:

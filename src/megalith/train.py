@@ -16,7 +16,6 @@ from torch import Tensor
 
 from megalith.agreement import require_same_settings
 from megalith.allocator import keep_freed_memory
-from megalith.checkpoint.exchange import Ranks
 from megalith.closing import tell_what_next
 from megalith.config import Run
 from megalith.corpora import prepare_corpus
@@ -38,6 +37,7 @@ from megalith.optim.schedule import learning_rate
 from megalith.owner import owned
 from megalith.parallel.mesh import choose_device, joined, make_layout
 from megalith.passes import take_passes
+from megalith.ranks import Ranks
 from megalith.recheck import is_due, take_checked_passes, tell_what_is_compared
 from megalith.report import open_profile, report_interval
 from megalith.resume import resume
@@ -332,7 +332,7 @@ def reason_to_stop(job: Job, signals: StopSignals, keeper: Keeper) -> str | None
     late = train.exit_duration_in_mins is not None and minutes > train.exit_duration_in_mins
     number = int(signals.received or 0)
     # One small reduction on the host: what one rank got or found, a signal, a clock past its hour, stops all.
-    number, late_anywhere, not_saved = job.groups.agree([number, int(late), int(keeper.asks_to_stop)])
+    number, late_anywhere, not_saved = Ranks().largest([number, int(late), int(keeper.asks_to_stop)])
     if number:
         return signal.Signals(number).name
     if not_saved:

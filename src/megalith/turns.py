@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megalith.checkpoint.exchange import Ranks, RanksError
-from megalith.checkpoint.saver import LONGEST_WAIT
 from megalith.config import ConfigError
 from megalith.data.survey import Survey, nothing
+from megalith.host_tree import EVERYONE
 from megalith.monitor.peers import this_host
+from megalith.ranks import Ranks, RanksError
 from megalith.terminal import say
 
 Value = TypeVar("Value")
@@ -29,7 +29,7 @@ def in_turns(work: Callable[[Survey], Value], *, moved: Callable[[], None] = not
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return work(Survey(moved=moved, say=say))
     # Whether a rank at work hangs is for the watch to find, not for a limit of a collective.
-    ranks = Ranks(dist.new_group(backend="gloo", timeout=LONGEST_WAIT))
+    ranks = Ranks(EVERYONE.patient_tree())
     hosts = ranks.gather(this_host())
     first = hosts.index(hosts[ranks.rank])
     turn = 0 if ranks.rank == 0 else 1 if first == ranks.rank else 2
@@ -52,5 +52,4 @@ def in_turns(work: Callable[[Survey], Value], *, moved: Callable[[], None] = not
         except RanksError as error:
             raise (failed[0] if failed else ConfigError(())) from error
         told |= found[0] if number == 0 else found[first]
-    dist.destroy_process_group(ranks.group)
     return results[0]

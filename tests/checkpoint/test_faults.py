@@ -13,11 +13,11 @@ import torch
 
 from megalith.checkpoint import store
 from megalith.checkpoint.directory import CheckpointError, step_name
-from megalith.checkpoint.exchange import Ranks
 from megalith.checkpoint.pieces import whole
 from megalith.checkpoint.retention import delete_old
 from megalith.checkpoint.store import save
 from megalith.files import Disk
+from megalith.ranks import Ranks
 from tests.checkpoint.runs import load_newest, names_in, pieces_of, save_step, tensors_at
 from tests.disks import HookedDisk, Moment, failing_disk, killing_disk, recording_disk
 from tests.ranks import run_ranks, watch_ranks

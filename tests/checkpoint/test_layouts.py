@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 
 from megalith.checkpoint.directory import CheckpointError
-from megalith.checkpoint.exchange import Ranks, RanksError
 from megalith.checkpoint.index import Index
 from megalith.checkpoint.pieces import Piece, whole
 from megalith.checkpoint.store import load_latest, save
 from megalith.checkpoint.verify import read_index
+from megalith.host_tree import tree_of
+from megalith.ranks import Ranks, RanksError
 from tests.checkpoint.runs import SHAPES, assert_equal, empty, pieces_of, tensors_at
 from tests.disks import failing_disk
 from tests.ranks import run_ranks
@@ -189,7 +190,13 @@ def test_a_group_of_some_ranks_saves_by_itself(tmp_path: Path) -> None:
     def on_rank(rank: int) -> None:
         group = dist.new_group([1, 2], backend="gloo")
         if rank:
-            save(tmp_path, 1, {"w": Piece(torch.full((2,), float(rank)), (4,), (2 * rank - 2,))}, {}, group=group)
+            save(
+                tmp_path,
+                1,
+                {"w": Piece(torch.full((2,), float(rank)), (4,), (2 * rank - 2,))},
+                {},
+                ranks=Ranks(tree_of(group)),
+            )
 
     run_ranks(on_rank, 3)
     tensor = torch.zeros(4)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from megalith.checkpoint.directory import CheckpointError, list_checkpoints
-from megalith.checkpoint.exchange import Ranks
 from megalith.checkpoint.retention import delete_old
+from megalith.ranks import Ranks
 from tests.checkpoint.runs import load_newest, names_in, save_step
 from tests.disks import failing_disk
 from tests.ranks import run_ranks

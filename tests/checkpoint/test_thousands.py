@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-import megalith.checkpoint.exchange as exchange_module
-from megalith.checkpoint.exchange import Ranks
+import megalith.host_tree as host_tree
 from megalith.checkpoint.fit import check_fit, fill, parts_by_file
 from megalith.checkpoint.index import Index, check_size, parse, render
 from megalith.checkpoint.pieces import (
@@ -28,6 +27,7 @@ from megalith.checkpoint.store import save
 from megalith.checkpoint.verify import check_files
 from megalith.checkpoint.writers import plan
 from megalith.files import DISK, Written
+from megalith.ranks import Ranks
 from tests.ranks import run_ranks
 
 PATH = Path("step-0000007/index.json")
@@ -192,14 +192,14 @@ def test_a_rank_reads_only_its_own_part_of_what_all_hold(tmp_path: Path) -> None
 
     def on_rank(rank: int) -> tuple[list[str], int, bool, int, int]:
         read = 0
-        from_bytes = exchange_module._from_bytes
+        from_tensor = host_tree._bytes
 
-        def counting(data: torch.Tensor) -> Any:
+        def counting(tensor: torch.Tensor) -> bytes:
             nonlocal read
-            read += data.numel()
-            return from_bytes(data)
+            read += tensor.numel()
+            return from_tensor(tensor)
 
-        exchange_module._from_bytes = counting
+        host_tree._bytes = counting
         pieces = {
             f"layers.{layer}.weight": Piece(torch.full((2, 3), float(rank)), (2 * world_size, 3), (2 * rank, 0))
             for layer in range(num_layers)

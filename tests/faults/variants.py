@@ -16,7 +16,6 @@ import megalith.train
 from megalith import owner, passes, resume, run_state
 from megalith.checkpoint import directory, index, retention, saver, store, verify
 from megalith.checkpoint.directory import StepDirectory, folder_of, list_checkpoints, step_name
-from megalith.checkpoint.exchange import Ranks
 from megalith.checkpoint.pieces import file_of
 from megalith.checkpoint.saver import HostCopy
 from megalith.checkpoint.shards import write_shard
@@ -28,6 +27,7 @@ from megalith.job import Job
 from megalith.keeper import Keeper
 from megalith.monitor.signals import StopSignals
 from megalith.optim.loss_scale import DynamicLossScale
+from megalith.ranks import Ranks
 from tests.faults.disk import Disturbance
 
 

@@ -114,13 +114,14 @@ def test_a_preset_has_the_cpus_losses(preset: str, library: Path, tmp_path: Path
     assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_run_is_saved_from_the_device_and_goes_on_there(library: Path, tmp_path: Path) -> None:
+# What several ranks say to each other of checkpoints and checks goes through the host, not through the device's groups.
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_is_saved_from_the_device_and_goes_on_there(ranks: int, library: Path, tmp_path: Path) -> None:
     words = [*MODEL, "--log-interval", "1", "--eval-iters", "0", "--lr-decay-iters", "6", "--save-interval", "2"]
-    expected, _ = run(library, "cpu", [*words, "--train-iters", "6", "--save", "whole"], folder=tmp_path)
-    first, _ = run(
-        library, "cuda", [*words, "--train-iters", "6", "--exit-interval", "4", "--save", "cut"], folder=tmp_path
-    )
-    last, _ = run(library, "cuda", [*words, "--train-iters", "6", "--save", "cut"], folder=tmp_path)
+    words += "--train-iters 6 --check-replicas 2 --check-compute 3".split() if ranks > 1 else ["--train-iters", "6"]
+    expected, _ = run(library, "cpu", [*words, "--save", "whole"], folder=tmp_path, ranks=ranks)
+    first, _ = run(library, "cuda", [*words, "--exit-interval", "4", "--save", "cut"], folder=tmp_path, ranks=ranks)
+    last, _ = run(library, "cuda", [*words, "--save", "cut"], folder=tmp_path, ranks=ranks)
     assert len(first) < len(expected) and len(last) < len(expected)
     assert [*first, *last] == pytest.approx(expected, rel=1e-5)
 

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from megalith.checkpoint.exchange import Ranks, RanksError
 from megalith.checkpoint.index import Index
 from megalith.checkpoint.pieces import DTYPES, Piece, Place, Table
 from megalith.checkpoint.shards import DamagedError, open_shard
 from megalith.checkpoint.writers import chosen, marks
 from megalith.files import Disk
+from megalith.ranks import Ranks, RanksError
 
 
 class UnfitError(ValueError):

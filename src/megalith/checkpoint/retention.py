@@ -3,10 +3,10 @@
 import stat
 
 from megalith.checkpoint.directory import CheckpointError, StepDirectory, discard, folder_of, list_checkpoints
-from megalith.checkpoint.exchange import Ranks, RanksError
 from megalith.checkpoint.shards import DamagedError
 from megalith.checkpoint.verify import read_index, verified_together
 from megalith.files import DISK, Disk, Location
+from megalith.ranks import Ranks, RanksError
 
 
 def delete_old(

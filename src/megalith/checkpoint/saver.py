@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalith.checkpoint.directory import CheckpointError, folder_of
-from megalith.checkpoint.exchange import Ranks, RanksError
 from megalith.checkpoint.index import plain_json
 from megalith.checkpoint.pieces import Piece, announce
 from megalith.checkpoint.retention import delete_old
 from megalith.checkpoint.store import Contents, write
 from megalith.checkpoint.writers import Plan, plan
 from megalith.files import DISK, NO_ROOM, Disk, Location
+from megalith.host_tree import LONGEST_WAIT, make_tree
+from megalith.ranks import Ranks, RanksError
 
 ALIGNMENT = 64  # bytes; of each tensor in host memory
-# For a rank whose disk does not return, while steps go on beside that: the watch ends it, and says where it was.
-LONGEST_WAIT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def computed(tensors: Mapping[str, Tensor]) -> torch.cuda.Event | None:
 class AsyncSaver:
     """Writes checkpoints of a run one after the other in a thread; used by all ranks alike.
 
-    It makes a process group of its own: what it says to other ranks must not mix with the training's collectives.
+    It makes process groups of its own: what it says to other ranks must not mix with the training's collectives.
     keep_last, keep_every: as in `delete_old`; keep_last=None keeps all.
     """
 
@@ -135,8 +133,7 @@ class AsyncSaver:
         self, run_dir: Location, *, keep_last: int | None = None, keep_every: int | None = None, disk: Disk = DISK
     ) -> None:
         self._run_dir, self._keep_last, self._keep_every, self._disk = run_dir, keep_last, keep_every, disk
-        group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if dist.is_initialized() else None
-        self._ranks = Ranks(group)
+        self._ranks = Ranks(make_tree(timeout=LONGEST_WAIT) if dist.is_initialized() else None)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         # A thread needs memory for its stack, which may be short when the first checkpoint is due.
         self._thread.submit(lambda: None)

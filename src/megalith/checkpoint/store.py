@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
 from torch import Tensor
 
 from megalith.checkpoint.directory import (
@@ -28,7 +27,6 @@ from megalith.checkpoint.directory import (
     new_name,
     step_name,
 )
-from megalith.checkpoint.exchange import Ranks, RanksError
 from megalith.checkpoint.fit import UnfitError, check_fit, fill
 from megalith.checkpoint.index import INDEX_NAME, Index, plain_json, render
 from megalith.checkpoint.pieces import Piece, file_of
@@ -36,6 +34,7 @@ from megalith.checkpoint.shards import DamagedError, write_shard
 from megalith.checkpoint.verify import check_together, index_together, verify, why_unread
 from megalith.checkpoint.writers import Plan, plan
 from megalith.files import DISK, Disk, Location, Written, make_directories, sync_directory, write_whole
+from megalith.ranks import Ranks, RanksError
 
 NOTHING_BEFORE = "there is none before it: a kill loses everything"
 
@@ -47,18 +46,18 @@ def save(
     state: Mapping[str, Any],
     *,
     notes: Mapping[str, Any] | None = None,
-    group: dist.ProcessGroup | None = None,
+    ranks: Ranks | None = None,
     disk: Disk = DISK,
 ) -> Path:
     """Write a checkpoint of the tensors and the state, and give its path; it exists when this returns.
 
-    Called by all ranks of the group alike (see `Ranks` for the group). tensors: what this rank holds; together the
+    Called by all ranks alike. ranks: if not all of the process group. tensors: what this rank holds; together the
     pieces must cover every tensor, copies are written once. state and notes: JSON of rank 0, as in `Index`.
 
     Raises CheckpointError on all ranks if any fails to write: then nothing of it is left, the earlier checkpoints are
     untouched, and training can go on. Raises ValueError if the pieces, the state or the step cannot be stored.
     """
-    ranks = Ranks(group)
+    ranks = ranks or Ranks()
     planned = plan(ranks, tensors)
     own = {name: tensors[name].elements for name in planned.own}
     try:
@@ -245,12 +244,12 @@ def load_latest(
     *,
     step: int | None = None,
     may_stay_unread: Callable[[str], bool] = nothing,
-    group: dist.ProcessGroup | None = None,
+    ranks: Ranks | None = None,
     disk: Disk = DISK,
 ) -> Loaded | None:
     """Fill the wanted pieces, in place, from the newest checkpoint that verifies; None if there is none at all.
 
-    Called by all ranks of the group alike; they need not be those that saved. Each reads what overlaps with its pieces,
+    Called by all ranks alike; they need not be those that saved. Each reads what overlaps with its pieces,
     so none needs memory for more than those and a few megabytes. step: only that checkpoint. may_stay_unread: the names
     of tensors that may be in the checkpoint without any rank wanting them.
 
@@ -261,7 +260,7 @@ def load_latest(
     What does not fit is refused by its index alone, for the files of a large run take minutes to verify; but where an
     earlier one fits, only after it has verified: the index of another run may lie among files that are not its own.
     """
-    ranks = Ranks(group)
+    ranks = ranks or Ranks()
     folder = folder_of(run_dir)
     steps = steps_together(ranks, run_dir)
     if step is not None:
@@ -291,7 +290,7 @@ def load_latest(
 
 @dataclass(frozen=True)
 class _Choice:
-    """Which checkpoint a run can go on from, by the indices; all ranks of the group call its methods alike."""
+    """Which checkpoint a run can go on from, by the indices; all ranks call its methods alike."""
 
     ranks: Ranks
     folder: Path

@@ -6,11 +6,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 from megalith.checkpoint.directory import check_directory
-from megalith.checkpoint.exchange import Ranks, RanksError
 from megalith.checkpoint.index import INDEX_LIMIT, INDEX_NAME, Index, parse
 from megalith.checkpoint.pieces import by_file
 from megalith.checkpoint.shards import DamagedError, open_shard, read_file
 from megalith.files import DISK, Disk, digest_of
+from megalith.ranks import Ranks, RanksError
 
 # Errors that say nothing about the bytes of a file, and what helps.
 REMEDIES = {

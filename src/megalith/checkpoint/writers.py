@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megalith.checkpoint.exchange import Ranks, RanksError
 from megalith.checkpoint.index import check_size
 from megalith.checkpoint.pieces import Piece, Table, announce, by_file, file_of, num_bytes_of, share_out
+from megalith.ranks import Ranks, RanksError
 
 
 @dataclass(frozen=True)

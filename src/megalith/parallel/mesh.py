@@ -3,6 +3,7 @@
 Rank order is Megatron-LM's, with context parallelism in its place: tensor fastest, then context, data, pipeline.
 """
 
+import hashlib
 import math
 import os
 import sys
@@ -16,9 +17,12 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 from torch.distributed import ProcessGroup
 
+from megalith.descriptors import descriptor_remedy
+from megalith.host_tree import EVERYONE
 from megalith.launch import STORE_VARIABLE, ranks_in
 from megalith.monitor.peers import Peer, this_process
 from megalith.parallel.rendezvous import call_roll, on_one_host, open_store
+from megalith.terminal import say
 
 # The axes of the mesh, outermost first.
 AXES = ("pipeline", "data", "context", "tensor")
@@ -92,22 +96,6 @@ class Groups:
     world: ProcessGroup | None = None
     embedding: ProcessGroup | None = None  # first and last stage, where the tied table stands twice
 
-    def total_over_stages(self, number: int) -> int:
-        """The sum of what each pipeline stage has."""
-        if self.pipeline is None:
-            return number
-        total = torch.tensor(number, dtype=torch.int64)
-        dist.all_reduce(total, group=self.pipeline)
-        return int(total)
-
-    def agree(self, numbers: list[int]) -> list[int]:
-        """The largest of each number over all ranks: what one rank knows, all know."""
-        if self.world is None:
-            return numbers
-        agreed = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.world)
-        return [int(number) for number in agreed]
-
 
 def make_layout(environment: Mapping[str, str], *, tensor: int, pipeline: int, context: int = 1) -> Layout:
     """This process's layout. The products were checked by check.py."""
@@ -144,10 +132,13 @@ class Company:
 def joined(
     layout: Layout, device: torch.device, *, join_timeout: float = 300.0, timeout: float = 1860.0
 ) -> Iterator[Company]:
-    """While entered, this process is in the process group: NCCL with GPUs, gloo without.
+    """While entered, this process is in the process group: NCCL with GPUs, gloo without. On the host ranks speak
+    through a tree of small groups of gloo's.
 
     A single process joins none, and a group that stands already is left as it is. join_timeout: seconds that the ranks
     wait for each other; ValueError then names the missing. timeout: seconds after which a collective fails.
+
+    A ValueError that comes out of it is said here, by the first of the ranks that raise the same, and goes on wordless.
     """
     if dist.is_initialized():
         yield Company()
@@ -164,7 +155,7 @@ def joined(
     whole = in_memory or layout.rank == 0
     peers = call_roll(store, layout.rank, layout.world_size, seconds=join_timeout, whole=whole)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        "nccl" if device.type == "cuda" else "gloo",
         store=store,
         rank=layout.rank,
         world_size=layout.world_size,
@@ -172,9 +163,25 @@ def joined(
         device_id=device if device.type == "cuda" else None,
     )
     try:
-        yield Company(tuple(peers), None if in_memory else store)
+        with EVERYONE.joined(timeout=timedelta(seconds=timeout), on_host=device.type == "cpu"):
+            yield Company(tuple(peers), None if in_memory else store)
+    except ValueError as error:
+        if descriptor_remedy(str(error)) is not None:
+            raise  # which is said with more than it says
+        if _is_first_to_say(str(error), store):
+            for line in str(error).splitlines():
+                say(line)
+        raise ValueError from error
     finally:
         dist.destroy_process_group()
+
+
+def _is_first_to_say(text: str, store: Store) -> bool:
+    """Whether no other rank has had the same to say."""
+    try:
+        return store.add(f"megalith/said/{hashlib.sha256(text.encode(errors='replace')).hexdigest()}", 1) == 1
+    except RuntimeError:
+        return True  # the store went with its keeper
 
 
 def make_groups(layout: Layout, *, timeout: float, shard_size: int | None = None) -> Groups:
@@ -225,8 +232,6 @@ class _GroupMaker:
             # NCCL splits the communicator that stands, once for all these groups.
             group = dist.split_group(split_ranks=divided, timeout=self._timeout)
             assert group is not None
-            # The options that torch hands on are NCCL's: gloo's part of the group takes its default without this.
-            group.set_timeout(self._timeout)
             return group
         mine = next(ranks for ranks in divided if self._layout.rank in ranks)
         made: ProcessGroup = dist.new_group(mine, timeout=self._timeout, use_local_synchronization=True)
