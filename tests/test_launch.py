@@ -5,6 +5,7 @@ Most of it needs no torch: the ranks are programs of a few lines.
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -248,6 +249,24 @@ def test_a_run_on_two_ranks_listens_nowhere_but_on_loopback_and_a_signal_saves_i
     seconds_until_gone(mark)
     assert shared_memory() <= before
     assert not (save / "lease.json").exists()
+
+
+def test_of_many_ranks_that_end_one_says_for_whose_death(tmp_path: Path) -> None:
+    data, mark = write_data(tmp_path), uuid.uuid4().hex
+    with subprocess.Popen(
+        command(data, tmp_path / "run", "--train-iters", "100000", "--nproc", "4"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, MARK: mark},
+    ) as process:
+        wait_for_step(process, 2)
+        (killed,) = [pid for pid in marked(mark) if b"RANK=2" in environment_of(pid)]
+        os.kill(killed, signal.SIGKILL)
+        _, said = process.communicate(timeout=120)
+    ends = re.findall(r"rank [013] ends: (.*)", said)
+    assert len(ends) == 1 and re.fullmatch(rf"rank 2 \(process {killed} on [^)]+\) has died", ends[0]), said
+    assert process.returncode == 128 + signal.SIGKILL and "Traceback" not in said
 
 
 def test_the_listeners_of_a_process_are_found() -> None:

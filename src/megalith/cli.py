@@ -76,7 +76,8 @@ def main(words: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except PeerLostError as error:
-        print(f"megalith: rank {os.environ.get('RANK', '0')} ends: {printable(str(error))}", file=sys.stderr)
+        if text := str(error):  # else another rank says it
+            print(f"megalith: rank {os.environ.get('RANK', '0')} ends: {printable(text)}", file=sys.stderr)
         return PEER_LOST
     except (MemoryError, RuntimeError, ImportError) as error:
         if descriptor_remedy(str(error)) is not None:

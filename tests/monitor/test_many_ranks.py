@@ -4,6 +4,7 @@ import faulthandler
 import math
 import random
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -64,6 +65,15 @@ class Rows:
 
     def seconds_unanswered(self) -> float:
         return 0.0
+
+    def read_at(self) -> float:
+        return time.monotonic()
+
+    def refresh(self) -> None:
+        pass
+
+    def claim(self) -> bool:
+        return True
 
     def close(self) -> None:
         pass

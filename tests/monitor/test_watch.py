@@ -4,8 +4,11 @@ import ctypes
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,8 @@ from megalith.keeper import Keeper
 from megalith.launch import HUNG, PEER_LOST
 from megalith.monitor.board import ROW_BYTES, Beat, MemoryBoard
 from megalith.monitor.events import StepDone
-from megalith.monitor.watch import find_guilty, is_stuck
+from megalith.monitor.peers import Peer, this_host, this_process
+from megalith.monitor.watch import SECONDS_TO_UNWIND, Watch, find_guilty, is_stuck
 from tests.faults.cluster import Ended, run_ranks
 from tests.faults.disk import slow
 from tests.layouts.runs import MODEL, run_on, steps_of
@@ -180,6 +184,79 @@ def test_a_rank_that_dies_ends_the_others_who_name_it(data: Path, tmp_path: Path
     print(f"the job was down {seconds:.2f} s after a rank's death (goal 2 s)")
     assert_death_of_the_first_is_told(ended)
     assert seconds < 8.0
+
+
+def test_a_rank_that_fails_is_named_and_those_that_end_for_it_are_not(tmp_path: Path) -> None:
+    ranks = [Peer(rank, 1, this_host(), 0) for rank in range(8)]
+    left = Beat(left=True, failed=True)
+    rows = dict(enumerate([Beat(), replace(left, follows=True), left, *[replace(left, follows=True)] * 5]))
+
+    def watch_of(rows: dict[int, Beat]) -> str:
+        board = MemoryBoard(str(tmp_path / "board"), 0, len(ranks))
+        with closing(board):
+            watch = Watch(0, ranks, board, hang_timeout=1.0, longest_tick=0.3)
+            return watch.lost(rows)
+
+    (tmp_path / "board").touch()
+    by_rank_2 = f"{ranks[2]} failed: what it printed says why"
+    assert watch_of(rows) == by_rank_2
+    # Whose error it was is not seen from everywhere.
+    assert watch_of({1: rows[1]}) == f"{ranks[1]} failed: what it printed says why"
+    several = watch_of(dict.fromkeys(range(1, 8), left))
+    assert several.count("failed") == 4 and several.endswith("; and 3 more") and by_rank_2 in several
+
+
+class SlowBoard:
+    """A board whose rows are read when the test says so."""
+
+    reads_all = True
+
+    def __init__(self) -> None:
+        self.rows: dict[int, bytes] = {}
+        self.at = time.monotonic()
+        self.asked = 0
+
+    def write(self, row: bytes) -> None: ...
+    def close(self) -> None: ...
+    def read(self) -> dict[int, bytes]:
+        return self.rows
+
+    def read_at(self) -> float:
+        return self.at
+
+    def refresh(self) -> None:
+        self.asked += 1
+
+    def seconds_unanswered(self) -> float:
+        return 0.0
+
+    def claim(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_a_rank_that_is_gone_has_died_only_if_its_last_word_says_nothing_else(left: bool) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        ended = Peer(1, process.pid, this_host(), 1)
+    board = SlowBoard()
+    board.rows = {1: Beat(beats=7).to_row()}
+    watch = Watch(0, [this_process(0), ended], board, hang_timeout=1.0, longest_tick=0.3)
+    # Its last word, which it gave before it ended, has not been read yet.
+    assert watch.lost() == "" and board.asked == 1
+    board.rows, board.at = {1: Beat(beats=8, left=left).to_row()}, time.monotonic()
+    assert watch.lost() == ("" if left else f"{ended} has died")
+
+
+def test_a_rank_whose_last_word_nobody_can_read_has_died_after_a_while() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        ended = Peer(1, process.pid, this_host(), 1)
+    board = SlowBoard()
+    watch = Watch(0, [this_process(0), ended], board, hang_timeout=1.0, longest_tick=0.3)
+    began = time.monotonic()
+    while not watch.lost():
+        assert time.monotonic() - began < 30
+        time.sleep(0.01)
+    assert time.monotonic() - began >= SECONDS_TO_UNWIND
 
 
 def test_a_rank_that_dies_while_settings_are_compared_ends_the_others_who_name_it(data: Path, tmp_path: Path) -> None:

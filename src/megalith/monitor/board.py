@@ -4,6 +4,7 @@ The board is not the process group: a rank that hangs in a collective has one al
 that the launcher hands to all ranks, so it needs nobody to answer; else it is torch's key-value store.
 """
 
+import fcntl
 import json
 import mmap
 import os
@@ -29,7 +30,8 @@ class Beat:
     limit: float = 0.0  # seconds that it may stay in this phase; 0: any
     waits: bool = False  # for other ranks, as far as its stack tells
     left: bool = False  # it is not watched any more
-    failed: bool = False  # and that because of an error of its own
+    failed: bool = False  # and that because of an error
+    follows: bool = False  # which was that others are lost, not one of its own
     guilty: tuple[int, ...] = ()  # the ranks on whose account it ends the job
 
     def to_row(self) -> bytes:
@@ -56,6 +58,15 @@ class Board(Protocol):
     def write(self, row: bytes) -> None: ...
     def read(self) -> dict[int, bytes]: ...
     def seconds_unanswered(self) -> float: ...
+    def read_at(self) -> float:
+        """What ranks had written by this moment, by time.monotonic, is in what `read` gives."""
+
+    def refresh(self) -> None:
+        """Have the rows read again soon."""
+
+    def claim(self) -> bool:
+        """Whether this rank may speak for those that share the board; as long as it lives, no other."""
+
     def close(self) -> None: ...
 
 
@@ -67,12 +78,13 @@ class MemoryBoard:
     def __init__(self, path: str, rank: int, world_size: int) -> None:
         self._rank = rank
         self._world_size = world_size
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            os.truncate(descriptor, ROW_BYTES * world_size)
-            self._memory = mmap.mmap(descriptor, ROW_BYTES * world_size)
-        finally:
-            os.close(descriptor)
+            os.truncate(self._descriptor, ROW_BYTES * world_size)
+            self._memory = mmap.mmap(self._descriptor, ROW_BYTES * world_size)
+        except (OSError, ValueError):
+            os.close(self._descriptor)
+            raise
 
     def write(self, row: bytes) -> None:
         begin = self._rank * ROW_BYTES
@@ -85,8 +97,22 @@ class MemoryBoard:
     def seconds_unanswered(self) -> float:
         return 0.0
 
+    def read_at(self) -> float:
+        return time.monotonic()
+
+    def refresh(self) -> None:
+        """They are read when they are asked for."""
+
+    def claim(self) -> bool:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
     def close(self) -> None:
         self._memory.close()
+        os.close(self._descriptor)
 
 
 class StoreBoard:
@@ -104,7 +130,7 @@ class StoreBoard:
         self._watched = {other: _key(other) for other in (range(world_size) if rank == 0 else [0])}
         self._row = Beat().to_row()
         self._rows: dict[int, bytes] = {}
-        self._answered = time.monotonic()
+        self._answered = self._tried = time.monotonic()
         self._written = threading.Event()
         self._over = threading.Event()
         self._interval = interval
@@ -117,6 +143,15 @@ class StoreBoard:
 
     def read(self) -> dict[int, bytes]:
         return self._rows
+
+    def read_at(self) -> float:
+        return self._tried
+
+    def refresh(self) -> None:
+        self._written.set()
+
+    def claim(self) -> bool:
+        return True  # who asks a store may wait for it for ever
 
     def seconds_unanswered(self) -> float:
         return time.monotonic() - self._answered
@@ -131,7 +166,7 @@ class StoreBoard:
         while True:
             self._written.wait(self._interval)
             self._written.clear()
-            over = self._over.is_set()
+            over, began = self._over.is_set(), time.monotonic()
             try:
                 self._store.set(_key(self._rank), self._row.decode())
                 # A rank that has not come so far has no row, for which a read would wait.
@@ -141,6 +176,7 @@ class StoreBoard:
                 self._answered = time.monotonic()
             except RuntimeError:  # torch's store is gone, or does not answer; seconds_unanswered tells
                 pass
+            self._tried = began  # also in vain: there is nothing newer
             if over:
                 return
 

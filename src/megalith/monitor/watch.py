@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
-from megalith.launch import HUNG, PEER_LOST, PeerLostError
+from megalith.launch import HUNG, PEER_LOST, STOPPING, PeerLostError
 from megalith.monitor.board import Beat, Board
 from megalith.monitor.memory import is_out_of_memory
 from megalith.monitor.noted import Held
@@ -30,6 +30,7 @@ USUAL_TICK = 0.3  # seconds between two looks
 SECONDS_FOR_A_RANK = 0.001  # of a tick, at least: looking at one takes 12 to 22 microseconds of everybody's lock
 SECONDS_TO_UNWIND = 0.7  # that a rank gets to notice by itself that another is gone
 SECONDS_TO_TELL = 0.1  # and a tick: that the others get to print where they are
+MOST_NAMED = 4  # ranks that are lost
 STREAM = 2  # the error stream's descriptor: what Python has put in its place may be unusable
 OF_TORCH = f"{os.sep}torch{os.sep}distributed{os.sep}"
 OF_THREADS = (f"{os.sep}threading.py", f"{os.sep}concurrent{os.sep}futures{os.sep}_base.py")
@@ -87,6 +88,7 @@ class Watch:
         self._held_told = 0  # the operation's number
         self._silent: dict[int, tuple[int, float]] = {}  # of each rank: its last beat's number, and seconds since
         self._lost_for = 0.0
+        self._gone: dict[int, float] = {}  # ranks whose processes have ended, and since when that is known
         self._put(self._beat)
 
     def follow(self, look_at: Callable[[], Place]) -> None:
@@ -108,12 +110,18 @@ class Watch:
         faulthandler.cancel_dump_traceback_later()
         # Before the others are told: they end for this rank's error, and would be taken for its cause.
         is_told = isinstance(error, RuntimeError) and not is_out_of_memory(error)
+        # A launcher that has seen another rank die sends signals to all; this one ends anyway, once it is known why.
+        handlers = _deaf() if is_told and self._board is not None else {}
         text = self.lost_soon() if is_told else ""
+        speaks = bool(text) and self._speaks(self._beats())
         if self._board is not None:
-            self._put(replace(self._beat, left=True, failed=kind is not None))
+            self._put(replace(self._beat, left=True, failed=kind is not None, follows=bool(text)))
         self._close()
         if text:
-            raise PeerLostError(text) from error
+            raise PeerLostError(text if speaks else "") from error
+        for number, handler in handlers.items():
+            if handler is not None:  # one that was not set from Python cannot be set again from here
+                signal.signal(number, handler)
 
     def _close(self) -> None:
         if self._board is not None:
@@ -124,10 +132,19 @@ class Watch:
 
         beats: what the ranks say, if it was read just now.
         """
-        gone, failed = self._lost(self._beats() if beats is None else beats)
+        beats = self._beats() if beats is None else beats
+        gone, failed = self._lost(beats)
+        # Those that ended because of others are named if nobody else is seen from here.
+        first = [peer for peer in failed if not beats[peer.rank].follows] or ([] if gone else failed)
         words = [f"{peer} has died" for peer in gone]
-        words += [f"{peer} failed: what it printed says why" for peer in failed]
-        return "; ".join(words)
+        words += [f"{peer} failed: what it printed says why" for peer in first]
+        more = f"; and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
+        return "; ".join(words[:MOST_NAMED]) + more
+
+    def _speaks(self, beats: dict[int, Beat]) -> bool:
+        """Whether no rank on this host has told by now who is lost, as far as is seen from here."""
+        told = (rank for rank, beat in beats.items() if rank != self._rank and beat.follows)
+        return not any(self._peers[rank].is_here for rank in told) and self._board is not None and self._board.claim()
 
     def lost_soon(self) -> str:
         """As `lost`; an error of a collective may be here before its cause can be seen."""
@@ -141,7 +158,17 @@ class Watch:
         failed = [peer for peer in others if peer.rank in beats and beats[peer.rank].failed]
         left = {rank for rank, beat in beats.items() if beat.left}
         gone = [peer for peer in others if peer.rank not in left and self._board_of(peer) and peer.is_gone]
-        return gone, failed
+        return [peer for peer in gone if self._has_left_no_word(peer)], failed
+
+    def _has_left_no_word(self, peer: Peer) -> bool:
+        """Whether what is known of a rank that is gone is the last that it has said."""
+        assert self._board is not None
+        since = self._gone.setdefault(peer.rank, time.monotonic())
+        if self._board.read_at() < since:
+            self._board.refresh()
+            return time.monotonic() - since > SECONDS_TO_UNWIND
+        last = self._beats().get(peer.rank)
+        return last is None or not last.left
 
     def _board_of(self, peer: Peer) -> bool:
         """Whether the rank's last row can be read here: without it nobody knows how it ended."""
@@ -234,8 +261,10 @@ class Watch:
         if lost := self.lost(beats):
             self._lost_for += min(elapsed, USUAL_TICK)
             if self._lost_for >= SECONDS_TO_UNWIND:
-                _say(f"rank {self._rank} ends: {lost}")
-                self._put(replace(self._beat, left=True, failed=True))
+                speaks = self._speaks(beats)
+                self._put(replace(self._beat, left=True, failed=True, follows=True))
+                if speaks:
+                    _say(f"rank {self._rank} ends: {lost}")
                 self._board.close()
                 self._end(PEER_LOST)
             return
@@ -288,6 +317,13 @@ class Watch:
             _say(f"rank {self._rank}: {self._told_of_disk()}")
         _say(f"rank {self._rank} is here, {self._beat.phase}, step {self._beat.step} (the innermost call first):")
         faulthandler.dump_traceback(file=STREAM, all_threads=True)
+
+
+def _deaf() -> dict[signal.Signals, Any]:
+    """Take no notice of signals that ask to stop; what was done about them before. Outside the main thread, nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING}
 
 
 def tick_for(num_ranks: int) -> float:
