@@ -269,6 +269,35 @@ def test_of_many_ranks_that_end_one_says_for_whose_death(tmp_path: Path) -> None
     assert process.returncode == 128 + signal.SIGKILL and "Traceback" not in said
 
 
+# As the interpreter exits, a thread that still runs in C++ may end it by an abort.
+THREADS_AT_EXIT = """
+import atexit, os, sys
+atexit.register(lambda: print("threads:", len(os.listdir("/proc/self/task")), file=sys.stderr))
+from megalith.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_rank_that_has_trained_leaves_no_thread_to_the_exit(tmp_path: Path) -> None:
+    words = command(write_data(tmp_path), tmp_path / "run", "--train-iters", "4", "--tensor-model-parallel-size", "2")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", THREADS_AT_EXIT, *words[3:]],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0 and "threads: 1\n" in said, said
+
+
 def test_the_listeners_of_a_process_are_found() -> None:
     with socket.create_server(("127.0.0.1", 0)), socket.create_server(("", 0)):
         found = listeners([os.getpid()])

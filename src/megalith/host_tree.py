@@ -126,13 +126,12 @@ class Everyone:
     @contextmanager
     def joined(self, *, timeout: timedelta, on_host: bool) -> Iterator[None]:
         """While entered, all ranks have a tree. on_host: the process group itself is gloo's, which serves if small."""
-        if on_host and dist.get_world_size() <= WIDTH:
-            yield
-            return
-        self._tree = make_tree(timeout=timeout)
         try:
+            if not on_host or dist.get_world_size() > WIDTH:
+                self._tree = make_tree(timeout=timeout)
             yield
         finally:
+            # Groups that outlive the process group have threads that nobody ends: the interpreter aborts as it exits.
             self._tree = self._patient = None
 
 
