@@ -114,7 +114,6 @@ def test_a_preset_has_the_cpus_losses(preset: str, library: Path, tmp_path: Path
     assert found == pytest.approx(expected, rel=1e-3)
 
 
-# What several ranks say to each other of checkpoints and checks goes through the host, not through the device's groups.
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_is_saved_from_the_device_and_goes_on_there(ranks: int, library: Path, tmp_path: Path) -> None:
     words = [*MODEL, "--log-interval", "1", "--eval-iters", "0", "--lr-decay-iters", "6", "--save-interval", "2"]
