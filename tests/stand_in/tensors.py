@@ -28,6 +28,11 @@ from megalith.layers import accumulate
 DEVICE = torch.device("cuda", 0)
 aten = torch.ops.aten
 
+# What ranks send each other; but isend and irecv, of which torch's pipelines ask whether they are torch's own.
+COLLECTIVES = (
+    "all_reduce broadcast reduce all_gather gather scatter send recv all_to_all_single barrier "
+    "all_gather_into_tensor all_gather_single reduce_scatter_tensor reduce_scatter_single"
+).split()
 # Operations that take tensors of both devices on a real one too.
 _CROSSING = {
     aten.copy_.default,
@@ -210,6 +215,19 @@ class _Stream:
     wait_stream = wait_event = synchronize
 
 
+def _of_devices_only(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """The collective, which as NCCL's takes nothing that lies on the host; in groups that are gloo's, anything."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, dist.ProcessGroup)]
+        if not all(isinstance(tensor, OnDevice) for tensor in tensors) and dist.get_backend(*given) != "gloo":
+            raise RuntimeError(f"No backend type associated with device type cpu: {collective.__name__}")
+        return collective(*args, **kwargs)
+
+    return called
+
+
 def _on_cpu_first(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """torch.tensor and its like put a list's numbers on a device without an operation that could be caught."""
 
@@ -279,5 +297,8 @@ def stand_in() -> Iterator[None]:
         join("cpu:gloo,cuda:gloo", **kwargs)
 
     communication.init_process_group = join_by_gloo
+    for name in COLLECTIVES:
+        if hasattr(dist, name):  # two have other names from torch 2.12 on
+            setattr(communication, name, _of_devices_only(getattr(dist, name)))
     with _Making():
         yield

@@ -168,3 +168,26 @@ with tensors.stand_in():
     mixed, apart = ended.stdout.splitlines()
     assert mixed.startswith("Expected all tensors to be on the same device")
     assert apart == "cpu 6.0"
+
+
+def test_a_group_of_devices_takes_nothing_of_the_host_as_nccls(library: Path) -> None:
+    program = f"""
+import ctypes; ctypes.CDLL({str(library)!r})
+from tests.stand_in import tensors
+import torch, torch.distributed as dist
+with tensors.stand_in():
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    dist.all_reduce(torch.ones(3, device="cuda"))
+    dist.all_reduce(torch.ones(3), group=dist.new_group([0], backend="gloo"))
+    for group in (None, dist.new_group([0])):
+        try:
+            dist.all_reduce(torch.ones(3), group=group)
+        except RuntimeError as error:
+            print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert ended.stdout.splitlines() == ["No backend type associated with device type cpu: all_reduce"] * 2
