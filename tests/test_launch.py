@@ -225,17 +225,19 @@ def wait_for_step(process: "subprocess.Popen[str]", step: int) -> None:
     raise AssertionError(f"the run ended before step {step}")
 
 
+@contextmanager
+def training(words: list[str], mark: str) -> Iterator["subprocess.Popen[str]"]:
+    """The command, begun, once it has taken two steps; its processes are marked."""
+    environment = {**os.environ, MARK: mark}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        wait_for_step(process, 2)
+        yield process
+
+
 def test_a_run_on_two_ranks_listens_nowhere_but_on_loopback_and_a_signal_saves_it(tmp_path: Path) -> None:
     data, save, mark = write_data(tmp_path), tmp_path / "run", uuid.uuid4().hex
     before = shared_memory()
-    with subprocess.Popen(
-        command(data, save, "--train-iters", "100000", "--nproc", "2"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, MARK: mark},
-    ) as process:
-        wait_for_step(process, 2)
+    with training(command(data, save, "--train-iters", "100000", "--nproc", "2"), mark) as process:
         pids = marked(mark)
         found = listeners(pids)
         process.terminate()
@@ -253,14 +255,7 @@ def test_a_run_on_two_ranks_listens_nowhere_but_on_loopback_and_a_signal_saves_i
 
 def test_of_many_ranks_that_end_one_says_for_whose_death(tmp_path: Path) -> None:
     data, mark = write_data(tmp_path), uuid.uuid4().hex
-    with subprocess.Popen(
-        command(data, tmp_path / "run", "--train-iters", "100000", "--nproc", "4"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, MARK: mark},
-    ) as process:
-        wait_for_step(process, 2)
+    with training(command(data, tmp_path / "run", "--train-iters", "100000", "--nproc", "4"), mark) as process:
         (killed,) = [pid for pid in marked(mark) if b"RANK=2" in environment_of(pid)]
         os.kill(killed, signal.SIGKILL)
         _, said = process.communicate(timeout=120)

@@ -75,11 +75,18 @@ class Tree:
         return parts[0]
 
 
+ALONE = Tree(0, 1, ())
+
+
 def make_tree(*, timeout: timedelta, width: int = WIDTH) -> Tree:
-    """A tree of all ranks, with groups of its own, which end with the process group. Every rank calls it.
+    """A tree of all ranks, with groups of its own, which end with the process group; every rank calls it.
+
+    A rank without a process group is alone.
 
     timeout: after which a rank no longer waits for the others of a group.
     """
+    if not dist.is_initialized():
+        return ALONE
     rank, size = dist.get_rank(), dist.get_world_size()
     groups: list[ProcessGroup] = []
     span = 1
@@ -112,8 +119,7 @@ class Everyone:
         if self._tree is not None:
             return self._tree
         world = dist.group.WORLD
-        assert world is not None, "ranks have joined"
-        return tree_of(world)
+        return ALONE if world is None or world.size() == 1 else tree_of(world)
 
     def patient_tree(self) -> Tree:
         """Another one, in which ranks wait for each other as long as it takes. Every rank calls it."""

@@ -14,6 +14,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from megalith.terminal import say
+
 # What the launcher tells a rank: the files of anonymous memory for the rendezvous and for the beats of the watch.
 STORE_VARIABLE = "MEGALITH_STORE"
 BOARD_VARIABLE = "MEGALITH_BOARD"
@@ -236,11 +238,3 @@ def rank_environment(
 
 def _named(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-
-
-def say(text: str) -> None:
-    """One line on the error stream, if anyone reads it."""
-    try:
-        os.write(2, f"megalith: {text}\n".encode())
-    except OSError:
-        return

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from megalith.host_tree import EVERYONE, Tree
 
@@ -44,11 +43,11 @@ class Ranks:
 
     @property
     def size(self) -> int:
-        return 1 if not dist.is_initialized() else self._tree.size
+        return self._tree.size
 
     @property
     def rank(self) -> int:
-        return 0 if not dist.is_initialized() else self._tree.rank
+        return self._tree.rank
 
     @property
     def _tree(self) -> Tree:
@@ -56,32 +55,22 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """The JSON values of all ranks, in order."""
-        if self.size == 1:
-            return [json.loads(json.dumps(value))]
         return [json.loads(part) for part in self._tree.gather(_to_bytes(value))]
 
     def to_first(self, value: Any) -> list[Any]:
         """The JSON values of all ranks, in order, on rank 0; nothing on the others. For values that are large."""
-        if self.size == 1:
-            return [json.loads(json.dumps(value))]
         return [json.loads(part) for part in self._tree.to_first(_to_bytes(value))]
 
     def from_first(self, value: Any) -> Any:
         """The JSON value of rank 0; that of the others is not looked at."""
-        if self.size == 1:
-            return json.loads(json.dumps(value))
         return json.loads(self._tree.from_first(_to_bytes(value) if self.rank == 0 else b""))
 
     def part_from_first(self, values: Sequence[Any]) -> Any:
         """The JSON value that rank 0 has for this rank. values: one for each rank; looked at on rank 0 only."""
-        if self.size == 1:
-            return json.loads(json.dumps(values[0]))
         return json.loads(self._tree.part_from_first([_to_bytes(value) for value in values] if self.rank == 0 else []))
 
     def largest(self, numbers: Sequence[int]) -> list[int]:
         """The largest of each number over all ranks: what one rank knows, all know."""
-        if self.size == 1:
-            return list(numbers)
         return [int(number) for number in self._tree.largest(torch.tensor(numbers, dtype=torch.int64))]
 
     def wait_for_all(self) -> None:

@@ -51,7 +51,10 @@ def printable(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """A line on the error stream, from any rank; whether it arrives is not looked at."""
+    """A line on the error stream, from any rank; whether it arrives is not looked at.
+
+    Not by print, which a signal may have met in the middle of a line.
+    """
     with suppress(OSError):
         os.write(2, f"megalith: {printable(text)}\n".encode())
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megalith.checkpoint.directory import CheckpointError, folder_of
@@ -133,7 +132,7 @@ class AsyncSaver:
         self, run_dir: Location, *, keep_last: int | None = None, keep_every: int | None = None, disk: Disk = DISK
     ) -> None:
         self._run_dir, self._keep_last, self._keep_every, self._disk = run_dir, keep_last, keep_every, disk
-        self._ranks = Ranks(make_tree(timeout=LONGEST_WAIT) if dist.is_initialized() else None)
+        self._ranks = Ranks(make_tree(timeout=LONGEST_WAIT))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         # A thread needs memory for its stack, which may be short when the first checkpoint is due.
         self._thread.submit(lambda: None)

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
-from megalith.launch import SECONDS_OF_ONE_REQUEST, STOPPING, say
+from megalith.launch import SECONDS_OF_ONE_REQUEST, STOPPING
+from megalith.terminal import say
 
 STOPPED_BY_SIGNAL = 75  # saved, or there was nothing to save yet; the same command goes on
 STOPPED_UNSAVED = 76  # a signal stopped a run that has no --save

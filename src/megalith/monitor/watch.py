@@ -25,6 +25,7 @@ from megalith.monitor.board import Beat, Board
 from megalith.monitor.memory import is_out_of_memory
 from megalith.monitor.noted import Held
 from megalith.monitor.peers import Peer
+from megalith.terminal import say
 
 USUAL_TICK = 0.3  # seconds between two looks
 SECONDS_FOR_A_RANK = 0.001  # of a tick, at least: looking at one takes 12 to 22 microseconds of everybody's lock
@@ -158,17 +159,18 @@ class Watch:
         failed = [peer for peer in others if peer.rank in beats and beats[peer.rank].failed]
         left = {rank for rank, beat in beats.items() if beat.left}
         gone = [peer for peer in others if peer.rank not in left and self._board_of(peer) and peer.is_gone]
-        return [peer for peer in gone if self._has_left_no_word(peer)], failed
+        if gone := [peer for peer in gone if self._is_read_since_gone(peer)]:
+            left = {rank for rank, beat in self._beats().items() if beat.left}
+        return [peer for peer in gone if peer.rank not in left], failed
 
-    def _has_left_no_word(self, peer: Peer) -> bool:
-        """Whether what is known of a rank that is gone is the last that it has said."""
+    def _is_read_since_gone(self, peer: Peer) -> bool:
+        """Whether the last that a rank said before it was gone can be read by now, or has been waited for."""
         assert self._board is not None
         since = self._gone.setdefault(peer.rank, time.monotonic())
-        if self._board.read_at() < since:
-            self._board.refresh()
-            return time.monotonic() - since > SECONDS_TO_UNWIND
-        last = self._beats().get(peer.rank)
-        return last is None or not last.left
+        if self._board.read_at() >= since:
+            return True
+        self._board.refresh()
+        return time.monotonic() - since > SECONDS_TO_UNWIND
 
     def _board_of(self, peer: Peer) -> bool:
         """Whether the rank's last row can be read here: without it nobody knows how it ended."""
@@ -239,7 +241,7 @@ class Watch:
             self._held_told = self._held.number
             limit = f"limit {place.limit:g} s, --hang-timeout = {self._hang_timeout:g}"
             text = f"{self._peers[self._rank]} at step {place.step}: {self._told_of_disk()} ({limit}). The steps go on "
-            _say(f"{text}until they must wait for it")
+            say(f"{text}until they must wait for it")
             faulthandler.dump_traceback(file=STREAM, all_threads=True)
 
     def _told_of_disk(self) -> str:
@@ -264,7 +266,7 @@ class Watch:
                 speaks = self._speaks(beats)
                 self._put(replace(self._beat, left=True, failed=True, follows=True))
                 if speaks:
-                    _say(f"rank {self._rank} ends: {lost}")
+                    say(f"rank {self._rank} ends: {lost}")
                 self._board.close()
                 self._end(PEER_LOST)
             return
@@ -285,7 +287,7 @@ class Watch:
         if self._rank == speaker:
             limit = min((beat.limit for beat in beats.values() if beat.limit and not beat.left), default=0.0)
             for rank in (rank for rank in guilty if rank in beats):
-                _say(self._described(rank, beats[rank], limit, is_silent=rank in silent))
+                say(self._described(rank, beats[rank], limit, is_silent=rank in silent))
         self._put(replace(self._beat, guilty=tuple(guilty)))
         if self._rank in guilty:
             self._show_stack()
@@ -314,8 +316,8 @@ class Watch:
 
     def _show_stack(self) -> None:
         if self._held is not None and self._held_for >= self._beat.limit / 2:
-            _say(f"rank {self._rank}: {self._told_of_disk()}")
-        _say(f"rank {self._rank} is here, {self._beat.phase}, step {self._beat.step} (the innermost call first):")
+            say(f"rank {self._rank}: {self._told_of_disk()}")
+        say(f"rank {self._rank} is here, {self._beat.phase}, step {self._beat.step} (the innermost call first):")
         faulthandler.dump_traceback(file=STREAM, all_threads=True)
 
 
@@ -373,10 +375,3 @@ def waits_for_others(main: int | None) -> bool:
 
 def _in_collective(frame: FrameType) -> bool:
     return OF_TORCH in frame.f_code.co_filename
-
-
-def _say(text: str) -> None:
-    try:
-        os.write(STREAM, f"megalith: {text}\n".encode())
-    except OSError:
-        return
