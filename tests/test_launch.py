@@ -212,6 +212,9 @@ time.sleep(1.0)
     assert status == 128 + signal.SIGTERM and "starting the 2 ranks again" not in said
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
 def command(data: Path, save: Path, *words: str) -> list[str]:
     return [sys.executable, "-m", "megalith", "pretrain", *MODEL, "--data-path", str(data), "--save", str(save), *words]
 
@@ -253,15 +256,22 @@ def test_a_run_on_two_ranks_listens_nowhere_but_on_loopback_and_a_signal_saves_i
     assert not (save / "lease.json").exists()
 
 
-def test_of_many_ranks_that_end_one_says_for_whose_death(tmp_path: Path) -> None:
-    data, mark = write_data(tmp_path), uuid.uuid4().hex
-    with training(command(data, tmp_path / "run", "--train-iters", "100000", "--nproc", "4"), mark) as process:
-        (killed,) = [pid for pid in marked(mark) if b"RANK=2" in environment_of(pid)]
+@pytest.mark.parametrize(
+    ("nproc", "rank"),
+    [(True, 2), pytest.param(False, 0, marks=pytest.mark.slow), pytest.param(False, 2, marks=pytest.mark.slow)],
+    ids=["nproc", "torchrun-first", "torchrun-third"],
+)
+def test_of_many_ranks_that_end_one_says_for_whose_death(nproc: bool, rank: int, tmp_path: Path) -> None:
+    own, mark = command(write_data(tmp_path), tmp_path / "run", "--train-iters", "100000"), uuid.uuid4().hex
+    words = [*own, "--nproc", "4"] if nproc else [*TORCHRUN, "--nproc-per-node", "4", "-m", "megalith", *own[3:]]
+    with training(words, mark) as process:
+        (killed,) = [pid for pid in marked(mark) if f"RANK={rank}".encode() in environment_of(pid)]
         os.kill(killed, signal.SIGKILL)
         _, said = process.communicate(timeout=120)
-    ends = re.findall(r"rank [013] ends: (.*)", said)
-    assert len(ends) == 1 and re.fullmatch(rf"rank 2 \(process {killed} on [^)]+\) has died", ends[0]), said
-    assert process.returncode == 128 + signal.SIGKILL and "Traceback" not in said
+    ends = re.findall(r"megalith: (?:rank [0-3] ends: )?(rank [0-3] \([^)]+\) (?:has died|failed).*)", said)
+    assert len(ends) == 1 and re.fullmatch(rf"rank {rank} \(process {killed} on [^)]+\) has died", ends[0]), said
+    if nproc:
+        assert process.returncode == 128 + signal.SIGKILL and "Traceback" not in said
 
 
 # As the interpreter exits, a thread that still runs in C++ may end it by an abort.
@@ -298,9 +308,6 @@ def test_the_listeners_of_a_process_are_found() -> None:
         found = listeners([os.getpid()])
     assert sorted(listener.address for listener in found) == ["0.0.0.0", "127.0.0.1"]
     assert [listener.is_local for listener in sorted(found)] == [False, True]
-
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 @pytest.mark.parametrize("nproc", [True, False], ids=["nproc", "torchrun"])

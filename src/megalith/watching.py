@@ -7,7 +7,7 @@ from megalith.derived import start_limit
 from megalith.job import Job
 from megalith.launch import BOARD_VARIABLE
 from megalith.monitor.board import Board, MemoryBoard, StoreBoard
-from megalith.monitor.peers import this_process
+from megalith.monitor.peers import this_host, this_process
 from megalith.monitor.watch import Place, Watch, tick_for
 from megalith.parallel.mesh import Company, Layout
 
@@ -15,13 +15,13 @@ from megalith.parallel.mesh import Company, Layout
 def open_watch(run: Run, layout: Layout, company: Company) -> Watch:
     """The watch of this rank; of this rank alone if nobody has said who the others are."""
     board: Board | None = None
+    tick = tick_for(layout.world_size)
     if BOARD_VARIABLE in os.environ and company.peers:
         board = MemoryBoard(os.environ[BOARD_VARIABLE], layout.rank, layout.world_size)
     elif company.store is not None:
         connection = company.store.clone()  # type: ignore[attr-defined]
-        board = StoreBoard(connection, layout.rank, layout.world_size, interval=tick_for(layout.world_size))
+        board = StoreBoard(connection, layout.rank, layout.world_size, host=this_host(), interval=tick)
     peers = company.peers if board is not None else (this_process(layout.rank),)
-    tick = tick_for(layout.world_size)
     watch = Watch(layout.rank, peers, board, hang_timeout=run.parallel.hang_timeout, longest_tick=tick)
     watch.follow(lambda: Place(0, 0, "start-up", start_limit(run)))
     return watch

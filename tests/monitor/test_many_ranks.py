@@ -156,7 +156,7 @@ def test_looks_are_the_rarer_the_more_ranks_there_are() -> None:
 
 def test_a_board_asks_the_store_three_times_for_all_rows() -> None:
     store = Store({f"megalith/beat/{rank}": Beat(beats=rank).to_row().decode() for rank in range(MANY)})
-    board = StoreBoard(store, 0, MANY, interval=60.0)
+    board = StoreBoard(store, 0, MANY, host="host0", interval=60.0)
     board.close()
     assert store.requests == [("set", 1), ("check", MANY), ("multi_get", MANY)]
     row = Beat.from_row(board.read()[MANY - 1])

@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self
 
 ROW_BYTES = 256
 LONGEST_PHASE = 60  # characters
+SECONDS_TO_CLAIM = 1.0  # that a store gets to answer
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Board(Protocol):
         """Have the rows read again soon."""
 
     def claim(self) -> bool:
-        """Whether this rank may speak for those that share the board; as long as it lives, no other."""
+        """Whether this rank may speak for those of its host that share the board, of which none does so far."""
 
     def close(self) -> None: ...
 
@@ -119,14 +120,17 @@ class StoreBoard:
     """A board in a key-value store of torch's, through a connection and a thread of its own.
 
     A request to a store whose process is stopped never returns, whatever its timeout, so nobody but that thread waits
-    for one. Rank 0 reads all ranks, the others rank 0. interval: seconds between two looks.
+    for one. Rank 0 reads all ranks, the others rank 0. host: this one's name. interval: seconds between two looks.
     """
 
     reads_all = False
 
-    def __init__(self, store: Any, rank: int, world_size: int, *, interval: float) -> None:
+    def __init__(self, store: Any, rank: int, world_size: int, *, host: str, interval: float) -> None:
         self._store = store
         self._rank = rank
+        self._speaker = f"megalith/speaker/{host}"
+        self._may_speak = True  # so every rank may where no store answers
+        self._claims, self._is_answered = threading.Event(), threading.Event()
         self._watched = {other: _key(other) for other in (range(world_size) if rank == 0 else [0])}
         self._row = Beat().to_row()
         self._rows: dict[int, bytes] = {}
@@ -151,7 +155,10 @@ class StoreBoard:
         self._written.set()
 
     def claim(self) -> bool:
-        return True  # who asks a store may wait for it for ever
+        self._claims.set()
+        self._written.set()
+        self._is_answered.wait(SECONDS_TO_CLAIM)
+        return self._may_speak
 
     def seconds_unanswered(self) -> float:
         return time.monotonic() - self._answered
@@ -167,16 +174,21 @@ class StoreBoard:
             self._written.wait(self._interval)
             self._written.clear()
             over, began = self._over.is_set(), time.monotonic()
+            claims = self._claims.is_set() and not self._is_answered.is_set()
             try:
                 self._store.set(_key(self._rank), self._row.decode())
                 # A rank that has not come so far has no row, for which a read would wait.
                 missing = absent(self._store, [key for rank, key in self._watched.items() if rank not in self._rows])
                 there = {rank: key for rank, key in self._watched.items() if key not in missing}
                 self._rows = dict(zip(there, self._store.multi_get(list(there.values())), strict=True))
+                if claims:
+                    self._may_speak = self._store.add(self._speaker, 1) == 1
                 self._answered = time.monotonic()
             except RuntimeError:  # torch's store is gone, or does not answer; seconds_unanswered tells
                 pass
             self._tried = began  # also in vain: there is nothing newer
+            if claims:
+                self._is_answered.set()
             if over:
                 return
 
