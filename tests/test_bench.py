@@ -85,6 +85,13 @@ def test_a_preset_needs_no_files_when_it_is_measured() -> None:
     assert run.checkpoint.save is None and run.train.train_iters == 7
 
 
+def test_what_a_run_file_says_of_its_start_and_end_does_not_keep_it_from_being_measured() -> None:
+    words = "--max-position-embeddings 16 --finetune --on-nan rewind --exit-before-training --save run --load other"
+    run = made_for_measuring(read_command_line([*MODEL, *words.split()]), steps=5)
+    assert check(run, 1) == []
+    assert math.isfinite(measure(run, warmup=1, steps=1, started=0.0)["last_loss"])
+
+
 def test_made_up_tokens_are_the_same_for_the_same_seed_and_evenly_distributed() -> None:
     rows = MockRows(1000, sequence_length=99, vocab_size=50, seed=3)
     tokens = rows.batch(np.arange(1000))

@@ -92,7 +92,7 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def made_for_measuring(run: Run, *, steps: int) -> Run:
-    """The run on made-up tokens, so many steps long, that reads and writes no files."""
+    """The run on made-up tokens, so many steps long, that takes them all and reads and writes no files."""
     optimizer, model = run.optimizer, run.model
     has_words = run.task in TASK_ROWS and TASK_ROWS[run.task].has_tokenizer
     # That of the run's own tokenizer, for the table of words may be the larger part of a model.
@@ -115,12 +115,15 @@ def made_for_measuring(run: Run, *, steps: int) -> Run:
             lr_warmup_samples=0,
             lr_warmup_fraction=None,
             rampup_batch_size=None,
+            on_nan="skip",
         ),
         checkpoint=dataclasses.replace(
-            run.checkpoint, save=None, load=None, save_interval=None, keep_last=None, keep_every=None
+            run.checkpoint, save=None, load=None, finetune=False, save_interval=None, keep_last=None, keep_every=None
         ),
         evaluate=dataclasses.replace(run.evaluate, eval_iters=0, eval_first=False, sample_prompt=None),
-        train=dataclasses.replace(run.train, train_iters=steps, train_samples=None, exit_interval=None),
+        train=dataclasses.replace(
+            run.train, train_iters=steps, train_samples=None, exit_interval=None, exit_before_training=False
+        ),
     )
 
 
