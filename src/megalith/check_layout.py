@@ -3,6 +3,7 @@
 The rules are Megatron-LM's where it has the setting, and those of the parts that take their place otherwise.
 """
 
+import math
 from collections.abc import Iterator
 
 from megalith.config import Fault, Run, fault
@@ -50,7 +51,8 @@ def num_replicas(run: Run, world_size: int) -> int | None:
 
 def divisors(number: int) -> list[int]:
     """What divides it, in order."""
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def _world(run: Run, world_size: int) -> Iterator[Fault]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
+from megalith.check_layout import divisors
 from megalith.config import Run, known_settings
 from megalith.derived import TASK_DEFAULTS, compute_dtype, recompute_granularity
 from megalith.fields import describe
@@ -152,7 +153,7 @@ def warnings_of(run: Run, *, num_steps: int, device_type: str) -> Iterator[str]:
         )
     heads = run.model.num_attention_heads or 1
     if heads > 1 and heads % 2:
-        fits = [n for n in range(2, heads + 1) if heads % n == 0]
+        fits = divisors(heads)[1:]
         yield (
             f"--num-attention-heads = {heads} can be cut over {fits} tensor-parallel ranks only, by no power of two: "
             "2, 4 or 8 GPUs of a machine cannot share a layer."
