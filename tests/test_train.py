@@ -203,6 +203,21 @@ def test_a_length_below_the_checkpoints_step_is_named(data: Path, undisturbed: P
     assert "--train-iters 40 --override-lr-scheduler goes on" in done.stdout and "is finished" not in done.stdout
 
 
+def test_what_is_told_makes_a_run_longer_that_is_counted_in_samples(data: Path, tmp_path: Path) -> None:
+    told = re.compile(r"--train-samples (\d+) --override-lr-scheduler")
+    flags = ["--train-samples", "16"]
+    for length in (32, 64, 64):
+        done = subprocess.run(
+            command(data, tmp_path, *flags, "--lr-warmup-iters", "0", "--log-format", "rich"),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        found = told.search(done.stdout)
+        assert done.returncode == 0 and found is not None and int(found[1]) == length, done.stdout + done.stderr
+        flags = ["--train-samples", "32", "--override-lr-scheduler"]
+
+
 def test_two_processes_under_torchrun_give_the_losses_of_one(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     words = command(data, tmp_path / "run", *STEPS)[3:]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -38,12 +38,22 @@ def tell_what_next(job: Job, reason: str | None, *, saved: bool) -> None:
     elif reason is not None:
         lines.append("  go on:    the same command again")
     else:
-        lines.append(f"  longer:   the same command with --train-iters {2 * job.last_step} --override-lr-scheduler")
+        lines.append(f"  longer:   the same command with {flags_of_a_longer_run(job)}")
     if saved:
         named = [(word, command.replace("{save}", shlex.quote(save))) for word, command in job.task.next_commands]
         lines += [f"  {word + ':':<9} {command}" for word, command in named]
     for line in lines:
         job.log.line(line)
+
+
+def flags_of_a_longer_run(job: Job) -> str:
+    """What makes a run twice as long as it is by now, in what its length is counted."""
+    progress = job.progress
+    by_steps = job.run.train.train_samples is None
+    length = (
+        f"--train-iters {2 * progress.step}" if by_steps else f"--train-samples {2 * progress.consumed_train_samples}"
+    )
+    return f"{length} --override-lr-scheduler"
 
 
 def _tell_losses(job: Job) -> None:

@@ -340,6 +340,13 @@ def steps_of(run: Run, batch_sizes: ConstantBatch | RampedBatch) -> int:
     return run.train.train_iters or steps_for_samples(run.train.train_samples or 0, batch_sizes)
 
 
+def told_length(job: Job) -> str:
+    """The flag that says how long the run is, with its value, and the steps that make it up."""
+    samples = job.run.train.train_samples
+    flag = "--train-iters" if samples is None else f"--train-samples = {samples}"
+    return f"{flag} = {job.last_step} steps"
+
+
 def announce_ranks(run: Run, layout: Layout, log: RunLog, *, started: float) -> None:
     """Say that the ranks stand. The seeds are Megatron-LM's of rank 0; ours come from --seed alone, on any layout."""
     seed = run.train.seed

@@ -5,7 +5,7 @@ from bisect import bisect_right
 from megalith.data.loader import BatchSource, Loader
 from megalith.data.order import CyclicOrder, OnceOrder, Order, RoundOrder, SingleOrder, sample_counts
 from megalith.derived import dataloader_type
-from megalith.job import Job
+from megalith.job import Job, told_length
 from megalith.monitor import lines
 from megalith.monitor.events import DatasetsBuilt, PlaceReached, TargetsSet, TimersReported, Warned
 from megalith.monitor.timers import SETUP_TIMERS
@@ -90,7 +90,7 @@ def _check_enough(job: Job, total: int) -> None:
     enough = bisect_right(range(steps + 1), total, key=lambda count: consumed_after(job.batch_sizes, consumed, count))
     before = ", or keep the --global-batch-size of before" if consumed else ""
     raise ValueError(
-        f"--train-iters = {job.last_step}: {consumed:,} samples were taken in {job.progress.step:,} steps, and the "
+        f"{told_length(job)}: {consumed:,} samples were taken in {job.progress.step:,} steps, and the "
         f"data set ends after {total:,}, in step {job.progress.step + max(1, enough):,}. Give fewer steps, or "
         f"--dataloader-type cyclic{before}"
     )

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from megalith.agreement import require_same_settings
 from megalith.allocator import keep_freed_memory
-from megalith.closing import tell_what_next
+from megalith.closing import flags_of_a_longer_run, tell_what_next
 from megalith.config import Run
 from megalith.corpora import prepare_corpus
 from megalith.derived import collective_timeout
 from megalith.evaluations import evaluate_if_owed, is_finished
 from megalith.guard import EXIT_STATUS, leaves_out, may_save, reason_to_give_up, report_slow_ranks
-from megalith.job import Job, build_job, open_log
+from megalith.job import Job, build_job, open_log, told_length
 from megalith.keeper import Keeper, has_checkpoint, keep_what_is_trained, try_save_directory
 from megalith.launch import speaks_for_all
 from megalith.loaders import open_data
@@ -134,12 +134,11 @@ def train(run: Run, *, started: float) -> int:
 
 def said_of_finished(job: Job) -> str:
     """Why there is nothing to do, and what goes on: all steps were taken, or more than the run is asked to have now."""
-    step, train = job.progress.step, job.run.train
-    more = f"--train-iters {2 * step} --override-lr-scheduler goes on"
+    step = job.progress.step
+    more = f"{flags_of_a_longer_run(job)} goes on"
     if step == job.last_step:
         return f"the run is finished: all {step} steps were taken; {more}"
-    flag = f"--train-samples = {train.train_samples}" if train.train_iters is None else "--train-iters"
-    below = f"{flag} = {job.last_step} steps lies below step {step}, of which the newest checkpoint is"
+    below = f"{told_length(job)} lies below step {step}, of which the newest checkpoint is"
     return f"nothing is trained: {below}, and its weights stay; {more}"
 
 
