@@ -155,16 +155,11 @@ def scatter_copies(whole: Tensor, dim: int, group: Group) -> Tensor:
 
 
 def fixed_order_sum(value: Tensor, group: Group) -> Tensor:
-    """The sum over the group, added pairwise by halves (rank r and r + n/2 first), so that it nests for n, n/2, ..."""
-    ranks = size_of(group)
-    if ranks == 1:
-        return value
-    parts = list(all_gather(value.reshape(1, -1), 0, group))
-    return halves_sum(parts).view_as(value)
+    """The sum over the group, added pairwise by halves (rank r and r + n/2 first), so that it nests for n, n/2, ...
 
-
-def halves_sum(parts: list[Tensor]) -> Tensor:
-    """The sum of tensors in the fixed order of `fixed_order_sum`; an odd one out is added last."""
+    An odd one out is added last.
+    """
+    parts: list[Tensor] = list(all_gather(value[None], 0, group))
     while len(parts) > 1:
         half = len(parts) // 2
         odd = parts[2 * half :]

@@ -17,7 +17,7 @@ from megalith.parallel.collectives import (
     Group,
     all_gather,
     all_reduce,
-    halves_sum,
+    fixed_order_sum,
     rank_in,
     size_of,
     start_reduce_scatter,
@@ -141,7 +141,7 @@ class Replicated(_Buckets):
 
 
 class FixedOrder:
-    """Sums over replicas by halves, whatever their number; see `collectives.halves_sum`."""
+    """Sums over replicas by halves, whatever their number; see `collectives.fixed_order_sum`."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], group: Group) -> None:
         self._buckets = make_buckets(parameters) if size_of(group) > 1 else []
@@ -157,7 +157,7 @@ class FixedOrder:
     def finish(self) -> None:
         for bucket in self._buckets:
             flat = torch.cat([gradient_of(parameter).reshape(-1) for parameter in bucket])
-            total = halves_sum(list(all_gather(flat[None], 0, self._group)))
+            total = fixed_order_sum(flat, self._group)
             parts = total.split([parameter.numel() for parameter in bucket])
             for parameter, part in zip(bucket, parts, strict=True):
                 gradient_of(parameter).copy_(part.view_as(parameter))

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from megalith.parallel.collectives import Group, all_gather, all_reduce, halves_sum
+from megalith.parallel.collectives import Group, all_reduce, fixed_order_sum
 from megalith.parallel.reduce import Reduction
 
 Batch = dict[str, Tensor]
@@ -106,7 +106,7 @@ class OrderedWholeModel:
         if backward:
             for parameter, gradient in zip(trained, gradients[0][1], strict=True):
                 parameter.grad = gradient
-        return halves_sum(list(all_gather(losses[0][1][0][None], 0, self._group)))
+        return fixed_order_sum(losses[0][1][0], self._group)
 
 
 def _add_by_halves(sums: list[tuple[int, list[Tensor]]], tensors: list[Tensor]) -> None:
