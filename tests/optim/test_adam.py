@@ -6,8 +6,9 @@ import sys
 import torch
 from torch import nn
 
-from megalith.optim.groups import build_optimizer, optimizer_tensors, set_learning_rate
+from megalith.optim.groups import build_optimizer, set_learning_rate
 from megalith.optim.settings import OptimizerConfig
+from tests.optim.tensors import optimizer_tensors
 
 
 def test_weights_and_state_are_those_of_torchs_fused_adamw() -> None:

@@ -10,13 +10,13 @@ from megalith.optim.compact import BLOCK, MOMENTS, CompactAdamW
 from megalith.optim.groups import (
     build_optimizer,
     num_updates,
-    optimizer_tensors,
     readable_tensors,
     set_learning_rate,
     set_num_updates,
     take_optimizer_tensors,
 )
 from megalith.optim.settings import OptimizerConfig
+from tests.optim.tensors import optimizer_tensors
 
 KINDS = ("bf16", "int8")
 BETA1, BETA2, EPSILON, DECAY = 0.9, 0.95, 1e-8, 0.1

@@ -14,12 +14,12 @@ from megalith.optim.groups import (
     build_optimizer,
     decay_groups,
     num_updates,
-    optimizer_tensors,
     set_learning_rate,
     set_num_updates,
 )
 from megalith.optim.settings import OptimizerConfig
 from tests.calls import Calls
+from tests.optim.tensors import optimizer_tensors
 
 ADAM = OptimizerConfig(adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, weight_decay=0.1)
 SGD = OptimizerConfig(optimizer="sgd", sgd_momentum=0.9, weight_decay=0.1)

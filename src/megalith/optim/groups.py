@@ -85,7 +85,13 @@ class Readable(NamedTuple):
 
 
 def readable_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Readable]:
-    """As `optimizer_tensors`, but moments in fewer bits are not read yet: for names, shapes, and what is written."""
+    """The optimizer's own tensors for a checkpoint, by the names `exp_avg.PARAMETER`, ...; moments in fewer bits as yet
+    unread.
+
+    Those of parameters that were never updated are made, as zeros, which is what the optimizer would start from. The
+    others are the tensors themselves, so that a loader can fill them in place; `take_optimizer_tensors` must follow.
+    The number of updates is not among them: see `num_updates`.
+    """
     if isinstance(optimizer, CompactAdamW):
         return {
             f"{moment}.{name}": Readable(
@@ -101,19 +107,8 @@ def readable_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     }
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's own tensors for a checkpoint, by the names `exp_avg.PARAMETER`, ...; the tensors themselves.
-
-    Those of parameters that were never updated are made, as zeros, which is what the optimizer would start from. So a
-    loader can fill them in place; `take_optimizer_tensors` must follow, for moments in fewer bits are given as copies.
-    The number of updates is not among them: see `num_updates`.
-    """
-    readable = readable_tensors(model, optimizer)
-    return {name: tensor if read is None else read() for name, (tensor, read) in readable.items()}
-
-
 def take_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Take over what a loader has filled in of `optimizer_tensors`; those that were filled in place are left alone.
+    """Take over what a loader has filled in of `readable_tensors`; those that were filled in place are left alone.
 
     tensors: what lies here of each, by the same names.
     """
@@ -144,7 +139,7 @@ def num_updates(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 def set_num_updates(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
-    """Go on as after that many steps; in place. With `optimizer_tensors` filled this restores the optimizer."""
+    """Go on as after that many steps; in place. With `readable_tensors` filled this restores the optimizer."""
     if not isinstance(optimizer, torch.optim.SGD):
         for _, parameter in _updated_parameters(model, optimizer):
             optimizer.state[parameter]["step"].fill_(count)
