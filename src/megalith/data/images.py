@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 MOST_PIXELS = 1 << 26  # of a file: decoded it takes 3 to 4 bytes a pixel, 200 MB
-# What training images go through, by name; validation images are resized and cropped in the middle.
-AUGMENTATIONS = ("all", "crop", "none")
 MODES = {1: "L", 3: "RGB"}  # Pillow's name for images of so many channels
 # The classes of --corpus shapes, which shapes.py draws.
 SHAPES = ("arrow", "circle", "crescent", "cross", "ring", "square", "star", "triangle")
@@ -87,8 +85,8 @@ def _images_below(folder: Path) -> Iterator[str]:
 class ImageBatches:
     """Batches of an image folder: `images` uint8 [B, side, side, channel], `labels` int64 B, `loss_mask` fp32 B.
 
-    augmentation: one of AUGMENTATIONS; "none" gives the same image of a file every time. workers: threads that decode
-    a batch's images beside each other; Pillow lets others run while it decodes.
+    augmentation: of --image-augmentation; "none", a crop of the middle, gives the same image of a file every time.
+    workers: threads that decode a batch's images beside each other; Pillow lets others run while it decodes.
     """
 
     def __init__(

@@ -16,6 +16,7 @@ from megalith.data.wordpiece import CONTINUED
 
 WORDPIECE = ("BertWordPieceLowerCase", "BertWordPieceCase")
 MASKED_SHARE, KEPT_SHARE = 0.8, 0.5  # of the chosen tokens: become [MASK]; of the others: stay as they are
+BERT_LONGEST, T5_LONGEST = 3, 10  # words of a span
 STOP_SHARE = 0.2  # of the geometric distribution of a span's length
 
 
@@ -37,11 +38,8 @@ class SpanRule:
     """
 
     share: float
-    longest: int = 3
+    longest: int = BERT_LONGEST
     geometric: bool = False
-
-
-BERT_LONGEST, T5_LONGEST = 3, 10
 
 
 def pieces_of(tokenizer: Tokenizer) -> Pieces:

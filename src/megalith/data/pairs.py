@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from megalith.data.causal import SampleRows
 from megalith.data.masking import Pieces, SpanRule, mask_tokens, random_of
 from megalith.data.mock import mix_words
-from megalith.data.sentence_rows import SentenceRows
+from megalith.data.sentence_rows import SentenceRows, filled
 
 SPECIAL_TOKENS = 3  # [CLS] and two [SEP]
 SWAP_SHARE = 0.5  # of the samples whose two parts are swapped
@@ -64,9 +64,9 @@ def make_pair(
     types = np.zeros(count, np.int64)
     types[len(first) + 2 :] = 1
     return PairSample(
-        _filled(masked, rule.length, rule.pad),
-        _filled(types, rule.length, rule.pad),
-        _filled(labels, rule.length, -1),
+        filled(masked, rule.length, rule.pad),
+        filled(types, rule.length, rule.pad),
+        filled(labels, rule.length, -1),
         swapped,
         count,
     )
@@ -95,14 +95,6 @@ def _cut(
         sizes[longer] -= 1
         fronts[longer] += int(at_front)
     return first[fronts[0] : fronts[0] + sizes[0]], second[fronts[1] : fronts[1] + sizes[1]]
-
-
-def _filled(values: NDArray[np.int64], length: int, filling: int) -> NDArray[np.int64]:
-    if len(values) > length:
-        raise ValueError(f"a sample of {len(values)} tokens: it has room for {length}; remove the sentence maps")
-    row = np.full(length, filling, np.int64)
-    row[: len(values)] = values
-    return row
 
 
 class PairRows:

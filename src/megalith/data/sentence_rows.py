@@ -1,5 +1,6 @@
 """The sentences of the samples that a sentence map cuts out of a token file."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -56,3 +57,12 @@ class SentenceRows:
         used = np.flatnonzero(np.cumsum(counts[:-1]) > 0)
         used = used[np.cumsum(self.indexed.lengths[used], dtype=np.int64) <= most]
         return np.concatenate([self.sentence(int(number)) for number in used])
+
+
+def filled(values: Sequence[int] | NDArray[np.int64], length: int, filling: int) -> NDArray[np.int64]:
+    """The values, and behind them as much filling as a sample has room for."""
+    if len(values) > length:
+        raise ValueError(f"a sample of {len(values)} tokens: it has room for {length}; remove the sentence maps")
+    row = np.full(length, filling, np.int64)
+    row[: len(values)] = values
+    return row

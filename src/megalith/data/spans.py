@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from megalith.data.causal import SampleRows
 from megalith.data.masking import WORDPIECE, Pieces, SpanRule, choose_spans, pieces_of, random_of
 from megalith.data.mock import MockRows
-from megalith.data.sentence_rows import SentenceRows
+from megalith.data.sentence_rows import SentenceRows, filled
 from megalith.data.tokenizer import Tokenizer
 
 SPECIAL_TOKENS = 2  # by which a sample's longest target is shorter than the encoder's sequence
@@ -67,18 +67,10 @@ def cut_spans(
     encoder += tokens[begin:].tolist()
     labels = [*decoder[1:], rule.eos]
     return SpanSample(
-        _filled(encoder, rule.encoder_length, rule.pad),
-        _filled(decoder, rule.decoder_length, rule.pad),
-        _filled(labels, rule.decoder_length, -1),
+        filled(encoder, rule.encoder_length, rule.pad),
+        filled(decoder, rule.decoder_length, rule.pad),
+        filled(labels, rule.decoder_length, -1),
     )
-
-
-def _filled(values: Sequence[int], length: int, filling: int) -> NDArray[np.int64]:
-    if len(values) > length:
-        raise ValueError(f"a sample of {len(values)} tokens: it has room for {length}; remove the sentence maps")
-    row = np.full(length, filling, np.int64)
-    row[: len(values)] = values
-    return row
 
 
 def pieces_for_spans(tokenizer: Tokenizer) -> Pieces:
