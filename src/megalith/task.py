@@ -30,6 +30,11 @@ class Baseline:
     meaning: str  # "the loss of knowing how often each token occurs and nothing else"
 
 
+def never_resized(name: str, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """For a task whose weights are taken over as they are. Raises ValueError."""
+    raise ValueError(f"{name} is {tuple(stored.shape)} in the checkpoint and {shape} in this run")
+
+
 @dataclass(frozen=True)
 class Fit:
     """How --finetune takes over the weights of another run of the task."""
@@ -37,7 +42,7 @@ class Fit:
     may_differ: tuple[str, ...]  # of what weights depend on: the checkpoint's and the run's need not be the same
     begins_anew: Callable[[str], bool]  # by a parameter's name: it keeps its first values
     # Of a weight with other rows: (name, as it is stored, shape wanted) -> as it begins. Raises ValueError.
-    resized: Callable[[str, Tensor, tuple[int, ...]], Tensor]
+    resized: Callable[[str, Tensor, tuple[int, ...]], Tensor] = never_resized
     may_be_missing: Callable[[str], bool] = lambda name: False  # where the checkpoint has none, it begins anew
 
 

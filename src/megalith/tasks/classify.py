@@ -105,11 +105,6 @@ def may_be_missing(name: str) -> bool:
     return name.startswith("pooler.")
 
 
-def never_resized(name: str, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Raises ValueError: a table of positions or tokens is taken over as it is."""
-    raise ValueError(f"{name} is {tuple(stored.shape)} in the checkpoint and {shape} in this run")
-
-
 TASK = Task(
     title="BERT classification",
     build_part=build_part,
@@ -127,7 +122,6 @@ TASK = Task(
     fit=Fit(
         may_differ=("task", "num_classes"),
         begins_anew=begins_anew,
-        resized=never_resized,
         may_be_missing=may_be_missing,
     ),
     next_commands=(("measure", "megalith evaluate {save}"),),

@@ -250,13 +250,8 @@ def identity(run: Run) -> dict[str, Any]:
     }
 
 
-def never(name: str, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """No weight of a bi-encoder can be taken over in another size: ValueError."""
-    raise ValueError(f"{name} is {tuple(stored.shape)} in the checkpoint and {shape} in this run")
-
-
 # From one bi-encoder's task to another's.
-FIT = Fit(may_differ=("task",), begins_anew=lambda name: False, resized=never)
+FIT = Fit(may_differ=("task",), begins_anew=lambda name: False)
 
 TASK = Task(
     title="ICT",
