@@ -13,7 +13,7 @@ from megalith.layers.products import Again
 
 Normalization = Literal["LayerNorm", "RMSNorm"]
 # Features whose sums a GPU's kernel keeps in registers (norm_fused.py).
-LONGEST_ROW = 8192
+LONGEST_SUMMED = 8192
 
 
 class LayerNorm(nn.Module):
@@ -107,7 +107,7 @@ class _RMSNorm(torch.autograd.Function):
 def suits_fused(x: Tensor) -> bool:
     """Whether a norm's backward pass is one kernel of our own: in 16 bits on a GPU."""
     in_16_bits = x.dtype in (torch.float16, torch.bfloat16)
-    return x.device.type == "cuda" and in_16_bits and HAS_TRITON and x.shape[-1] <= LONGEST_ROW
+    return x.device.type == "cuda" and in_16_bits and HAS_TRITON and x.shape[-1] <= LONGEST_SUMMED
 
 
 def _beside(norm: LayerNorm | RMSNorm, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,10 @@
 """How many floating-point operations training takes, and how near that comes to what the device can do.
 
-A multiplication and an addition count as two. Three conventions are in use, 5 to 10 % apart; a figure means something
-only with its convention:
+A multiplication and an addition count as two. A figure means something only with its convention, of which there are
+two here:
 - Megatron's (Narayanan et al. 2021, arXiv:2104.04473): matrix products of all layers and of the output, with every
   token attending to every other. `training_flops(...)`.
 - causal: the same with attention at half, since half the scores are masked. `training_flops(..., causal=True)`.
-- 6N: six per parameter and token, without attention. `parameter_flops(...)`.
 Model FLOPs, from which MFU is reckoned, leave out what is computed twice to save memory.
 """
 
@@ -53,11 +52,6 @@ def training_flops(
     again = {None: 0, "full": layer, "selective": attention}[recompute]
     output = 2 * hidden_size * vocab_size
     return float(batch * seq_length * (num_layers * (3 * layer + again) + 3 * output))
-
-
-def parameter_flops(num_parameters: int, num_tokens: int) -> float:
-    """The 6N convention: operations of training num_tokens, from the parameters alone."""
-    return 6.0 * num_parameters * num_tokens
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V
 
 # Features that a norm's kernel holds in registers; beyond them backward passes spill (8192 on an H100).
-LONGEST_ROW = 4096
+LONGEST_HELD = 4096
 
 
 class KernelChoices(InductorChoices):
@@ -22,6 +22,6 @@ class KernelChoices(InductorChoices):
     def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
         """Whether a kernel holds all that it sums up."""
         is_of_rows = features.get_reduction_hint() == ReductionHint.INNER and not cooperative_reduction
-        if is_of_rows and V.graph.sizevars.statically_known_leq(features.reduction_numel, LONGEST_ROW):
+        if is_of_rows and V.graph.sizevars.statically_known_leq(features.reduction_numel, LONGEST_HELD):
             return True
         return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
