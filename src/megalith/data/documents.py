@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -280,6 +281,7 @@ def _parse_records(part: Part, content: bytes, rules: DocumentRules) -> Iterator
         # Record by record, to find those that are not UTF-8.
         records = end.split(content)
     may_be_long = len(content) > rules.max_bytes
+    places, passed = _places(part, content, end), 0  # looked for as far as there are faults, once however many
     for number, record in enumerate(records):
         if not (record.strip(WHITE) if isinstance(record, bytes) else record.strip(WHITE.decode())):
             continue
@@ -288,7 +290,9 @@ def _parse_records(part: Part, content: bytes, rules: DocumentRules) -> Iterator
                 raise _BadDocumentError(f"is longer than {rules.max_bytes} bytes (--max-document-mb)")
             yield parse(_decode(record), rules.keys)
         except _BadDocumentError as fault:
-            yield _fault_at(part, content, end, number, str(fault))
+            line, offset = next(islice(places, number - passed, None))
+            passed = number + 1
+            yield Fault(part.source, line, offset, str(fault))
 
 
 class _BadDocumentError(ValueError):
@@ -305,14 +309,13 @@ def _decode(record: str | bytes) -> str:
         raise _BadDocumentError(f"is not UTF-8: byte 0x{byte:02x}, {error.start} bytes after its start") from error
 
 
-def _fault_at(part: Part, content: bytes, end: re.Pattern[bytes], number: int, reason: str) -> Fault:
-    """The fault of a record, with the line and byte offset where that record begins."""
-    begin = 0
-    for _ in range(number):
-        found = end.search(content, begin)
-        assert found is not None, "records are counted by their ends"
-        begin = found.end()
-    return Fault(part.source, part.line + content.count(b"\n", 0, begin), part.offset + begin, reason)
+def _places(part: Part, content: bytes, end: re.Pattern[bytes]) -> Iterator[tuple[int, int]]:
+    """The line and the byte offset at which each record begins."""
+    line, begin = part.line, 0
+    yield line, part.offset
+    for found in end.finditer(content):
+        line, begin = line + content.count(b"\n", begin, found.end()), found.end()
+        yield line, part.offset + begin
 
 
 def _parse_json(line: str, keys: Sequence[str]) -> tuple[str, ...]:
