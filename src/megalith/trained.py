@@ -16,7 +16,8 @@ from megalith.checkpoint.pieces import TORCH_DTYPES, Piece, whole
 from megalith.checkpoint.store import Loaded, load_latest
 from megalith.config import ConfigError, Run, compose
 from megalith.corpora import corpus_prefix
-from megalith.data.documents import DocumentRules, Fault, parse_block, read_blocks
+from megalith.data.blocks import DocumentRules, read_blocks
+from megalith.data.documents import Fault, parse_block
 from megalith.data.indexed import find_prefix, open_indexed
 from megalith.data.input_files import find_sources
 from megalith.data.record import check_prepared

@@ -19,8 +19,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import megalith.data.blocks
 import megalith.data.documents
-from megalith.data.documents import DocumentRules, Fault, parse_block, read_blocks
+from megalith.data.blocks import DocumentRules, read_blocks
+from megalith.data.documents import Fault, parse_block
 from megalith.data.input_files import find_sources
 
 RULES = DocumentRules(("text",))
@@ -44,7 +46,7 @@ def jsonl(*texts: str) -> bytes:
 def read_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Reads so small that every place where an input can be cut is tried."""
     size: int = request.param
-    monkeypatch.setattr(megalith.data.documents, "READ_SIZE", size)
+    monkeypatch.setattr(megalith.data.blocks, "READ_SIZE", size)
     return size
 
 
@@ -111,7 +113,7 @@ def test_where_text_is_cut_does_not_depend_on_the_size_of_reads(
     rules = DocumentRules(("text",), kind)
     expected = read(path, rules=rules)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(megalith.data.documents, "READ_SIZE", read_size)
+        patch.setattr(megalith.data.blocks, "READ_SIZE", read_size)
         assert read(path, rules=rules) == expected
 
 
@@ -184,7 +186,7 @@ def write_parquet(path: Path, columns: dict[str, Any], **options: Any) -> None:
 
 
 def test_parquet_rows_are_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(megalith.data.documents, "READ_SIZE", 64)
+    monkeypatch.setattr(megalith.data.blocks, "READ_SIZE", 64)
     texts = ["one", "", "\u4e2d\u6587", "x" * 500] * 5
     kinds = {
         "string": pa.array(texts),
@@ -367,7 +369,7 @@ class Endless(io.RawIOBase):
 
 
 def test_a_line_without_end_takes_bounded_memory() -> None:
-    cut: Iterator[Any] = megalith.data.documents._cut(Endless(), re.compile(rb"\n"), 1 << 24)
+    cut: Iterator[Any] = megalith.data.blocks._cut(Endless(), re.compile(rb"\n"), 1 << 24)
     assert next(cut) == (1, 0, None)
 
 

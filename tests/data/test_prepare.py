@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import megalith
-import megalith.data.documents
+import megalith.data.blocks
 from megalith.data.indexed import IndexedDataset
 from megalith.data.prepare import PrepareConfig, prepare
 from megalith.data.sentences import split_sentences
@@ -138,7 +138,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
     source = write_jsonl(folder / "in.jsonl", "never empty.", *many)
     chosen = {"append_eod": append_eod, "split_sentences": split}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(megalith.data.documents, "READ_SIZE", read_size)
+        patch.setattr(megalith.data.blocks, "READ_SIZE", read_size)
         for workers in (1, 3):
             prepare(config_for(folder, source, output_prefix=str(folder / f"w{workers}"), workers=workers, **chosen))
     level = "sentence" if split else "document"
@@ -188,7 +188,7 @@ def test_the_file_beside_the_tokens_says_what_they_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_first_bad_document_stops_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    monkeypatch.setattr(megalith.data.documents, "READ_SIZE", 100)
+    monkeypatch.setattr(megalith.data.blocks, "READ_SIZE", 100)
     good = [json.dumps({"text": "x" * 30}) for _ in range(40)]
     lines = [*good[:20], '{"text": 1}', *good[20:30], "worse", *good[30:]]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))

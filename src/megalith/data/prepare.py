@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from megalith import __version__
-from megalith.data.documents import NO_JSON, TEXT_DOCUMENTS, Block, DocumentRules, read_blocks
+from megalith.data.blocks import TEXT_DOCUMENTS, Block, DocumentRules, read_blocks
+from megalith.data.documents import NO_JSON
 from megalith.data.indexed import IndexedWriter, best_dtype, bin_path, idx_path
 from megalith.data.input_files import COMPRESSIONS, FORMATS, SUFFIXES, Source, find_sources
 from megalith.data.prepare_progress import Amount, Progress, open_progress

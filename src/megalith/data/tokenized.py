@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalith.data.documents import Block, DocumentRules, Fault, parse_block
+from megalith.data.blocks import Block, DocumentRules
+from megalith.data.documents import Fault, parse_block
 from megalith.data.sentences import split_sentences
 from megalith.data.tokenizer import Tokenizer
 

@@ -24,7 +24,8 @@ from typing import IO, Any, Self
 import numpy as np
 
 import megalith
-from megalith.data.documents import Block, DocumentRules, Fault, Part
+from megalith.data.blocks import Block, DocumentRules, Part
+from megalith.data.documents import Fault
 from megalith.data.tokenized import TokenizedBlock, TokenRules, Tokens, tokenize_block
 from megalith.data.tokenizer import Tokenizer, rebuild_tokenizer
 
