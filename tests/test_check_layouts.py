@@ -43,9 +43,10 @@ def test_layouts_that_fit_have_no_fault(world_size: int, words: list[str]) -> No
     assert faults(world_size, *words) == []
 
 
+@pytest.mark.parametrize("number", [-1, 0, 2**40])
 @pytest.mark.parametrize("flag", ["--num-attention-heads", "--num-layers"])
-def test_a_number_with_too_many_digits_costs_no_time(flag: str) -> None:
-    faults(4, flag, str(2**40), PP, "4", VIRTUAL, "3")
+def test_a_number_that_is_none_or_has_too_many_digits_costs_no_time(flag: str, number: int) -> None:
+    assert faults(4, flag, str(number), PP, "4", VIRTUAL, "3")
 
 
 @pytest.mark.parametrize(

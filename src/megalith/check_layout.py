@@ -51,7 +51,7 @@ def num_replicas(run: Run, world_size: int) -> int | None:
 
 def divisors(number: int) -> list[int]:
     """What divides it, in order."""
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(max(number, 0)) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})
 
 
