@@ -288,6 +288,25 @@ def test_the_kinds_of_models_that_can_be_evaluated_are_named(tmp_path: Path) -> 
     assert "holds a bert model; those of gpt, vit, classify, ict and retriever can be evaluated" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--valid-data", "text"], "--valid-data: nothing reads it without --task. Add --task WIKITEXT103 or LAMBADA"),
+        (["--strict-lambada", "--file", "text"], "--strict-lambada: nothing reads it without --task"),
+        (["--task", "LAMBADA", "--valid-data", "text", "--split", "test"], "Leave --split and --file out"),
+        (["--embedding-path", "vectors", "--search", "faiss"], "--embedding-path, --search: run holds a gpt model"),
+    ],
+)
+def test_what_an_evaluation_would_not_read_is_refused(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.toml").write_text('task = "gpt"\n')
+    assert main(["evaluate", "run", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_zero_shot_tasks_print_the_lines_of_megatron(trained: Path, tmp_path: Path) -> None:
     text = tmp_path / "wikitext.tokens"
     text.write_text(" = Title = \n It 's a text , with 10 @,@ 000 words . \n" * 3)

@@ -25,6 +25,7 @@ from megalith.parallel.settings import ParallelConfig
 from megalith.terminal import why_no_text
 
 TASKS = ("gpt", "bert", "t5", "ict", "vit", "classify", "retriever")
+BIENCODERS = ("ict", "retriever")  # tasks of which a model embeds texts
 
 # Flags that Megatron-LM itself removed, with what took their place.
 REMOVED = {

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from megalith.config import Run
+from megalith.config import BIENCODERS, Run
 from megalith.data.marked import Marks
 from megalith.data.tokenizer import Tokenizer, load_saved_tokenizer
 from megalith.derived import retriever_length
@@ -19,7 +19,6 @@ from megalith.models.retrieval import Retriever
 from megalith.models.shape import shape_of
 from megalith.trained import compute_type, load_weights, run_of
 
-BIENCODERS = ("ict", "retriever")
 WIDTH_STEP = 8  # a batch is as wide as its longest text, rounded up to this
 
 
