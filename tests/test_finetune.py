@@ -313,6 +313,14 @@ def test_faults_are_named_with_a_remedy(
         assert said in capfd.readouterr().err
 
 
+def test_a_run_without_validation_pairs_is_measured_on_files_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.toml").write_text('task = "classify"\npairs_format = "MNLI"\ntrain_data = ["pairs"]\n')
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert "--split = valid: the run has no pairs for it. Name some: --file FILE." in capsys.readouterr().err
+
+
 def test_operations_are_those_that_pytorch_counts(runs: Runs, files: tuple[Path, Path]) -> None:
     words = ["classify", *MODEL[1:], "--pairs-format", "MNLI", "--attention-dropout", "0", "--hidden-dropout", "0"]
     run = read_command_line(words)

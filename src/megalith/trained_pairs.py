@@ -33,6 +33,8 @@ def measure_pairs(
     if not files and name not in parts:
         raise ValueError(f"--split = {name}: pairs have no such part. Use {' or '.join(parts)}.")
     paths = list(files) or list(parts[name] or ())
+    if not paths:
+        raise ValueError(f"--split = {name}: the run has no pairs for it. Name some: --file FILE.")
     layout = layout_of(run)
     tokenizer = load_saved_tokenizer(Path(directory) / "tokenizer")
     pairs = read_pairs(paths, layout, warn=lambda text: print(f"warning: {printable(text)}", file=sys.stderr))
