@@ -46,6 +46,19 @@ OURS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--to huggingface run out --tensor-model-parallel-size 2", "--tensor-model-parallel-size: nothing reads it"),
+        ("--to megatron run out --weights-only --vocab-file v", "--vocab-file, --weights-only: nothing reads it with"),
+        ("--from huggingface there --to run --iteration 3", "--iteration: nothing reads it with --from huggingface"),
+    ],
+)
+def test_a_flag_that_a_conversion_does_not_read_is_refused(words: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        main(words.split())
+
+
 def our_tensors() -> dict[str, Tensor]:
     """The tensors of a run directory that the whole tensors become."""
     tensors: dict[str, Tensor] = {}

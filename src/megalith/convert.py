@@ -11,6 +11,19 @@ from megalith.command_line import CommandParser
 from megalith.terminal import printable, why_no_text
 
 HUGGING_FACE = "huggingface"  # a kind of checkpoint
+TOKENIZER = ("vocab_file", "merge_file", "tokenizer_model", "tokenizer_type")
+# What each conversion reads beside its directories.
+READ = {
+    "--from megatron": ("iteration", "weights_only", *TOKENIZER),
+    f"--from {HUGGING_FACE}": TOKENIZER,
+    "--to megatron": (
+        "iteration",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "num_layers_per_virtual_pipeline_stage",
+    ),
+    f"--to {HUGGING_FACE}": ("iteration",),
+}
 
 
 def main(words: Sequence[str]) -> int:
@@ -18,7 +31,9 @@ def main(words: Sequence[str]) -> int:
     for word in words:
         if unfit := why_no_text(word):
             raise ValueError(f"{word}: {unfit[0]}. {unfit[1]}.")
-    options = _parser().parse_args(words)
+    parser = _parser()
+    options = parser.parse_args(words)
+    _refuse_idle(options, parser)
 
     from megalith.checkpoint.directory import CheckpointError
 
@@ -62,7 +77,7 @@ def _from_other(options: argparse.Namespace) -> int:
     if len(options.target) != 1:
         raise ValueError(f"--to {' '.join(options.target)}: with --from it takes one word, the run directory to make")
 
-    given = {name: getattr(options, name) for name in ("vocab_file", "merge_file", "tokenizer_model", "tokenizer_type")}
+    given = {name: getattr(options, name) for name in TOKENIZER}
     tokenizer_settings = {name: value for name, value in given.items() if value is not None}
     if kind == HUGGING_FACE:
         from megalith.convert_from_hugging_face import from_hugging_face
@@ -81,6 +96,17 @@ def _from_other(options: argparse.Namespace) -> int:
     for line in lines:
         print(printable(line), flush=True)
     return 0
+
+
+def _refuse_idle(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raise ValueError for flags that the conversion asked for would not read."""
+    what = f"--to {options.target[0]}" if options.source is None else f"--from {options.source[0]}"
+    known = {name for names in READ.values() for name in names}
+    unread = sorted(known - {*READ.get(what, known)})
+    idle = [name for name in unread if getattr(options, name) != parser.get_default(name)]
+    if idle:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise ValueError(f"{flags}: nothing reads it with {what}. Leave it out.")
 
 
 def _check_kind(kind: str) -> None:
