@@ -76,7 +76,7 @@ def test_without_words_the_commands_are_listed() -> None:
         (["generate", "run", "--greedy", "--temperature", "0.5"], "--temperature = 0.5: --greedy draws nothing"),
         (["generate", "run", "--prompt", "a\udcff"], "--prompt = 'a\\udcff': is no text in UTF-8"),
         (["evaluate", "nowhere", "--split", "valid"], "nowhere: is not a run directory"),
-        (["preprocess", "--inptu", "x"], "did you mean --input?"),
+        (["preprocess", "--inptu", "x"], "Did you mean --input?"),
     ],
 )
 def test_a_mistake_is_one_sentence_on_standard_error_and_status_2(words: list[str], said: str, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import sys
 import typing
 from collections.abc import Sequence
@@ -16,19 +15,8 @@ from megalith.terminal import printable
 
 def main(words: Sequence[str]) -> int:
     """Run `megalith preprocess WORDS`; return the exit status. ValueError for what a user can correct."""
-    parser, flags = _parser()
-    if any(word in ("-h", "--help") for word in words):
-        parser.print_help()
-        return 0
-    values, unknown = parser.parse_known_args(list(words))
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-        raise ValueError(
-            f"{unknown[0]} is not a flag of megalith preprocess{f'; did you mean {near[0]}?' if near else ''}"
-        )
-    given: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in vars(values).items()
-    }
+    values = vars(_parser().parse_args(words))
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     try:
         report = prepare(PrepareConfig(**given))
     except ChildProcessError as error:
@@ -39,8 +27,8 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
-    """The parser of the flags that PrepareConfig declares, and these flags."""
+def _parser() -> argparse.ArgumentParser:
+    """The parser of the flags that PrepareConfig declares."""
     parser = CommandParser(
         prog="megalith preprocess",
         usage="%(prog)s --input FILE ... --output-prefix PREFIX --tokenizer-type TYPE [--flags ...]",
@@ -50,22 +38,21 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120),
     )
     groups: dict[str, Any] = {}
-    flags: list[str] = []
     for declared in dataclasses.fields(PrepareConfig):
         described = describe(declared)
         section = described["section"]
-        group = groups.setdefault(section, None) or parser.add_argument_group(section)
-        groups[section] = group
-        flags.append("--" + declared.name.replace("_", "-"))
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        group, flag = groups[section], "--" + declared.name.replace("_", "-")
         if described["switch"]:
-            group.add_argument(flags[-1], dest=declared.name, action="store_true", help=described["help"])
+            group.add_argument(flag, dest=declared.name, action="store_true", help=described["help"])
             continue
         default = " ".join(declared.default) if isinstance(declared.default, tuple) else declared.default
         shown = [described["unit"], f"default {default}" if default else ""]
         note = "; ".join(part for part in shown if part)
         whole = typing.get_type_hints(PrepareConfig)[declared.name] in (int, int | None)
         group.add_argument(
-            flags[-1],
+            flag,
             dest=declared.name,
             type=int if whole else str,
             choices=described["choices"] or None,
@@ -73,4 +60,4 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
             metavar="|".join(described["choices"]) or ("N" if whole else "TEXT"),
             help=described["help"] + (f" [{note}]" if note else ""),
         )
-    return parser, flags
+    return parser

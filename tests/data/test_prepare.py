@@ -483,7 +483,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--inputs", "x"], "--inputs is not a flag of megalith preprocess; did you mean --input?"),
+        (["--inputs", "x"], "unrecognized arguments: --inputs x. Did you mean --input?"),
         (["--workers", "many"], "argument --workers: invalid int value: 'many'; see megalith preprocess --help"),
         (["--dataset-impl", "mmap2"], "argument --dataset-impl: invalid choice: 'mmap2'"),
     ],
@@ -495,7 +495,9 @@ def test_wrong_words_are_answered(words: list[str], message: str) -> None:
 
 
 def test_help_shows_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
     shown = capsys.readouterr().out
     for name in PrepareConfig.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in shown
