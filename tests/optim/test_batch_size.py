@@ -2,7 +2,14 @@
 
 import pytest
 
-from megalith.optim.batch_size import ConstantBatch, RampedBatch, consumed_after, make_batch_sizes, steps_for_samples
+from megalith.optim.batch_size import (
+    ConstantBatch,
+    RampedBatch,
+    consumed_after,
+    make_batch_sizes,
+    steps_for_samples,
+    steps_left,
+)
 from megalith.optim.settings import OptimizerConfig
 
 
@@ -50,6 +57,16 @@ def test_steps_of_a_constant_batch_leave_out_a_rest() -> None:
     assert steps_for_samples(1000, ConstantBatch(64, 8, 1)) == 15
     with pytest.raises(ValueError, match="too short"):
         steps_for_samples(63, ConstantBatch(64, 8, 1))
+
+
+@pytest.mark.parametrize("train_samples", [*range(1, 40), 300, 599, 600, 601, 640])
+def test_a_run_takes_no_more_samples_than_it_is_given_although_it_ends_inside_of_its_ramp(train_samples: int) -> None:
+    ramp = RampedBatch(8, 1, 1, start=1, increment=1, ramp_samples=600)
+    steps = steps_for_samples(train_samples, ramp)
+    taken = consumed_after(ramp, 0, steps)
+    assert taken <= train_samples < taken + ramp.batch_size(taken)
+    for done in range(steps + 1):
+        assert steps_left(train_samples, ramp, consumed_after(ramp, 0, done)) == steps - done
 
 
 def test_what_steps_will_have_consumed_is_what_they_take_one_by_one() -> None:

@@ -112,23 +112,27 @@ def make_batch_sizes(config: OptimizerConfig, *, data_parallel: int) -> Constant
 
 
 def steps_for_samples(train_samples: int, batches: ConstantBatch | RampedBatch) -> int:
-    """Steps of a run over train_samples samples; a last batch that is not full is left out.
-
-    As in Megatron-LM the ramp is walked to its end, and what it takes too much is subtracted in full batches. Raises
-    ValueError if no step is left.
-    """
-    steps, consumed = 0, 0
-    if isinstance(batches, RampedBatch):
-        while consumed <= batches.ramp_samples:
-            consumed += batches.batch_size(consumed)
-            steps += 1
-    steps += (train_samples - consumed) // batches.global_batch_size
+    """Steps of a run over train_samples samples, see `steps_left`. Raises ValueError if there is none."""
+    steps = steps_left(train_samples, batches, 0)
     if steps < 1:
         raise ValueError(
             f"train_samples={train_samples} is too short for one step of {batches.global_batch_size} samples. "
             "Raise --train-samples, or lower --global-batch-size or the ramp"
         )
     return steps
+
+
+def steps_left(train_samples: int, batches: ConstantBatch | RampedBatch, consumed_samples: int) -> int:
+    """Steps that a run over train_samples samples still takes; a last batch that is not full is left out.
+
+    As many as in Megatron-LM, but for a run that ends inside of its ramp: there it would take more samples. Negative by
+    so many full batches if too many samples are consumed already.
+    """
+    steps, size = 0, batches.batch_size(consumed_samples)
+    while size < batches.global_batch_size and consumed_samples + size <= train_samples:
+        steps, consumed_samples = steps + 1, consumed_samples + size
+        size = batches.batch_size(consumed_samples)
+    return steps + (train_samples - consumed_samples) // batches.global_batch_size
 
 
 def consumed_after(batches: ConstantBatch | RampedBatch, consumed_samples: int, steps: int) -> int:
