@@ -351,6 +351,19 @@ def test_training_by_samples_with_a_ramped_batch(data: Path, tmp_path: Path) -> 
     sizes = [step["global_batch_size"] for step in steps_of(tmp_path / "run")]
     assert sizes[0] == 2 and sizes[-1] == 8 and sizes == sorted(sizes)
     assert steps_of(tmp_path / "run")[-1]["consumed_samples"] == sum(sizes) <= 64
+    words = command(data, tmp_path / "run", *words, "--log-format", "reference")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert f"the run is finished: all {len(sizes)} steps were taken; --train-samples {2 * sum(sizes)} " in done.stdout
+
+
+@pytest.mark.parametrize("batch", [4, 16])
+def test_a_run_given_in_samples_takes_them_all_although_its_batches_change(
+    batch: int, data: Path, tmp_path: Path
+) -> None:
+    save, words = tmp_path / "run", ["--train-samples", "80", "--lr-warmup-iters", "0", "--save-interval", "5"]
+    assert run_on(1, [*words, "--exit-interval", "5"], save, data) == 0
+    assert run_on(1, [*words, "--global-batch-size", str(batch)], save, data) == 0
+    assert [step["consumed_samples"] for step in steps_of(save)[5:]] == list(range(40 + batch, 81, batch))
 
 
 # bfloat16 keeps 8 bits of a number, float16 11.

@@ -12,6 +12,7 @@ from megalith.evaluations import OWED
 from megalith.job import Job
 from megalith.models.settings import ModelConfig
 from megalith.models.shape import OPTIONS, shape_of
+from megalith.optim.batch_size import steps_left
 from megalith.optim.finite import BadSteps
 from megalith.optim.groups import num_updates, readable_tensors, set_num_updates
 from megalith.optim.local import local_part
@@ -128,6 +129,7 @@ def restore(job: Job, loaded: Loaded, *, with_optimizer: bool, goes_on: bool = T
     progress.owes = owes if isinstance(owes, str) and owes in OWED else None
     progress.bad_steps = BadSteps.from_json(state.get("bad_steps", {}))
     progress.spikes.restore(state.get("spikes", {}))
+    set_last_step(job)
     if with_optimizer:
         set_num_updates(job.laid.trained, job.optimizer, int(state["num_updates"]))
         # A constant scale has left nothing to go on from.
@@ -144,3 +146,14 @@ def restore(job: Job, loaded: Loaded, *, with_optimizer: bool, goes_on: bool = T
         for line in spoken:
             job.log.line(line, detail=True)
     job.interval.restore(loaded.index.notes["interval"], time.perf_counter())
+
+
+def set_last_step(job: Job) -> None:
+    """Let a run whose length is given in samples end with them, whatever the batches were so far; in place."""
+    progress, train = job.progress, job.run.train
+    if train.train_iters or train.train_samples is None:
+        return
+    before, left = job.last_step, steps_left(train.train_samples, job.batch_sizes, progress.consumed_train_samples)
+    job.last_step = job.interval.last_step = progress.step + left
+    if job.last_step != before:
+        job.log.line(f"setting training iterations to {job.last_step}, for the batch size was another one")
