@@ -186,6 +186,26 @@ def test_a_gpt2_without_its_head_can_be_read(tmp_path: Path) -> None:
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True; False can be"),
         ("gpt2", {"activation_function": "silu"}, "activation_function is 'silu'; gelu_new and gelu_pytorch_tanh and"),
         ("gpt2", {"n_layer": 4}, "its weights lack transformer.h.3.ln_1.weight"),
+        ("gpt2", {"embd_pdrop": 0.3}, "embd_pdrop is 0.3 and resid_pdrop 0.1, which are one here, --hidden-dropout"),
+        (
+            "gpt2",
+            {"layer_norm_epsilon": "1"},
+            "config.json: layer_norm_epsilon is '1'; it must be a number of 0 or more",
+        ),
+        ("gpt2", {"is_causal": False}, "config.json: is_causal is False; True can be converted"),
+        (
+            "gpt2",
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantization_config is {'quant_method': 'fp8'}; None",
+        ),
+        ("llama", {"is_causal": False}, "config.json: is_causal is False; True can be converted"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'; default can be"),
+        ("llama", {"rope_scaling": [2.0]}, "rope_scaling or rope_parameters is [2.0]; it must be an object"),
+        (
+            "llama, biases and a tied table",
+            {"rms_norm_eps": -1},
+            "rms_norm_eps is -1; it must be a number of 0 or more",
+        ),
         ("llama", {"hidden_act": "gelu"}, "config.json: hidden_act is 'gelu'; silu can be converted"),
         ("llama", {"mlp_bias": True}, "config.json: mlp_bias is True; False can be converted"),
         ("llama", {"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": None}, "rope_type is 'llama3'; default"),
@@ -201,6 +221,28 @@ def test_what_cannot_come_is_said(
     assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_is_not_the_table_it_is_tied_to_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "theirs", "gpt2")
+    file = tmp_path / "theirs" / "model.safetensors"
+    weights = load_file(file)
+    table = weights["transformer.wte.weight"]
+    save_file({**weights, "lm_head.weight": table + 1}, file)
+    words = ["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]
+    assert main(words) == 2
+    assert "lm_head.weight differs from the table of tokens, which config.json ties" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    save_file({**weights, "lm_head.weight": table.clone()}, file)
+    assert main(words) == 0
+
+
+def test_a_dropout_of_null_is_none(tmp_path: Path) -> None:
+    write_model(tmp_path / "theirs", "llama", attention_dropout=None)
+    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 0
+    assert "attention_dropout = 0.0" in (tmp_path / "run" / "run.toml").read_text()
 
 
 def test_what_cannot_go_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,6 +137,9 @@ def test_training_goes_on_from_it(tmp_path: Path) -> None:
         ({"num_decoder_layers": 5}, "num_decoder_layers differs from num_layers = 3; stacks must be equal here"),
         ({"num_layers": 4, "num_decoder_layers": 4}, "its weights lack encoder.block.3"),
         ({"d_ff": 41}, "the weights for encoder.0.feedforward.up.weight are (40, 24), config.json wants (41, 24)"),
+        ({"dense_act_fn": "gelu_new"}, "config.json: dense_act_fn is 'gelu_new'; relu can be converted"),
+        ({"is_gated_act": True}, "config.json: is_gated_act is True; False can be converted"),
+        ({"relative_attention_max_distance": "far"}, "relative_attention_max_distance is 'far'; it must be a number"),
         ({"d_kv": "many"}, "config.json: d_kv is 'many'; it must be a number of 1 or more"),
     ],
 )

@@ -20,7 +20,7 @@ from megalith.convert_from_megatron import padded_to, required_tokenizer
 from megalith.data.tokenizer import Tokenizer
 from megalith.derived import num_layers
 from megalith.files import DISK, make_directories
-from megalith.hugging_face import KINDS, Names, made_ours, stored
+from megalith.hugging_face import KINDS, Names, made_ours, refuse_others, stored
 from megalith.models.shape import shape_of
 from megalith.monitor.interval import Interval
 from megalith.monitor.ledger import Ledger
@@ -28,6 +28,7 @@ from megalith.sources import as_toml, write_run_file
 from megalith.task_rows import TASK_ROWS
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+OUTPUT = "lm_head.weight"  # the second table, where there is one
 LARGEST_JSON = 16 << 20  # bytes
 # Files of a tokenizer, the first that are there, and the settings that name them.
 TOKENIZERS: tuple[tuple[str, dict[str, str]], ...] = (
@@ -51,10 +52,18 @@ def from_hugging_face(directory: str, run_dir: str, *, tokenizer_settings: Mappi
         files = [stack.enter_context(open_shard(path, disk=DISK)) for path in weight_files(folder)]
         theirs = {name: file for file in files for name in file.names}
         yield f"reading {folder}"
-        run = run_of(config, folder, run_dir, tokenizer_settings, own_output="lm_head.weight" in theirs)
+        run = run_of(config, folder, run_dir, tokenizer_settings, own_output=OUTPUT in theirs)
         tokenizer = required_tokenizer(run)
         weights = Weights(folder, theirs, KINDS[str(config["model_type"])].names(run), run)
-        vocab_size = weights.of_ours("word_embedding.weight").shape[0]
+        table = weights.of_ours("word_embedding.weight")
+        vocab_size = table.shape[0]
+        # Versions of their library from 5 on use such an output, older ones the table.
+        is_tied = not run.model.untie_embeddings_and_output_weights
+        if is_tied and OUTPUT in theirs and not torch.equal(weights.read(OUTPUT), table):
+            raise ValueError(
+                f"{folder}: {OUTPUT} differs from the table of tokens, which {CONFIG} ties it to. Set "
+                f"tie_word_embeddings to false there, or leave {OUTPUT} out of the weights"
+            )
         run = padded_to(run, tokenizer.vocab_size, vocab_size)
         task = TASK_ROWS[run.task]
         build = task.build_part(run, vocab_size, torch.float32)
@@ -114,6 +123,7 @@ def run_of(
     if kind is None:
         known = ", ".join(KINDS)
         raise ValueError(f"{where}: model_type is {config.get('model_type')!r:.60}; of {known} one can be converted")
+    refuse_others(config, where, {"quantization_config": (None,)})
     values = kind.settings(config, where, own_output)
     return compose(kind.task, {**values, **(tokenizer_settings or tokenizer_in(folder)), "save": run_dir})
 

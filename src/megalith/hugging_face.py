@@ -3,6 +3,7 @@
 Weights of ours stand together where theirs are apart, group of heads by group, and the other way round.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +128,15 @@ def count(config: Mapping[str, Any], name: str, where: Path, *, default: int | N
     return value
 
 
+def number(config: Mapping[str, Any], name: str, where: Path, *, default: float) -> float:
+    """A number of 0 or more in config.json; ValueError, naming it, for anything else. default: where it is missing."""
+    value = config.get(name)
+    value = default if value is None else value
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise ValueError(f"{where}: {name} is {value!r:.60}; it must be a number of 0 or more")
+    return float(value)
+
+
 def refuse_others(config: Mapping[str, Any], where: Path, fits: Mapping[str, tuple[object, ...]]) -> None:
     """Raise ValueError unless every entry is missing or one of those that fit."""
     for name, values in fits.items():
@@ -173,8 +183,15 @@ def _gpt2_settings(config: Mapping[str, Any], where: Path, own_output: bool) -> 
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
+        "is_causal": (True,),
     }
     refuse_others(config, where, fits)
+    of_table, of_branches = (number(config, name, where, default=0.1) for name in ("embd_pdrop", "resid_pdrop"))
+    if of_table != of_branches:
+        raise ValueError(
+            f"{where}: embd_pdrop is {of_table} and resid_pdrop {of_branches}, which are one here, --hidden-dropout; "
+            "make them equal"
+        )
     width, places = count(config, "n_embd", where), count(config, "n_positions", where)
     return {
         "num_layers": count(config, "n_layer", where),
@@ -183,9 +200,9 @@ def _gpt2_settings(config: Mapping[str, Any], where: Path, own_output: bool) -> 
         "ffn_hidden_size": count(config, "n_inner", where, default=4 * width),
         "max_position_embeddings": places,
         "seq_length": min(places, LONGEST_AT_FIRST),
-        "layernorm_epsilon": float(config.get("layer_norm_epsilon", 1e-5)),
-        "attention_dropout": float(config.get("attn_pdrop", 0.1)),
-        "hidden_dropout": float(config.get("resid_pdrop", 0.1)),
+        "layernorm_epsilon": number(config, "layer_norm_epsilon", where, default=1e-5),
+        "attention_dropout": number(config, "attn_pdrop", where, default=0.1),
+        "hidden_dropout": of_branches,
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", True),
         **GPT2_ACTIVATIONS[config.get("activation_function", "gelu_new")],
     }
@@ -231,9 +248,16 @@ def _llama_names(run: Run) -> Names:
 
 
 def _llama_settings(config: Mapping[str, Any], where: Path, own_output: bool) -> dict[str, Any]:
-    refuse_others(config, where, {"hidden_act": ("silu",), "mlp_bias": (config.get("attention_bias", False),)})
-    # Older files have the base beside, and what stretches the angles as rope_scaling.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    fits: dict[str, tuple[object, ...]] = {
+        "hidden_act": ("silu",),
+        "mlp_bias": (config.get("attention_bias", False),),
+        "is_causal": (True,),
+    }
+    refuse_others(config, where, fits)
+    # Older files have the base beside, and what stretches the angles as rope_scaling, which their library takes first.
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{where}: rope_scaling or rope_parameters is {rope!r:.60}; it must be an object")
     refuse_others(rope, where, {name: ("default",) for name in ("rope_type", "type")})
     refuse_others({**config, **rope}, where, {"partial_rotary_factor": (1, None)})
     width, heads = count(config, "hidden_size", where), count(config, "num_attention_heads", where)
@@ -250,14 +274,14 @@ def _llama_settings(config: Mapping[str, Any], where: Path, own_output: bool) ->
         "ffn_hidden_size": count(config, "intermediate_size", where),
         "max_position_embeddings": longest,
         "seq_length": min(longest, LONGEST_AT_FIRST),
-        "layernorm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
-        "attention_dropout": float(config.get("attention_dropout", 0.0)),
+        "layernorm_epsilon": number(config, "rms_norm_eps", where, default=1e-6),
+        "attention_dropout": number(config, "attention_dropout", where, default=0.0),
         "hidden_dropout": 0.0,
         "normalization": "RMSNorm",
         "swiglu": True,
         "add_bias_linear": bool(config.get("attention_bias", False)),
         "position_embedding_type": "rope",
-        "rotary_base": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        "rotary_base": number({**config, **rope}, "rope_theta", where, default=10000.0),
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
     }
 
@@ -323,7 +347,14 @@ def _t5_settings(config: Mapping[str, Any], where: Path, own_output: bool) -> di
         raise ValueError(f"{where}: feed_forward_proj is {activation!r:.60}; relu and gated-gelu are known")
     if (config.get("num_decoder_layers") or layers) != layers:
         raise ValueError(f"{where}: num_decoder_layers differs from num_layers = {layers}; stacks must be equal here")
-    dropout = float(config.get("dropout_rate", 0.1))
+    inside = "relu" if activation == "relu" else "gelu_new"
+    fits: dict[str, tuple[object, ...]] = {
+        "dense_act_fn": (inside,),
+        "is_gated_act": (activation != "relu",),
+        "is_encoder_decoder": (True,),
+    }
+    refuse_others(config, where, fits)
+    dropout = number(config, "dropout_rate", where, default=0.1)
     return {
         "num_layers": layers,
         "hidden_size": count(config, "d_model", where),
@@ -333,7 +364,7 @@ def _t5_settings(config: Mapping[str, Any], where: Path, own_output: bool) -> di
         "max_position_embeddings": ENCODER_LENGTH,
         "encoder_seq_length": ENCODER_LENGTH,
         "decoder_seq_length": DECODER_LENGTH,
-        "layernorm_epsilon": float(config.get("layer_norm_epsilon", 1e-6)),
+        "layernorm_epsilon": number(config, "layer_norm_epsilon", where, default=1e-6),
         "attention_dropout": dropout,
         "hidden_dropout": dropout,
         "normalization": "RMSNorm",
@@ -344,9 +375,9 @@ def _t5_settings(config: Mapping[str, Any], where: Path, own_output: bool) -> di
         "apply_query_key_layer_scaling": False,
         "position_embedding_type": "relative",
         "relative_attention_num_buckets": count(config, "relative_attention_num_buckets", where),
-        "relative_attention_max_distance": config.get("relative_attention_max_distance", 128),
+        "relative_attention_max_distance": count(config, "relative_attention_max_distance", where, default=128),
         # Files of older versions of the library say it by what is tied.
-        "scale_decoder_outputs": bool(config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))),
+        "scale_decoder_outputs": config.get("scale_decoder_outputs", config.get("tie_word_embeddings")) is not False,
         "untie_embeddings_and_output_weights": own_output,
     }
 
