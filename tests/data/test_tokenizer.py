@@ -250,6 +250,29 @@ def test_hugging_face_end_of_document_is_found_by_its_usual_name(folder: Path) -
 
 
 @pytest.mark.parametrize(
+    ("config", "roles"),
+    [
+        ({"model_max_length": 1024}, {"eod": 1, "eos": 1}),
+        ({"bos_token": "<bos>"}, {"eod": 1, "eos": 1, "bos": 0}),
+        ({"eos_token": None}, {}),
+    ],
+)
+def test_hugging_face_end_of_document_is_the_usual_one_where_the_configuration_is_silent(
+    config: dict[str, Any], roles: dict[str, int], folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_kind("HuggingFaceTokenizer", tmp_path).roles == roles
+
+
+def test_a_tokenizer_configuration_that_is_no_object_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: expected an object, found a list"):
+        load_kind("HuggingFaceTokenizer", tmp_path)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "tokenizer.json, line 1: expected JSON"),

@@ -23,7 +23,8 @@ LARGEST_FILE = 1 << 28  # bytes; no vocabulary comes near it
 MOST_UNREACHABLE = 256  # tokens that no merge makes; room for special ones
 END_OF_TEXT = "<|endoftext|>"
 BERT_ROLES = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]", "bos": "[BOS]", "eos": "[EOS]"}
-# What widely used tokenizers call the token that ends a text, where no tokenizer_config.json says so.
+# What widely used tokenizers call the token that ends a text, where no tokenizer_config.json says so (GPT-2's own names
+# no token).
 USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|end▁of▁sentence|>")
 CONFIG_ROLES = {
     "eod": "eos_token",
@@ -145,7 +146,10 @@ def make_wordpiece(files: Files, names: Mapping[str, str], *, lower_case: bool, 
 
 
 def make_hugging_face(files: Files, names: Mapping[str, str]) -> Parts:
-    """Any tokenizer.json; the roles of its tokens from the tokenizer_config.json beside it, if there is one."""
+    """Any tokenizer.json; the roles of its tokens from the tokenizer_config.json beside it, if there is one.
+
+    Where that has no entry for the token that ends a text it is the one of the usual names.
+    """
     from tokenizers import Tokenizer as LibraryTokenizer
 
     name = names["tokenizer.json"]
@@ -157,12 +161,15 @@ def make_hugging_face(files: Files, names: Mapping[str, str]) -> Parts:
         codec = HuggingFaceCodec(tokenizer)
     vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     extra = _sentinels(vocabulary)
+    config: Any = {}
     if "tokenizer_config.json" in files:
         config = parse_json(files["tokenizer_config.json"], names["tokenizer_config.json"])
-        said = {role: _token_of(config.get(key)) for role, key in CONFIG_ROLES.items()}
-        return Parts(codec, {role: vocabulary[token] for role, token in said.items() if token in vocabulary}, extra)
-    usual = [token for token in USUAL_ENDS if token in vocabulary]
-    return Parts(codec, {"eod": vocabulary[usual[0]], "eos": vocabulary[usual[0]]} if usual else {}, extra)
+        if not isinstance(config, dict):
+            raise ValueError(f"{names['tokenizer_config.json']}: expected an object, found {_kind(config)}")
+    said = {role: _token_of(config[key]) for role, key in CONFIG_ROLES.items() if key in config}
+    if "eos_token" not in config:
+        said |= dict.fromkeys(("eod", "eos"), next(filter(vocabulary.__contains__, USUAL_ENDS), None))
+    return Parts(codec, {role: vocabulary[token] for role, token in said.items() if token in vocabulary}, extra)
 
 
 def _sentinels(vocabulary: Mapping[str, int]) -> tuple[int, ...]:
