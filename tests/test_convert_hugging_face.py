@@ -239,6 +239,19 @@ def test_an_output_that_is_not_the_table_it_is_tied_to_is_said(
     assert main(words) == 0
 
 
+def test_tensors_that_such_a_model_has_not_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path / "theirs", "gpt2")
+    file = tmp_path / "theirs" / "model.safetensors"
+    weights = load_file(file) | {"transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16)}
+    save_file(weights, file)
+    words = ["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to"]
+    assert main([*words, str(tmp_path / "run")]) == 0
+    assert "warning" not in capsys.readouterr().out
+    save_file(weights | {"transformer.h.0.attn.q_norm.weight": torch.ones(6), "score.weight": torch.ones(2, 24)}, file)
+    assert main([*words, str(tmp_path / "second")]) == 0
+    assert "warning: left out score.weight and 1 more, which no gpt2 has" in capsys.readouterr().out
+
+
 def test_a_dropout_of_null_is_none(tmp_path: Path) -> None:
     write_model(tmp_path / "theirs", "llama", attention_dropout=None)
     assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 0

@@ -29,6 +29,8 @@ from megalith.task_rows import TASK_ROWS
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 OUTPUT = "lm_head.weight"  # the second table, where there is one
+# Ends of the names of tensors that other weights or config.json make.
+MADE_ANEW = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "embed_tokens.weight", OUTPUT)
 LARGEST_JSON = 16 << 20  # bytes
 # Files of a tokenizer, the first that are there, and the settings that name them.
 TOKENIZERS: tuple[tuple[str, dict[str, str]], ...] = (
@@ -74,6 +76,8 @@ def from_hugging_face(directory: str, run_dir: str, *, tokenizer_settings: Mappi
             if found.shape != parameter.shape:
                 shapes = f"{tuple(found.shape)}, {CONFIG} wants {tuple(parameter.shape)}"
                 raise ValueError(f"{folder}: the weights for {name} are {shapes}")
+        if left := [name for name in sorted(theirs.keys() - weights.taken) if not name.endswith(MADE_ANEW)]:
+            yield f"warning: left out {left[0]} and {len(left) - 1} more, which no {config['model_type']} has"
     make_directories(run_dir)
     tokenizer.save(Path(run_dir) / "tokenizer")
     write_run_file(run)
@@ -142,6 +146,7 @@ class Weights:
         self._folder = folder
         self._theirs = theirs
         self._names, self._run = names, run
+        self.taken: set[str] = set()  # names of theirs
         # A model without its head is stored without the prefix.
         self._prefix = "" if any(name.startswith(names.prefix) for name in theirs) else names.prefix
 
@@ -159,6 +164,7 @@ class Weights:
         kind = None if file is None else file.kind(name)
         if file is None or kind is None:
             raise ValueError(f"its weights lack {name}")
+        self.taken.add(name)
         dtype, shape = kind
         tensor = torch.empty(shape, dtype=TORCH_DTYPES[dtype])
         file.fill(name, Place((0,) * len(shape), shape), tensor)
