@@ -252,6 +252,20 @@ def test_tensors_that_such_a_model_has_not_are_told(tmp_path: Path, capsys: pyte
     assert "warning: left out score.weight and 1 more, which no gpt2 has" in capsys.readouterr().out
 
 
+def test_a_converted_model_is_evaluated_on_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twin = write_model(tmp_path / "theirs", "gpt2")
+    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 0
+    assert main(["evaluate", str(tmp_path / "run")]) == 2
+    assert "--split = valid: the run has no data of its own. Name files: --file FILE." in capsys.readouterr().err
+    (tmp_path / "some.txt").write_text("the word number 7")
+    assert main(["evaluate", str(tmp_path / "run"), "--file", str(tmp_path / "some.txt"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    tokenizer = load_saved_tokenizer(tmp_path / "run" / "tokenizer")
+    tokens = torch.tensor([[*tokenizer.encode("the word number 7"), tokenizer.eod]])
+    assert found["tokens"] == tokens.shape[1] - 1 <= T
+    assert found["loss"] == pytest.approx(twin(input_ids=tokens, labels=tokens).loss.item(), rel=1e-5)
+
+
 def test_a_dropout_of_null_is_none(tmp_path: Path) -> None:
     write_model(tmp_path / "theirs", "llama", attention_dropout=None)
     assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 0

@@ -188,6 +188,8 @@ def split_tokens(trained: TrainedModel, split: str) -> NDArray[np.int64]:
     run = trained.run
     if run.data.data_path is not None and len(run.data.data_path) > 1:
         raise ValueError("--split: the run blends several data sets. Name the files of one: --file PREFIX.")
+    if run.data.corpus is None and not run.data.data_path:
+        raise ValueError(f"--split = {split}: the run has no data of its own. Name files: --file FILE.")
     prefix = corpus_prefix(run) if run.data.corpus is not None else (run.data.data_path or ("",))[0]
     indexed = open_indexed(prefix, run.data.data_impl, merged=True)
     check_prepared(indexed.prefix, trained.tokenizer.digests)
