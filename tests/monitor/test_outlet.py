@@ -192,6 +192,38 @@ def test_a_line_that_a_kill_cut_short_is_removed_and_a_whole_one_is_ended(
     assert path.read_bytes().endswith(b'\n{"event": "c"}\n' if first or kept else b'{"event": "c"}\n')
 
 
+def test_a_link_in_the_place_of_the_file_is_told_and_what_it_points_at_stays(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("no line of ours")
+    (tmp_path / "log.jsonl").symlink_to("other")
+    told: list[str] = []
+    file = JsonLines(tmp_path / "log.jsonl", told.append)
+    file.write("{}")
+    file.close()
+    assert (tmp_path / "other").read_text() == "no line of ours" and len(told) == 1
+
+
+def test_a_named_pipe_in_the_place_of_the_file_is_told_once_it_is_full(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log.jsonl")
+    told: list[str] = []
+    file = JsonLines(tmp_path / "log.jsonl", told.append)
+    for _ in range(40):
+        file.write("x" * 4096)
+    file.close()
+    assert len(told) == 1
+
+
+def test_what_is_longer_than_any_record_is_not_searched_to_its_start(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with path.open("wb") as hollow:
+        hollow.truncate(1 << 40)
+    file = JsonLines(path, pytest.fail)
+    file.write("{}")
+    file.close()
+    with path.open("rb") as written:
+        written.seek(1 << 40)
+        assert written.read() == b"\n{}\n"
+
+
 def test_a_directory_that_cannot_be_made_is_told_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     told: list[str] = []

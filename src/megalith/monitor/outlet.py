@@ -132,19 +132,24 @@ class JsonLines:
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        # What a link points at may be another's. Without O_NONBLOCK a full named pipe would be waited for.
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        self._descriptor = os.open(self.path, flags, 0o666)
         size = os.fstat(self._descriptor).st_size
         self._torn = size > 0 and os.pread(self._descriptor, 1, size - 1) != b"\n"
 
     def _mend(self, descriptor: int) -> None:
-        """End the file with a whole line: what stands behind the last one gets an end if it is an object, or goes."""
+        """End the file with a whole line: what stands behind the last one gets an end if it is an object, or goes.
+
+        What is longer than any record gets an end, too: it was not begun here.
+        """
         size = begin = os.fstat(descriptor).st_size
         newline = -1
-        while newline < 0 < begin:
+        while newline < 0 < begin and size - begin <= LONGEST_LINE:
             start = max(0, begin - BLOCK)
             newline = os.pread(descriptor, begin - start, start).rfind(b"\n")
             begin = start + newline + 1
-        if size - begin <= LONGEST_LINE and _is_object(os.pread(descriptor, size - begin, begin)):
+        if size - begin > LONGEST_LINE or _is_object(os.pread(descriptor, size - begin, begin)):
             if not os.write(descriptor, b"\n"):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         else:
