@@ -1,6 +1,7 @@
 """The entries of the ledger add up to the time since the run began, also over restarts."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -192,9 +193,13 @@ def test_the_file_is_read_back_and_anything_else_is_none(tmp_path: Path) -> None
     file.write(ledger, ended=True)
     read = file.read()
     assert read is not None and read["ended"] and set(read["spent"]) == set(ledger.seconds())
-    for text in ("", "{", "[]", "7", '{"spent": 3}', '{"spent": {}, "saved": "x", "booted": 0}', " " * LARGEST_FILE):
+    texts = ["", "{", "[]", "7", '{"spent": 3}', '{"spent": {}, "saved": "x", "booted": 0}', " " * LARGEST_FILE]
+    for text in [*texts, "[" * 10_000, '{"spent": {"step": Infinity}}']:
         file.path.write_text(text)
         assert file.read() is None, text
+    file.path.unlink()
+    os.mkfifo(file.path)
+    assert file.read() is None
 
 
 def test_a_disk_that_fails_does_not_stop_the_run(tmp_path: Path) -> None:

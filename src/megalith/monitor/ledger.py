@@ -6,6 +6,7 @@ interrupted. Only clocks that cannot be set measure; the calendar is asked only 
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -167,11 +168,12 @@ class LedgerFile:
     def read(self) -> dict[str, Any] | None:
         """The state that was written last; None if there is none, or none that can be read."""
         try:
-            with self.path.open("rb") as file:
+            # The disk opens a named pipe without waiting for its writer.
+            with os.fdopen(self._disk.open(self.path), "rb") as file:
                 state = json.loads(file.read(LARGEST_FILE))
             _accounts(state)
             return {**state, "saved": int(state["saved"]), "booted": int(state["booted"])}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             return None
 
     def finished_step(self) -> int | None:
