@@ -92,6 +92,14 @@ def test_validation_sees_the_middle_of_the_shorter_sides_length() -> None:
     assert central_crop(noise(33, 70), 16).size == (16, 16)
 
 
+@pytest.mark.parametrize("shape", [(1, 10_000_000, 3), (10_000_000, 1, 3)], ids=["wide", "high"])
+def test_only_the_middle_of_a_very_long_image_is_resized(shape: tuple[int, int, int]) -> None:
+    pixels = np.zeros(shape, np.uint8)  # resized whole, 1.5 TB
+    pixels.reshape(-1, 3)[4_999_900:5_000_100] = 9
+    image = central_crop(Image.fromarray(pixels), 224)
+    assert image.size == (224, 224) and (array(image) == 9).all()
+
+
 def test_every_sample_finds_enough_numbers() -> None:
     # No crop of a line fits, so all tries are made.
     for sample in range(300):

@@ -18,6 +18,7 @@ Picture = Image.Image
 
 MOST_DRAWS = 48  # numbers that a sample may need: about 15 as a rule, 36 at most
 CROP_TRIES = 10
+LONGEST_SIDE = 64  # times the shorter one, of an image that is resized whole
 GREY = (128, 128, 128)  # where a moved image leaves nothing
 
 
@@ -62,6 +63,12 @@ def random_resized_crop(image: Picture, side: int, draws: Draws) -> Picture:
 def central_crop(image: Picture, side: int) -> Picture:
     """The middle square, after the shorter side was resized to this side: what validation sees."""
     width, height = image.size
+    longest = LONGEST_SIDE * min(width, height)
+    if max(width, height) > longest:
+        # Resized whole, a small file of one long row would take any amount of memory.
+        left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
+        image = image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+        width, height = image.size
     if width <= height:
         sizes = (side, max(side, int(side * height / width)))
     else:
