@@ -206,6 +206,8 @@ def test_json_lines_that_are_named_as_text_are_not_taken_for_text(tmp_path: Path
     assert read(path, input_format="jsonl") == good("one", "two")
     path.write_text("{ no json")
     assert read(path) == good("{ no json")
+    path.write_text('{"a":' * 50_000)
+    assert len(read(path)) == 1
 
 
 def test_several_keys_give_several_texts(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def _begins_as_json(name: str) -> bool:
         line = file.read(LONGEST_LINE_SEEN).lstrip().split(b"\n", 1)[0]
     try:
         return line.startswith(b"{") and isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
