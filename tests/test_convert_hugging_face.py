@@ -249,7 +249,7 @@ def test_tensors_that_such_a_model_has_not_are_told(tmp_path: Path, capsys: pyte
     assert "warning" not in capsys.readouterr().out
     save_file(weights | {"transformer.h.0.attn.q_norm.weight": torch.ones(6), "score.weight": torch.ones(2, 24)}, file)
     assert main([*words, str(tmp_path / "second")]) == 0
-    assert "warning: left out score.weight and 1 more, which no gpt2 has" in capsys.readouterr().out
+    assert "warning: left out score.weight and 1 more, for which a gpt2 has no place" in capsys.readouterr().out
 
 
 def test_a_converted_model_is_evaluated_on_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,7 +77,8 @@ def from_hugging_face(directory: str, run_dir: str, *, tokenizer_settings: Mappi
                 shapes = f"{tuple(found.shape)}, {CONFIG} wants {tuple(parameter.shape)}"
                 raise ValueError(f"{folder}: the weights for {name} are {shapes}")
         if left := [name for name in sorted(theirs.keys() - weights.taken) if not name.endswith(MADE_ANEW)]:
-            yield f"warning: left out {left[0]} and {len(left) - 1} more, which no {config['model_type']} has"
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            yield f"warning: left out {left[0]}{more}, for which a {config['model_type']} has no place"
     make_directories(run_dir)
     tokenizer.save(Path(run_dir) / "tokenizer")
     write_run_file(run)
