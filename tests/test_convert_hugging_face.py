@@ -272,6 +272,81 @@ def test_a_dropout_of_null_is_none(tmp_path: Path) -> None:
     assert "attention_dropout = 0.0" in (tmp_path / "run" / "run.toml").read_text()
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_layer": 10**6}, "tensors are none of 1000000 layers, as config.json wants"),
+        (
+            {"n_inner": 10**20},
+            "config.json: n_inner is 100000000000000000000; it must be a number of 1 or more, at most",
+        ),
+        ({"n_inner": int("9" * 70)}, "config.json: n_inner is 9999"),
+    ],
+    ids=["layers", "features", "digits"],
+)
+def test_sizes_that_nothing_bears_out_are_refused_at_once(
+    changes: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "theirs", "gpt2", **changes)
+    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        ("transformer.wte.weight", (), "transformer.wte.weight has the shape (), which no weight has"),
+        ("transformer.h.0.attn.c_attn.weight", (0, 0), "has the shape (0, 0), which no weight has"),
+        ("transformer.h.0.attn.c_attn.bias", (), "has the shape (), which no weight has"),
+    ],
+)
+def test_weights_of_no_possible_shape_are_refused(
+    name: str, shape: tuple[int, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "theirs", "gpt2")
+    file = tmp_path / "theirs" / "model.safetensors"
+    save_file({**load_file(file), name: torch.zeros(shape)}, file)
+    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_queries_and_keys_of_other_widths_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path / "theirs", "llama")
+    file = tmp_path / "theirs" / "model.safetensors"
+    save_file({**load_file(file), "model.layers.0.self_attn.k_proj.weight": torch.zeros(12, 3)}, file)
+    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 2
+    assert "v_proj.weight have rows of different lengths" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("listed", "said"),
+    [
+        ([], "weight_map is []; it must be an object"),
+        ({"a": ["b"]}, "names a file ['b'], which is none of the directory's"),
+        ({"a": 1, "b": "c"}, "names a file 1, which is none of the directory's"),
+        ({"a": "../run/b"}, "names a file '../run/b', which is none of the directory's"),
+        ({"a": "b\0"}, "names a file 'b\\x00', which is none of the directory's"),
+    ],
+)
+def test_an_index_of_anything_but_files_of_the_directory_is_refused(
+    listed: object, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "theirs", "gpt2")
+    (tmp_path / "theirs" / "model.safetensors").unlink()
+    (tmp_path / "theirs" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_config_with_a_number_of_thousands_of_digits_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "theirs", "gpt2")
+    (tmp_path / "theirs" / "config.json").write_text('{"n_layer": ' + "1" * 6000 + "}")
+    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 2
+    assert "config.json: is no JSON (Exceeds the limit" in capsys.readouterr().err
+
+
 def test_what_cannot_go_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["convert", "--to", "huggingface", str(tmp_path), str(tmp_path / "theirs")]
     sizes = "num_layers = 2\nhidden_size = 32\nnum_attention_heads = 4\nmax_position_embeddings = 16\n"

@@ -1,6 +1,7 @@
 """A model of Hugging Face (config.json, model.safetensors, its tokenizer) as a run directory of ours, to go on from."""
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from torch import Tensor
 from megalith import __version__
 from megalith.checkpoint.directory import list_checkpoints
 from megalith.checkpoint.pieces import TORCH_DTYPES, Place, whole
-from megalith.checkpoint.shards import ShardReader, open_shard, read_file
+from megalith.checkpoint.shards import DamagedError, ShardReader, open_shard, read_file
 from megalith.checkpoint.store import save
 from megalith.config import Run, compose
 from megalith.convert_from_megatron import padded_to, required_tokenizer
@@ -66,6 +67,8 @@ def from_hugging_face(directory: str, run_dir: str, *, tokenizer_settings: Mappi
                 f"{folder}: {OUTPUT} differs from the table of tokens, which {CONFIG} ties it to. Set "
                 f"tie_word_embeddings to false there, or leave {OUTPUT} out of the weights"
             )
+        if num_layers(run) > len(theirs):
+            raise ValueError(f"{folder}: {len(theirs)} tensors are none of {num_layers(run)} layers, as {CONFIG} wants")
         run = padded_to(run, tokenizer.vocab_size, vocab_size)
         task = TASK_ROWS[run.task]
         build = task.build_part(run, vocab_size, torch.float32)
@@ -92,7 +95,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object of a JSON file; ValueError, naming it, if there is none."""
     try:
         content = json.loads(read_file(path, LARGEST_JSON, disk=DISK))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except DamagedError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is no JSON ({error!s:.100})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds no JSON object")
@@ -104,11 +109,12 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
         return [folder / WEIGHTS]
     listed = read_json(folder / INDEX).get("weight_map")
-    names = sorted(set(listed.values())) if isinstance(listed, dict) else []
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
+    if not isinstance(listed, dict):
+        raise ValueError(f"{folder / INDEX}: weight_map is {listed!r:.60}; it must be an object of tensors and files")
+    for name in listed.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
             raise ValueError(f"{folder / INDEX}: names a file {name!r:.100}, which is none of the directory's")
-    return [folder / name for name in names]
+    return [folder / name for name in sorted(set(listed.values()))]
 
 
 def run_of(
@@ -167,6 +173,8 @@ class Weights:
             raise ValueError(f"its weights lack {name}")
         self.taken.add(name)
         dtype, shape = kind
+        if not math.prod(shape) or not shape:
+            raise ValueError(f"{name} has the shape {shape}, which no weight has")
         tensor = torch.empty(shape, dtype=TORCH_DTYPES[dtype])
         file.fill(name, Place((0,) * len(shape), shape), tensor)
         return tensor.float()

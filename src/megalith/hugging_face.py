@@ -17,6 +17,7 @@ from megalith.models.shape import key_heads, shape_of
 
 # Places of an encoder and a decoder; what T5s are usually trained with.
 ENCODER_LENGTH, DECODER_LENGTH = 512, 128
+LARGEST_COUNT = 1 << 28  # of layers, features or places; the sizes of tensors of such shapes can be reckoned with
 LONGEST_AT_FIRST = 4096  # tokens of a sequence, unless the command line says otherwise
 
 
@@ -86,6 +87,8 @@ def made_ours(found: Sequence[Tensor], how: Stored) -> Tensor:
         tensors = [] if left else [*tensors[0].split([share * unit for share in how.shares])]
     if not tensors or any(tensor.shape[0] % how.groups for tensor in tensors):
         raise ValueError(f"{how.names[0]} has {found[0].shape[0]} rows, which its heads cannot share")
+    if len({tensor.shape[1:] for tensor in tensors}) > 1:
+        raise ValueError(f"{' and '.join(how.names)} have rows of different lengths")
     return torch.cat([tensor.unflatten(0, (how.groups, -1)) for tensor in tensors], 1).flatten(0, 1)
 
 
@@ -120,11 +123,14 @@ def kind_of(run: Run, where: str) -> str:
 
 
 def count(config: Mapping[str, Any], name: str, where: Path, *, default: int | None = None) -> int:
-    """A number of 1 or more in config.json; ValueError, naming it, for anything else. default: where it is missing."""
+    """A number from 1 to LARGEST_COUNT in config.json; ValueError, naming it, for anything else.
+
+    default: where it is missing.
+    """
     value = config.get(name)
     value = default if value is None else value
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{where}: {name} is {value!r:.60}; it must be a number of 1 or more")
+    if type(value) is not int or not 1 <= value <= LARGEST_COUNT:
+        raise ValueError(f"{where}: {name} is {value!r:.60}; it must be a number of 1 or more, at most {LARGEST_COUNT}")
     return value
 
 
