@@ -180,6 +180,15 @@ def test_a_gpt2_without_its_head_can_be_read(tmp_path: Path) -> None:
     assert difference(logits_of(tmp_path / "run", tokens), twin(input_ids=tokens).logits.detach()) < ROUNDING
 
 
+def test_a_directory_of_links_as_the_hubs_cache_has_it_can_be_read(tmp_path: Path) -> None:
+    write_model(tmp_path / "theirs", "gpt2")
+    (tmp_path / "blobs").mkdir()
+    for number, file in enumerate(sorted((tmp_path / "theirs").iterdir())):
+        file.rename(tmp_path / "blobs" / str(number))
+        file.symlink_to(f"../blobs/{number}")
+    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 0
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "said"),
     [

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -52,7 +53,7 @@ def from_hugging_face(directory: str, run_dir: str, *, tokenizer_settings: Mappi
     folder = Path(directory)
     config = read_json(folder / CONFIG)
     with ExitStack() as stack:
-        files = [stack.enter_context(open_shard(path, disk=DISK)) for path in weight_files(folder)]
+        files = [stack.enter_context(open_shard(followed(path), disk=DISK)) for path in weight_files(folder)]
         theirs = {name: file for file in files for name in file.names}
         yield f"reading {folder}"
         run = run_of(config, folder, run_dir, tokenizer_settings, own_output=OUTPUT in theirs)
@@ -94,7 +95,7 @@ def from_hugging_face(directory: str, run_dir: str, *, tokenizer_settings: Mappi
 def read_json(path: Path) -> dict[str, Any]:
     """The object of a JSON file; ValueError, naming it, if there is none."""
     try:
-        content = json.loads(read_file(path, LARGEST_JSON, disk=DISK))
+        content = json.loads(read_file(followed(path), LARGEST_JSON, disk=DISK))
     except DamagedError:
         raise
     except (ValueError, RecursionError) as error:
@@ -102,6 +103,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds no JSON object")
     return content
+
+
+def followed(path: Path) -> Path:
+    """Where a file lies: the hub's cache has links in a model's directory, to files that its versions share."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def weight_files(folder: Path) -> list[Path]:
