@@ -19,6 +19,7 @@ LEVELS = [
         "files",
         "host_tree",
         "kernels",
+        "elsewhere",
         "later",
         "launch",
         "threads",

@@ -34,6 +34,19 @@ REMEDIES = {
     errno.ENOTDIR: "Correct the path",
     errno.EROFS: "Choose another place",
 }
+# What other programs call a command, or what has no command here.
+MEANT = {
+    "version": "--version",
+    "help": "--help",
+    "sample": "generate",
+    "chat": "generate",
+    "eval": "evaluate",
+    "test": "evaluate",
+    "prepare": "preprocess",
+    "tokenize": "preprocess",
+    "resume": "pretrain, which goes on where it stopped",
+    "--preset": "megalith pretrain --preset NAME",
+}
 OUT_OF_MEMORY = 79  # of one that got no more memory, on the host or on a device
 
 
@@ -120,6 +133,8 @@ def _meant(word: str) -> str:
 
     if word in TASKS:
         return f"Did you mean megalith pretrain {word}?"
+    if word in MEANT:
+        return f"Did you mean {MEANT[word]}?"
     near = difflib.get_close_matches(word, COMMANDS, n=1)
     return f"Did you mean {near[0]}?" if near else "megalith --help lists them."
 

@@ -14,6 +14,7 @@ from dataclasses import Field, dataclass, field
 from functools import cache
 from typing import Any
 
+from megalith import elsewhere
 from megalith.checkpoint.settings import CheckpointConfig
 from megalith.data.settings import DataConfig
 from megalith.evaluate.settings import EvaluateConfig
@@ -147,9 +148,25 @@ def fault(name: str, value: object, rule: str, remedy: str) -> Fault:
 
 
 def nearest(name: str, among: Iterable[str]) -> str:
-    """A remedy for an unknown name: the nearest known one, if any is near."""
+    """A remedy for a name that is none of those that were listed: the nearest one, if any is near."""
     close = difflib.get_close_matches(name, list(among), n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else "see megalith pretrain --help for all of them"
+    return f"did you mean {close[0]}?" if close else "give one of them"
+
+
+def meant(name: str, spellings: Iterable[str]) -> str:
+    """A remedy for an unknown setting: what it is called here, by other programs' name for it or by the nearest one.
+
+    spellings: all that settings are called where the name was met, flags or keys of a run file.
+    """
+    is_flag = name.startswith("-")
+    names = {
+        other: flag_of(setting) if is_flag else setting for other, setting in elsewhere.names_elsewhere().items()
+    } | {elsewhere.plain(spelling): spelling for spelling in spellings}
+    remedies = elsewhere.remedies()
+    close = difflib.get_close_matches(elsewhere.plain(name), [*names, *remedies], n=1, cutoff=0.6)
+    if not close:
+        return "see megalith pretrain --help for all of them"
+    return remedies.get(close[0]) or f"did you mean {names[close[0]]}?"
 
 
 def convert(name: str, known: Known, value: object, *, is_typed: bool = False) -> tuple[Any, Fault | None]:
@@ -168,7 +185,8 @@ def convert(name: str, known: Known, value: object, *, is_typed: bool = False) -
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         lists = {int: "whole numbers", str: "a list of texts or numbers"}
         wanted = lists[typing.get_args(kind)[0]] if typing.get_origin(kind) is tuple else words[kind]
-        return None, Fault(known.flag, value, f"must be {wanted}", "Change the value")
+        remedies = {int: "write its digits alone, as in 64000", float: "write it as in 0.0001 or 1e-4"}
+        return None, Fault(known.flag, value, f"must be {wanted}", remedies.get(kind, "change the value"))
     texts = converted if isinstance(converted, tuple) else (converted,)
     if unfit := next((why for text in texts if isinstance(text, str) and (why := why_no_text(text))), None):
         return None, Fault(known.flag, converted, *unfit)

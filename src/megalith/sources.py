@@ -17,7 +17,19 @@ from typing import Any
 
 from megalith import later
 from megalith.checkpoint.settings import FOLDER as CHECKPOINTS
-from megalith.config import REMOVED, TASKS, ConfigError, Fault, Run, compose, convert, known_settings, nearest, overlay
+from megalith.config import (
+    REMOVED,
+    TASKS,
+    ConfigError,
+    Fault,
+    Run,
+    compose,
+    convert,
+    known_settings,
+    meant,
+    nearest,
+    overlay,
+)
 from megalith.fields import describe
 from megalith.files import write_whole
 from megalith.terminal import redacted
@@ -85,7 +97,7 @@ def settings_of_toml(text: str, source: str) -> tuple[dict[str, Any], list[Fault
                 Fault(f"{source} task", _as_written(entry), f"must be one of {', '.join(TASKS)}", "Change it")
             )
         elif name not in known:
-            faults.append(Fault(f"{source} {key}", None, "is not a known setting", nearest(name, known)))
+            faults.append(Fault(f"{source} {key}", None, "is not a known setting", meant(name, known)))
         else:
             value, fault = convert(name, known[name], entry, is_typed=True)
             if fault:
@@ -193,6 +205,8 @@ def read_flags(words: Sequence[str]) -> tuple[dict[str, Any], list[Fault]]:
         if word in REMOVED:
             faults.append(Fault(word, None, "was removed", f"Use {REMOVED[word]} instead"))
     words = [w for w in words if w.split("=", 1)[0] not in REMOVED]
+    words, found = _without_values_of_switches(words)
+    faults += found
     try:
         parsed, rest = parser.parse_known_args(words)
     except ValueError as error:
@@ -205,7 +219,7 @@ def read_flags(words: Sequence[str]) -> tuple[dict[str, Any], list[Fault]]:
             if remedy := later.remedy_of(flag):
                 faults.append(Fault(flag, None, later.RULE, remedy))
             else:
-                faults.append(Fault(flag, None, "is not a known flag", nearest(flag, flags)))
+                faults.append(Fault(flag, None, "is not a known flag", meant(flag, flags)))
             unknown_before = True
         elif not unknown_before:
             faults.append(Fault(word, None, "is not expected here", "Flags begin with --"))
@@ -220,6 +234,26 @@ def read_flags(words: Sequence[str]) -> tuple[dict[str, Any], list[Fault]]:
         else:
             values[name] = value
     return values, faults
+
+
+def _without_values_of_switches(words: Sequence[str]) -> tuple[list[str], list[Fault]]:
+    """The words but values that were given to flags that take none, as in --bf16 true; and a fault for each value."""
+    switches = {
+        flag
+        for known in known_settings().values()
+        for flag in (known.flags if describe(known.field)["switch"] else describe(known.field)["values"])
+    }
+    kept, faults, before = list[str](), list[Fault](), ""
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if not equals:
+            flag, value = before, word
+        if flag in switches and (equals or not value.startswith("-")):
+            faults.append(Fault(flag, value, "takes no value", "Write the flag alone, or leave it out"))
+        else:
+            kept.append(word)
+        before = word
+    return kept, faults
 
 
 def read_command_line(words: Sequence[str]) -> Run:
