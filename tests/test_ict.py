@@ -75,6 +75,13 @@ def test_faults_are_named_with_a_remedy(words: str, said: str, folder: Path) -> 
     assert any(fault.startswith(said) for fault in faults), faults
 
 
+def test_a_bert_may_be_named_beside_the_runs_own_directory_however_it_is_written(folder: Path) -> None:
+    words = ["--bert-load", str(folder), "--save", f"{folder}/run", "--load", f"{folder}/../{folder.name}/run/"]
+    assert not [
+        fault for fault in faults_of(*data_of(folder), *words, "--save-interval", "5") if "--bert-load" in fault
+    ]
+
+
 def test_titles_are_asked_for_and_a_pipeline_is_refused(folder: Path) -> None:
     untitled = faults_of("--data-path", "p", "--vocab-file", str(folder / "vocab.txt"))
     assert untitled == [

@@ -7,16 +7,17 @@ from megalith.check_files import named_file_faults
 from megalith.config import Fault, Run, fault, flag_of
 from megalith.data.indexed import bin_path, idx_path
 from megalith.data.marked import FEWEST_TOKENS
-from megalith.derived import retriever_length
+from megalith.derived import given_length, retriever_length
 
 
 def ict_faults(run: Run) -> Iterator[Fault]:
     """Every fault of an ICT's settings."""
     yield from biencoder_faults(run)
     data = run.data
-    if data.seq_length is not None and 0 < data.seq_length < FEWEST_TOKENS:
+    name, length = given_length(run)
+    if length is not None and 0 < length < FEWEST_TOKENS:
         rule = "has no room for a text between its marks"
-        yield fault("seq_length", data.seq_length, rule, f"Give at least {FEWEST_TOKENS}")
+        yield fault(name, length, rule, f"Give at least {FEWEST_TOKENS}")
     if not 0 <= data.query_in_block_prob <= 1:
         yield fault("query_in_block_prob", data.query_in_block_prob, "must be from 0 to 1", "Give a share")
     if data.mock_data or data.corpus is not None:
@@ -72,5 +73,5 @@ def biencoder_faults(run: Run) -> Iterator[Fault]:
     if checkpoint.bert_load is not None:
         if not Path(checkpoint.bert_load).is_dir():
             yield fault("bert_load", checkpoint.bert_load, "is not a directory", "Name the run directory of a bert")
-        if checkpoint.load is not None and checkpoint.load != checkpoint.save:
+        if checkpoint.load is not None and not checkpoint.loads_own:
             yield fault("bert_load", checkpoint.bert_load, "contradicts --load: both give weights", "Leave one out")
