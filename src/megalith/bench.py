@@ -24,7 +24,7 @@ from megalith.allocator import keep_freed_memory
 from megalith.check import check
 from megalith.command_line import CommandParser
 from megalith.config import ConfigError, Run
-from megalith.derived import compute_dtype, global_batch_size
+from megalith.derived import compute_dtype, given_length, global_batch_size
 from megalith.job import Job, build_job
 from megalith.keeper import Keeper
 from megalith.launch import launch, ranks_in
@@ -97,7 +97,7 @@ def made_for_measuring(run: Run, *, steps: int) -> Run:
     has_words = run.task in TASK_ROWS and TASK_ROWS[run.task].has_tokenizer
     # That of the run's own tokenizer, for the table of words may be the larger part of a model.
     vocab_size = vocabulary_of(run).size if has_words else run.data.vocab_size
-    length = run.data.seq_length if run.data.seq_length is not None else run.data.encoder_seq_length
+    _, length = given_length(run)
     if run.task == "t5" and length is not None:
         length = max(length, run.data.decoder_seq_length or 0)
     places = None if length is None else max(1, length)  # a wrong length is one fault, not two
@@ -234,7 +234,7 @@ def _conditions(run: Run, layout: Layout, device: torch.device) -> dict[str, Any
         "num_layers": run.model.num_layers,
         "hidden_size": run.model.hidden_size,
         "vocab_size": run.data.vocab_size,
-        "sequence_length": run.data.seq_length or run.data.encoder_seq_length,
+        "sequence_length": given_length(run)[1],
         "micro_batch_size": run.optimizer.micro_batch_size,
         "global_batch_size": global_batch_size(run, layout.data),
         "dtype": compute_dtype(run),

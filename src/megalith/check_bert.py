@@ -6,7 +6,7 @@ from pathlib import Path
 from megalith.config import Fault, Run, fault, flag_of
 from megalith.data.masking import WORDPIECE
 from megalith.data.pairs import SPECIAL_TOKENS
-from megalith.derived import tokenizer_type
+from megalith.derived import given_length, tokenizer_type
 
 SHORTEST = SPECIAL_TOKENS + 2  # tokens of a sample: each of two parts has one
 NEEDED = ("[CLS]", "[SEP]", "[MASK]", "[PAD]")
@@ -16,9 +16,7 @@ def bert_faults(run: Run) -> Iterator[Fault]:
     """Every fault of a BERT's settings."""
     yield from encoder_faults(run)
     data = run.data
-    length, name = data.seq_length, "seq_length"
-    if length is None:
-        length, name = data.encoder_seq_length, "encoder_seq_length"
+    name, length = given_length(run)
     if length is not None and 0 < length < SHORTEST:
         yield fault(name, length, f"is too short for a bert, whose samples need {SHORTEST}", "Lengthen it")
     if not 0 < data.mask_prob < 1:

@@ -6,6 +6,7 @@ from megalith.check_bert import encoder_faults
 from megalith.check_files import named_file_faults
 from megalith.config import Fault, Run, fault
 from megalith.data.pair_files import LAYOUTS, SPECIAL_TOKENS
+from megalith.derived import given_length
 
 SHORTEST = SPECIAL_TOKENS + 2  # tokens of a sample: each sentence has one
 
@@ -17,7 +18,7 @@ def classify_faults(run: Run) -> Iterator[Fault]:
     if data.pairs_format not in LAYOUTS:
         yield fault("pairs_format", None, "is required and was not given", f"Give {' or '.join(LAYOUTS)}")
     yield from named_file_faults(run)
-    length = data.seq_length if data.seq_length is not None else data.encoder_seq_length
+    name, length = given_length(run)
     if length is not None and 0 < length < SHORTEST:
         rule = f"is too short for classify, whose samples need {SHORTEST}"
-        yield fault("seq_length", length, rule, "Lengthen it")
+        yield fault(name, length, rule, "Lengthen it")

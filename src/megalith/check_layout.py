@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 
 from megalith.config import Fault, Run, fault
-from megalith.derived import global_batch_size, num_layers, recompute_granularity
+from megalith.derived import given_length, global_batch_size, num_layers, recompute_granularity
 from megalith.models.shape import inner_width
 from megalith.parallel.settings import SPLIT_BACKWARD
 
@@ -89,8 +89,7 @@ def _tensor(run: Run) -> Iterator[Fault]:
 
 def _sequence(run: Run) -> Iterator[Fault]:
     """What is cut along the tokens: over context ranks, and the stream between blocks over tensor ranks."""
-    name = "seq_length" if run.data.seq_length is not None else "encoder_seq_length"
-    length: int | None = getattr(run.data, name)
+    name, length = given_length(run)
     if length is None or length < 1 or run.task == "vit":  # a vit's places are checked with its patches
         return
     context, tensor = run.parallel.context_parallel_size, run.parallel.tensor_model_parallel_size

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from megalith.config import Fault, Run, fault, flag_of
 from megalith.data.masking import WORDPIECE
 from megalith.data.spans import SPECIAL_TOKENS
-from megalith.derived import tokenizer_type
+from megalith.derived import given_length, tokenizer_type
 from megalith.parallel.settings import SPLIT_BACKWARD
 
 WITH_SENTINELS = "HuggingFaceTokenizer"  # a kind whose files may hold them
@@ -23,9 +23,8 @@ def t5_faults(run: Run) -> Iterator[Fault]:
 
 def _lengths(run: Run) -> Iterator[Fault]:
     data, parallel = run.data, run.parallel
-    encoder = data.seq_length if data.seq_length is not None else data.encoder_seq_length
+    name, encoder = given_length(run)
     if encoder is not None and 0 < encoder < SHORTEST:
-        name = "seq_length" if data.seq_length is not None else "encoder_seq_length"
         yield fault(name, encoder, f"is too short for a t5, whose samples need {SHORTEST}", "Lengthen it")
     decoder = data.decoder_seq_length
     if decoder is None:
@@ -46,7 +45,7 @@ def _spans(run: Run) -> Iterator[Fault]:
         return
     if not 0 <= data.short_seq_prob <= 1:
         yield fault("short_seq_prob", data.short_seq_prob, "must be from 0 to 1", "Give such a share")
-    encoder = data.seq_length if data.seq_length is not None else data.encoder_seq_length
+    _, encoder = given_length(run)
     if encoder is None or data.decoder_seq_length is None or data.decoder_seq_length < 1:
         return
     masked = max(1, round(data.mask_prob * (encoder - SPECIAL_TOKENS)))

@@ -38,9 +38,15 @@ def dataloader_type(run: Run) -> str:
     return run.data.dataloader_type or TASK_DEFAULTS[run.task].get("dataloader_type", "single")
 
 
+def given_length(run: Run) -> tuple[str, int | None]:
+    """Tokens in a sample's input as far as given: which of two settings says it, and what."""
+    name = "encoder_seq_length" if run.data.seq_length is None else "seq_length"
+    return name, getattr(run.data, name)
+
+
 def sequence_length(run: Run) -> int:
-    """Tokens in a sample's input: the one of the two settings that was given."""
-    length = run.data.seq_length if run.data.seq_length is not None else run.data.encoder_seq_length
+    """Tokens in a sample's input."""
+    _, length = given_length(run)
     assert length is not None, "check.py saw to it"
     return length
 
