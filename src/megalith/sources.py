@@ -153,11 +153,11 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def flag_parser(program: str = "megalith pretrain") -> argparse.ArgumentParser:
+def flag_parser() -> argparse.ArgumentParser:
     """The parser of all flags. Values stay text here, so that `convert` can report every fault at once."""
     parser = _Parser(
-        prog=program,
-        usage=f"{program} [TASK] [RUN.toml] [--preset NAME] [--flags ...]",
+        prog="megalith pretrain",
+        usage="megalith pretrain [TASK] [RUN.toml] [--preset NAME] [--flags ...]",
         description=f"Pretrain a model. TASK is one of {', '.join(TASKS)} (default gpt). "
         "Later wins: preset, run file, flags.",
         allow_abbrev=False,

@@ -14,7 +14,7 @@ from typing import Any
 from megalith.data.index_file import map_file, refuse
 from megalith.data.indexed import bin_path, idx_path
 from megalith.data.survey import Survey
-from megalith.files import DISK, Disk, Location, Written, digest_of, digest_of_bytes, write_whole
+from megalith.files import Location, Written, digest_of, digest_of_bytes, write_whole
 
 LARGEST_RECORD = 64 << 20  # bytes; a line for each input file is by far the most of it
 MARK = b'{\n "megalith": '  # how a record begins; another program's PREFIX.json does not
@@ -38,15 +38,15 @@ def record_path(prefix: Location) -> Path:
     return Path(f"{prefix}.json")
 
 
-def write_record(prefix: Path, content: Mapping[str, Any], *, largest_token: int | None, disk: Disk = DISK) -> None:
+def write_record(prefix: Path, content: Mapping[str, Any], *, largest_token: int | None) -> None:
     """Write the record of a token file that lies there complete: content, what the files are, and a digest of it all.
 
     content begins with "megalith", the version, and has "tokenizer": type, vocab_size and digest.
     """
-    written = {path.name: digest_of(path, disk=disk) for path in (bin_path(prefix), idx_path(prefix))}
+    written = {path.name: digest_of(path) for path in (bin_path(prefix), idx_path(prefix))}
     files = {name: {"size": file.size, DIGEST: file.digest} for name, file in written.items()}
     whole = {**content, "largest_token": largest_token, "files": files}
-    write_whole(record_path(prefix), _text_of({**whole, DIGEST: _digest_of(whole)}), disk=disk)
+    write_whole(record_path(prefix), _text_of({**whole, DIGEST: _digest_of(whole)}))
 
 
 def _text_of(content: Mapping[str, Any]) -> str:
