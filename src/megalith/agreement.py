@@ -76,16 +76,21 @@ def refuse(ranks: Ranks, text: str) -> NoReturn:
 
 def named_ranks(numbers: Sequence[int], hosts: Sequence[str]) -> str:
     """Rank 1 (host b); ranks 8 to 15, 24 to 31 (hosts b, d). hosts: of all ranks, in order."""
-    runs: list[tuple[int, int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number - 1:
-            runs[-1] = (runs[-1][0], number)
-        else:
-            runs.append((number, number))
-    spans = [str(first) if first == last else f"{first} to {last}" for first, last in runs]
+    spans = [str(first) if first == last else f"{first} to {last}" for first, last in stretches(numbers)]
     own = list(dict.fromkeys(hosts[number] for number in numbers))
     ranks, places = ("s" if len(found) > 1 else "" for found in (numbers, own))
     return f"rank{ranks} {_listed(spans)} (host{places} {_listed(own)})"
+
+
+def stretches(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last of each stretch of sorted numbers in which one follows the other."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and found[-1][1] == number - 1:
+            found[-1] = (found[-1][0], number)
+        else:
+            found.append((number, number))
+    return found
 
 
 def host_name() -> str:

@@ -6,6 +6,7 @@ Everything is decided from what all ranks have exchanged, so all ranks decide al
 import time
 from pathlib import Path
 
+from megalith.agreement import stretches
 from megalith.checkpoint.directory import CheckpointError, StepDirectory, discard, list_checkpoints
 from megalith.checkpoint.shards import DamagedError
 from megalith.checkpoint.store import steps_together
@@ -71,13 +72,7 @@ def samples_not_finite(job: Job) -> tuple[int, ...]:
 
 def ranges(numbers: tuple[int, ...]) -> str:
     """Sorted numbers as a person writes them: 3, 8-15."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in stretches(numbers))
 
 
 def reason_to_give_up(job: Job, keeper: Keeper) -> str | None:

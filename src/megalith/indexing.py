@@ -253,11 +253,13 @@ def _is_there(work: Work, number: int, held: list[Passage]) -> bool:
 def join_spans(work: Work, count: int, *, disk: Disk) -> None:
     """Make one file of all spans, then remove them. Raises ValueError for one that is missing or damaged."""
     parts: list[Embeddings] = []
-    while sum(map(len, parts)) < count:
+    held = 0  # passages
+    while held < count:
         if not work.span(len(parts)).exists():
             raise ValueError(f"{work.span(len(parts))}: is missing; all ranks must write to the same directory")
         parts.append(open_embeddings(work.span(len(parts))))
-    assert sum(map(len, parts)) == count, "spans are cut alike by all ranks"
+        held += len(parts[-1])
+    assert held == count, "spans are cut alike by all ranks"
     for remains in work.path.parent.glob(f".{work.path.name}.*{TEMPORARY_SUFFIX}"):
         disk.remove(remains)
     write_joined(work.path, parts, work.made_from, disk=disk)
