@@ -74,6 +74,7 @@ def test_without_words_the_commands_are_listed() -> None:
         (["generate", "run", "--max-new-tokens", "-3"], "--max-new-tokens = -3: must be greater than 0"),
         (["generate", "run", "--seed", "-5"], "--seed = -5: must be 0 or greater"),
         (["generate", "run", "--greedy", "--temperature", "0.5"], "--temperature = 0.5: --greedy draws nothing"),
+        (["generate", "run", "--greedy", "--top-p", "0.5"], "--top-p = 0.5: --greedy draws nothing"),
         (["generate", "run", "--prompt", "a\udcff"], "--prompt = 'a\\udcff': is no text in UTF-8"),
         (["evaluate", "nowhere", "--split", "valid"], "nowhere: is not a run directory"),
         (["preprocess", "--inptu", "x"], "Did you mean --input?"),
