@@ -275,6 +275,16 @@ def test_a_converted_model_is_evaluated_on_files(tmp_path: Path, capsys: pytest.
     assert found["loss"] == pytest.approx(twin(input_ids=tokens, labels=tokens).loss.item(), rel=1e-5)
 
 
+def test_added_tokens_beyond_a_vocabulary_are_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path / "theirs", "gpt2")
+    words = ["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]
+    (tmp_path / "theirs" / "added_tokens.json").write_text(json.dumps({"[PAD]": V}))
+    assert main(words) == 2
+    assert "added_tokens.json: a GPT2BPETokenizer has no place for '[PAD]'." in capsys.readouterr().err
+    (tmp_path / "theirs" / "added_tokens.json").write_text(json.dumps({"<|endoftext|>": V - 1}))
+    assert main(words) == 0
+
+
 def test_a_dropout_of_null_is_none(tmp_path: Path) -> None:
     write_model(tmp_path / "theirs", "llama", attention_dropout=None)
     assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 0

@@ -34,6 +34,7 @@ OUTPUT = "lm_head.weight"  # the second table, where there is one
 # Ends of the names of tensors that other weights or config.json make.
 MADE_ANEW = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "embed_tokens.weight", OUTPUT)
 LARGEST_JSON = 16 << 20  # bytes
+ADDED = "added_tokens.json"  # tokens and ids beyond vocab.json or tokenizer.model
 # Files of a tokenizer, the first that are there, and the settings that name them.
 TOKENIZERS: tuple[tuple[str, dict[str, str]], ...] = (
     ("HuggingFaceTokenizer", {"tokenizer_model": "tokenizer.json"}),
@@ -146,9 +147,19 @@ def run_of(
 
 
 def tokenizer_in(folder: Path) -> dict[str, str]:
-    """The settings that name the tokenizer of a directory; its tokenizer.json where none is there."""
+    """The settings that name the tokenizer of a directory; its tokenizer.json where none is there.
+
+    Raises ValueError if tokens were added that only a tokenizer.json would hold.
+    """
     there = [row for row in TOKENIZERS if all((folder / name).exists() for name in row[1].values())]
     kind, files = (there or TOKENIZERS)[0]
+    if kind != TOKENIZERS[0][0] and (folder / ADDED).exists():
+        vocabulary = read_json(folder / files["vocab_file"]) if "vocab_file" in files else {}
+        if beyond := [token for token in read_json(folder / ADDED) if token not in vocabulary]:
+            raise ValueError(
+                f"{folder / ADDED}: a {kind} has no place for {beyond[0]!r:.60}. Have the tokenizer saved with a "
+                "tokenizer.json, which holds them all, or name its files with --tokenizer-type and their flags"
+            )
     return {"tokenizer_type": kind, **{setting: str(folder / name) for setting, name in files.items()}}
 
 
