@@ -105,6 +105,7 @@ def test_a_model_that_comes_and_goes_gives_the_same_logits_and_weights(kind: str
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     returned = transformers.AutoModelForCausalLM.from_pretrained(again).eval()
     assert torch.equal(returned(input_ids=tokens).logits, expected)
+    assert returned.config.initializer_range == twin.config.initializer_range
     for name in ("vocab.json", "merges.txt"):
         assert (again / name).read_bytes() == (theirs / name).read_bytes()
 

@@ -209,6 +209,7 @@ def _gpt2_settings(config: Mapping[str, Any], where: Path, own_output: bool) -> 
         "layernorm_epsilon": number(config, "layer_norm_epsilon", where, default=1e-5),
         "attention_dropout": number(config, "attn_pdrop", where, default=0.1),
         "hidden_dropout": of_branches,
+        "init_method_std": number(config, "initializer_range", where, default=0.02),
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", True),
         **GPT2_ACTIVATIONS[config.get("activation_function", "gelu_new")],
     }
@@ -283,6 +284,7 @@ def _llama_settings(config: Mapping[str, Any], where: Path, own_output: bool) ->
         "layernorm_epsilon": number(config, "rms_norm_eps", where, default=1e-6),
         "attention_dropout": number(config, "attention_dropout", where, default=0.0),
         "hidden_dropout": 0.0,
+        "init_method_std": number(config, "initializer_range", where, default=0.02),
         "normalization": "RMSNorm",
         "swiglu": True,
         "add_bias_linear": bool(config.get("attention_bias", False)),
