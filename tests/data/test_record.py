@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from megalith.data.inspect import inspect
 from megalith.data.prepare import PrepareConfig, prepare
 from megalith.data.record import check_tokenizer, identify, read_record, record_path, same_file
 from megalith.data.tokenizer import load_tokenizer
+from megalith.files import digest_of_bytes
 
 LINES = "".join(json.dumps({"text": f"document {number} " + "x" * number}) + "\n" for number in range(20))
 
@@ -55,6 +57,15 @@ def test_a_flipped_bit_anywhere_in_a_record_is_refused_or_makes_it_no_record(pre
             else:
                 assert byte < len('{\n "megalith": '), f"bit {bit} of byte {byte} was not noticed"
     assert ignored == 2 * len('{\n "megalith": ')
+
+
+@pytest.mark.parametrize("change", [{"files": []}, {"files": None}, {"largest_token": float("inf")}])
+def test_a_record_with_a_fitting_digest_and_another_content_is_refused(prefix: Path, change: dict[str, Any]) -> None:
+    content = {**json.loads(record_path(prefix).read_text()), **change}
+    digest = digest_of_bytes(json.dumps({name: content[name] for name in content if name != "sha256"}, indent=1) + "\n")
+    record_path(prefix).write_text(json.dumps({**content, "sha256": digest}, indent=1) + "\n")
+    with pytest.raises(ValueError, match="content: expected what was written"):
+        read_record(prefix)
 
 
 @pytest.mark.parametrize("text", ["{}", "", "[1]", '{"text": "a corpus of the same name"}\n', "\0" * 100])

@@ -77,7 +77,7 @@ def read_record(prefix: Location) -> Record | None:
         if content[DIGEST] != _digest_of(content) or text != _text_of(content).encode():
             raise ValueError("its digest is another")
         return _record_from(path, content)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: content: expected what was written, found changes ({error}); {remedy}") from error
 
 
