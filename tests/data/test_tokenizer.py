@@ -279,6 +279,14 @@ def test_a_tokenizer_configuration_that_is_no_object_is_refused(folder: Path, tm
         ("[]", 'tokenizer.json: expected an object with "model", found a list'),
         ('{"model": {}}', "expected a tokenizer that the tokenizers library can read, found a fault"),
         ('{"model": {"type": "Nonsense"}}', "expected a tokenizer that the tokenizers library can read"),
+        (
+            '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 4294967295}, "unk_token": "a"}}',
+            "tokenizer.json: expected tokens with ids up to 2147483646, found 4294967295",
+        ),
+        (
+            '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {}, "unk_token": "a"}}',
+            "tokenizer.json: expected tokens with ids",
+        ),
     ],
 )
 def test_a_damaged_tokenizer_json_is_refused(tmp_path: Path, content: str, message: str) -> None:

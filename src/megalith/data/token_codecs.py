@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer as LibraryTokenizer
 
+LARGEST_ID = np.iinfo(np.int32).max - 1
 TEXTS_AT_ONCE = 256  # handed to a library in one call, so that its results never fill the memory
 
 
@@ -120,7 +121,11 @@ class HuggingFaceCodec:
     def __init__(self, tokenizer: "LibraryTokenizer") -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if not 0 <= largest <= LARGEST_ID:
+            found = largest if largest >= 0 else "none"
+            raise ValueError(f"tokenizer.json: expected tokens with ids up to {LARGEST_ID}, found {found}")
+        self.vocab_size = largest + 1
         self._tokenizer = tokenizer
 
     def encode(self, texts: Sequence[str]) -> tuple[Ids, Places]:
