@@ -44,6 +44,12 @@ def test_an_address_that_nobody_knows_is_told() -> None:
         assert time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize("address", ["a" * 300, "two words..x"])
+def test_an_address_that_is_none_is_told(address: str) -> None:
+    with pytest.raises(ValueError, match=f"MASTER_ADDR = {address}: is no name of a host. Name the host of rank 0"):
+        open_store({"MASTER_ADDR": address}, rank=0, world_size=2, seconds=1)
+
+
 def test_a_rank_0_that_does_not_come_is_told_after_the_seconds(port: int) -> None:
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     began = time.monotonic()
@@ -62,7 +68,7 @@ def test_the_ranks_that_do_not_come_are_named(tmp_path: Path) -> None:
 
 
 def test_no_port_is_a_fault_of_the_setting() -> None:
-    for value in ("0", "65536", "ssh", "-1", ""):
+    for value in ("0", "65536", "ssh", "-1", "", "²", "٣٣٣٣", "1" * 5000):
         with pytest.raises(ValueError, match=f"MASTER_PORT = {value}: must be a number"):
             open_store({"MASTER_PORT": value}, rank=0, world_size=2, seconds=1)
 
@@ -108,6 +114,7 @@ def test_which_environments_say_that_all_ranks_are_here() -> None:
     assert on_one_host({"MASTER_ADDR": "node7", "LOCAL_WORLD_SIZE": "8"}, 8)
     assert on_one_host({"MASTER_ADDR": "node7", "SLURM_STEP_NUM_NODES": "1"}, 8)
     assert not on_one_host({"MASTER_ADDR": "node7", "LOCAL_WORLD_SIZE": "4"}, 8)
+    assert not on_one_host({"MASTER_ADDR": "node7", "LOCAL_WORLD_SIZE": "all"}, 8)
     assert not on_one_host({"MASTER_ADDR": "node7", "SLURM_NNODES": "2"}, 8)
     assert not on_one_host({"MASTER_ADDR": "node7"}, 8)
 

@@ -7,6 +7,7 @@ the store is the agent's, and so is its port.
 
 import json
 import os
+import re
 import socket
 from collections.abc import Mapping
 from datetime import timedelta
@@ -33,7 +34,7 @@ def on_one_host(environment: Mapping[str, str], world_size: int) -> bool:
         return True
     local = environment.get("LOCAL_WORLD_SIZE")
     if local is not None:
-        return int(local) == world_size
+        return local == str(world_size)
     return environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES")) == "1"
 
 
@@ -77,7 +78,7 @@ def open_store(environment: Mapping[str, str], *, rank: int, world_size: int, se
 
 def _port(environment: Mapping[str, str]) -> int:
     value = environment.get("MASTER_PORT", str(DEFAULT_PORT))
-    if not value.isdigit() or not 0 < int(value) < 65536:
+    if re.fullmatch("[0-9]{1,5}", value) is None or not 0 < int(value) < 65536:
         raise ValueError(f"MASTER_PORT = {value}: must be a number from 1 to 65535")
     return int(value)
 
@@ -87,8 +88,9 @@ def _listen(address: str, port: int, *, host: str) -> socket.socket:
     try:
         family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        raise ValueError(f"MASTER_ADDR = {host}: {error.strerror}. Name the host of rank 0") from error
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is no name of a host"
+        raise ValueError(f"MASTER_ADDR = {host}: {reason}. Name the host of rank 0") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(place)
