@@ -16,6 +16,7 @@ from megalith.data.split import parse_split
 from megalith.derived import compute_dtype, global_batch_size, tokenizer_type
 
 MOST = 2**62  # of anything that is counted
+LONGEST_WAIT = 10**8  # seconds, three years; a group of ranks counts them in nanoseconds
 MOST_SEED = 2**32 - 1  # of numpy's generator, which shuffles
 
 
@@ -56,11 +57,14 @@ def _required(run: Run) -> Iterator[Fault]:
 
 
 def _finite(run: Run) -> Iterator[Fault]:
-    """Numbers that are none, or that no counter holds; a time to wait may have no end."""
+    """Numbers that are none, or that no counter holds; the grace of a stop may have no end."""
     for name, known in known_settings().items():
         value = getattr(getattr(run, known.part), name)
-        if isinstance(value, float) and not math.isfinite(value) and known.part != "parallel":
+        if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and known.part != "parallel")):
             yield fault(name, value, "must be a finite number", "Give one")
+        elif name in ("join_timeout", "hang_timeout") and value > LONGEST_WAIT:
+            remedy = "Give less" if name == "join_timeout" else "Give less, or 0 for no limit"
+            yield fault(name, value, f"is beyond {LONGEST_WAIT} seconds", remedy)
         elif isinstance(value, int) and abs(value) > MOST and name != "seed":
             yield fault(name, value, f"is beyond {MOST}", "Give a smaller number")
     if run.train.seed > MOST_SEED:

@@ -3,7 +3,6 @@
 The rules are Megatron-LM's where it has the setting, and those of the parts that take their place otherwise.
 """
 
-import math
 from collections.abc import Iterator
 
 from megalith.config import Fault, Run, fault
@@ -13,6 +12,7 @@ from megalith.parallel.settings import SPLIT_BACKWARD
 
 # Schedules that hold several parts of the model on a rank.
 OF_SEVERAL_PARTS = ("interleaved", SPLIT_BACKWARD)
+MOST_PARTS = 1 << 20  # no model is shared out by more ranks
 
 
 def layout_faults(run: Run, world_size: int) -> list[Fault]:
@@ -50,9 +50,8 @@ def num_replicas(run: Run, world_size: int) -> int | None:
 
 
 def divisors(number: int) -> list[int]:
-    """What divides it, in order."""
-    small = [n for n in range(1, math.isqrt(max(number, 0)) + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)})
+    """What divides it, in order, up to MOST_PARTS."""
+    return [n for n in range(1, min(number, MOST_PARTS) + 1) if number % n == 0]
 
 
 def _world(run: Run, world_size: int) -> Iterator[Fault]:
