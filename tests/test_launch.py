@@ -146,6 +146,21 @@ def test_a_signal_to_the_launcher_reaches_every_rank(number: signal.Signals) -> 
     assert f"{told.name}: the ranks finish their step, save and end" in said
 
 
+def test_a_terminal_that_goes_away_ends_nothing_under_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with launched(SLEEPING, 2) as job:
+            job.wait_for_ranks(2)
+            job.process.send_signal(signal.SIGHUP)
+            time.sleep(0.5)
+            assert job.process.poll() is None
+            job.process.terminate()
+            _, said = job.end()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert "SIGTERM" in said and "SIGHUP" not in said
+
+
 def test_ranks_that_do_not_end_are_killed_after_the_grace() -> None:
     deaf = "for n in (15, 2, 10): signal.signal(n, signal.SIG_IGN)\nready(); time.sleep(60)"
     with launched(deaf, stop_grace=1.0) as job:

@@ -45,6 +45,12 @@ HINTS = {
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
+def heard() -> tuple[signal.Signals, ...]:
+    """The signals that ask to stop: those of STOPPING, but not SIGHUP where it is ignored, as under nohup."""
+    deaf = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in STOPPING if not (deaf and number is signal.SIGHUP))
+
+
 class PeerLostError(Exception):
     """Another rank died, failed or hangs, so this one cannot go on; the message names it."""
 
@@ -120,10 +126,10 @@ class _Launcher:
         self.statuses, self.killed, self.kill_at = {}, set(), None
         memory = [os.memfd_create(name) for name in ("megalith-store", "megalith-board")]
         # Signals wait until they are asked for: nothing here can be interrupted, and none is missed.
-        waited_for = {*STOPPING, signal.SIGCHLD}
+        waited_for = {*heard(), signal.SIGCHLD}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
         try:
-            blocked = STOPPING if self.signals_wait else ()
+            blocked = heard() if self.signals_wait else ()
             self.ranks = [_start(command, rank, num_ranks, memory, blocked) for rank in range(num_ranks)]
             while len(self.statuses) < num_ranks:
                 left = None if self.kill_at is None else max(0.0, self.kill_at - time.monotonic())

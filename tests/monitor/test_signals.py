@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megalith.launch import SECONDS_OF_ONE_REQUEST
-from megalith.monitor.signals import WATCHED, StopSignals
+from megalith.launch import SECONDS_OF_ONE_REQUEST, STOPPING
+from megalith.monitor.signals import StopSignals
 
 
-@pytest.mark.parametrize("number", WATCHED)
+@pytest.mark.parametrize("number", STOPPING)
 def test_first_signal_is_noted_and_handlers_come_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopSignals() as signals:
@@ -20,6 +20,16 @@ def test_first_signal_is_noted_and_handlers_come_back(number: signal.Signals) ->
         os.kill(os.getpid(), number)
         assert signals.received is number
     assert signal.getsignal(number) is before
+
+
+def test_a_terminal_that_goes_away_asks_nothing_under_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:

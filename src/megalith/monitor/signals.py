@@ -1,4 +1,5 @@
-"""Stopping a run from outside: a first SIGTERM, SIGINT or SIGUSR1 asks for a stop after the step, a second stops now.
+"""Stopping a run from outside: a first SIGTERM, SIGINT, SIGUSR1 or SIGHUP (a terminal that goes away) asks for a stop
+after the step, a second stops now.
 One that comes before there is anything to finish ends the process by itself, with the status of a stopped run.
 
 A handler writes the signal down and says at once what will happen; the train loop looks at it between steps, a start
@@ -16,12 +17,11 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
-from megalith.launch import SECONDS_OF_ONE_REQUEST, STOPPING
+from megalith.launch import SECONDS_OF_ONE_REQUEST, STOPPING, heard
 from megalith.terminal import say
 
 STOPPED_BY_SIGNAL = 75  # saved, or there was nothing to save yet; the same command goes on
 STOPPED_UNSAVED = 76  # a signal stopped a run that has no --save
-WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def stopped_status(*, saves: bool) -> int:
@@ -40,7 +40,7 @@ def ending_at_once(status: int, *, speaks: bool) -> Iterator[None]:
             say(f"{signal.Signals(number).name}: the run ends before its first step")
         os._exit(status)
 
-    before = {number: signal.signal(number, end) for number in WATCHED}
+    before = {number: signal.signal(number, end) for number in heard()}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     try:
         yield
@@ -64,7 +64,7 @@ class StopSignals:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
-        for number in WATCHED:
+        for number in heard():
             self._before[number] = signal.signal(number, self._note)
         return self
 
