@@ -161,6 +161,18 @@ def test_a_terminal_that_goes_away_ends_nothing_under_nohup() -> None:
     assert "SIGTERM" in said and "SIGHUP" not in said
 
 
+def test_a_program_of_ours_takes_no_module_from_the_current_directory(tmp_path: Path) -> None:
+    (tmp_path / "difflib.py").write_text("raise SystemExit(9)\n")
+    script = tmp_path / "bin" / "program.py"
+    script.parent.mkdir()
+    script.write_text(
+        "import subprocess, sys\n"
+        "from megalith.launch import as_program\n"
+        "sys.exit(subprocess.run(as_program('megalith', '--version')).returncode)\n"
+    )
+    assert subprocess.run([sys.executable, str(script)], cwd=tmp_path, check=False).returncode == 0
+
+
 def test_ranks_that_do_not_end_are_killed_after_the_grace() -> None:
     deaf = "for n in (15, 2, 10): signal.signal(n, signal.SIG_IGN)\nready(); time.sleep(60)"
     with launched(deaf, stop_grace=1.0) as job:

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,7 +26,7 @@ from megalith.config import ConfigError, Run
 from megalith.derived import compute_dtype, given_length, global_batch_size
 from megalith.job import Job, build_job
 from megalith.keeper import Keeper
-from megalith.launch import launch, ranks_in
+from megalith.launch import as_program, launch, ranks_in
 from megalith.loaders import open_data
 from megalith.monitor.flops import TERA
 from megalith.monitor.log import RunLog
@@ -62,7 +61,7 @@ def main(words: Sequence[str], *, started: float) -> int:
         raise ValueError("--profile: bench traces nothing. megalith pretrain --mock-data --profile ... does")
     run = made_for_measuring(asked, steps=options.warmup + options.steps + SPLIT_STEPS)
     if run.parallel.nproc is not None and "RANK" not in os.environ:
-        command = [sys.executable, "-m", "megalith", "bench", *words]
+        command = as_program("megalith", "bench", *words)
         return launch(command, run.parallel.nproc, stop_grace=run.parallel.stop_grace)
     rank, world_size, _ = ranks_in(os.environ)
     if faults := check(run, world_size):

@@ -187,11 +187,11 @@ def pretrain(words: Sequence[str], started: float) -> int:
 
 def start_ranks(words: Sequence[str], run: "Run") -> int:
     """Start that many processes on this machine, and end with their status."""
-    from megalith.launch import launch
+    from megalith.launch import as_program, launch
 
     parallel = run.parallel
     assert parallel.nproc is not None
-    command = [sys.executable, "-m", "megalith", "pretrain", *words]
+    command = as_program("megalith", "pretrain", *words)
     return launch(
         command,
         parallel.nproc,

@@ -7,7 +7,6 @@ whichever number of ranks.
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from megalith.data.evidence import Passage, check_passages, read_passages
 from megalith.data.survey import Survey
 from megalith.evaluate.embeddings import Embeddings, open_embeddings, write_block, write_joined
 from megalith.files import DISK, TEMPORARY_SUFFIX, Disk, make_directories
-from megalith.launch import end_with_parent, launch
+from megalith.launch import as_program, end_with_parent, launch
 from megalith.parallel.mesh import Layout, choose_device, joined, make_layout
 from megalith.parallel.settings import ParallelConfig
 from megalith.ranks import Ranks
@@ -70,7 +69,7 @@ def main(words: Sequence[str]) -> int:
     """Embed the evidence as the words say; return the exit status."""
     options = _parser().parse_args(words)
     if options.nproc is not None and "RANK" not in os.environ:
-        command = [sys.executable, "-m", "megalith", "index", *words]
+        command = as_program("megalith", "index", *words)
         return launch(command, options.nproc, stop_grace=ParallelConfig().stop_grace)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # torchrun leaves its ranks behind when it is killed.

@@ -88,6 +88,15 @@ def end_with_parent() -> None:
             os._exit(128 + signal.SIGKILL)
 
 
+def as_program(module: str, *words: str) -> list[str]:
+    """The command that runs a module with this Python, which looks for modules where this process does.
+
+    By -m alone it would look in the current directory first, where a file may have the name of a library.
+    """
+    is_searched = any(not place or (os.path.isdir(place) and os.path.samefile(place, ".")) for place in sys.path)
+    return [sys.executable, *([] if is_searched else ["-P"]), "-m", module, *words]
+
+
 def launch(
     command: Sequence[str], num_ranks: int, *, stop_grace: float, max_restarts: int = 0, signals_wait: bool = False
 ) -> int:

@@ -28,6 +28,7 @@ from torch import Tensor
 from megalith.checkpoint.pieces import DTYPES, TORCH_DTYPES, Place
 from megalith.checkpoint.shards import DamagedError, ShardReader, open_shard, read_file, regular_size, write_shard
 from megalith.files import DISK, write_whole
+from megalith.launch import as_program
 
 TREE_NAME, TENSORS_NAME, MESSAGES_NAME = "tree.json", "tensors.safetensors", "messages"
 # The first torch whose restricted unpickler has no known hole (CVE-2026-24747).
@@ -98,7 +99,7 @@ def _check_regular(path: Path) -> None:
 
 def _run_reader(path: Path, target: Path) -> None:
     """Read the file in a process of its own, which writes into target."""
-    words = [sys.executable, "-m", "megalith.checkpoint.foreign", str(path.absolute()), str(target)]
+    words = as_program("megalith.checkpoint.foreign", str(path.absolute()), str(target))
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     with open(target / MESSAGES_NAME, "wb") as messages:
         done = subprocess.run(

@@ -28,6 +28,7 @@ from megalith.data.blocks import Block, DocumentRules, Part
 from megalith.data.documents import Fault
 from megalith.data.tokenized import TokenizedBlock, TokenRules, Tokens, tokenize_block
 from megalith.data.tokenizer import Tokenizer, rebuild_tokenizer
+from megalith.launch import as_program
 
 BLOCKS_PER_WORKER = 2  # under way at once: one in work, one waiting
 FRAME = struct.Struct("<QQ")  # bytes of the JSON, bytes that follow it
@@ -105,7 +106,7 @@ class _Worker:
         # One worker per core: the libraries must not start threads of their own.
         alone = {"TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "megalith.data.worker_pool"],
+            as_program("megalith.data.worker_pool"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **alone, "PYTHONPATH": path},
