@@ -309,6 +309,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_all_differences(
     assert done.returncode == 2
     assert "num_layers is 4 in the checkpoint and 2 in this run" in done.stderr
     assert "hidden_size is 32 in the checkpoint and 16 in this run" in done.stderr
+    assert "begin a new run with another --save" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -224,7 +224,8 @@ def wanted(
         if name not in may_differ
     ]
     if faults:
-        raise ValueError(f"the checkpoint of step {index.step} is of another model: {'; '.join(faults)}")
+        remedy = "Restore what differs, or begin a new run with another --save and without --load of this one"
+        raise ValueError(f"the checkpoint of step {index.step} is of another model: {'; '.join(faults)}. {remedy}")
     if adoption is not None:
         return adoption.pieces(index)
     if not with_optimizer:

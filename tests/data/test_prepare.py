@@ -288,6 +288,12 @@ def test_an_output_below_a_file_is_told_with_its_flag(tmp_path: Path) -> None:
         prepare(config_for(tmp_path, source, output_prefix=f"{source}/deep/out"))
 
 
+def test_text_in_another_encoding_is_told_with_what_converts_it(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_bytes("café\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"is not UTF-8: byte 0xe9.*iconv -f LATIN1 -t UTF-8"):
+        prepare(config_for(tmp_path, str(tmp_path / "in.txt")))
+
+
 def test_text_where_json_lines_are_expected_is_told_with_the_flag_that_reads_it(tmp_path: Path) -> None:
     for text in ("Once upon a time\n", "42\n"):
         (tmp_path / "in").write_text(text)

@@ -24,7 +24,8 @@ except ImportError:  # it comes with the extra `data`
 BLANK_LINES = re.compile(r"\A(?:[ \t\r]*\n)+")
 
 
-# How what is wrong with a document begins, where it is no JSON object at all.
+# How what is wrong with a document begins, where it is not text at all or no JSON object.
+NO_UTF8 = "is not UTF-8"
 NO_JSON = ("is not JSON", "must be a JSON object")
 
 
@@ -93,7 +94,7 @@ def _decode(record: str | bytes) -> str:
         return record.decode()
     except UnicodeDecodeError as error:
         byte = record[error.start]
-        raise _BadDocumentError(f"is not UTF-8: byte 0x{byte:02x}, {error.start} bytes after its start") from error
+        raise _BadDocumentError(f"{NO_UTF8}: byte 0x{byte:02x}, {error.start} bytes after its start") from error
 
 
 def _places(part: Part, content: bytes, end: re.Pattern[bytes]) -> Iterator[tuple[int, int]]:

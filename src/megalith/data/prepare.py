@@ -17,7 +17,7 @@ from typing import Any
 
 from megalith import __version__
 from megalith.data.blocks import TEXT_DOCUMENTS, Block, DocumentRules, read_blocks
-from megalith.data.documents import NO_JSON
+from megalith.data.documents import NO_JSON, NO_UTF8
 from megalith.data.indexed import IndexedWriter, best_dtype, bin_path, idx_path
 from megalith.data.input_files import COMPRESSIONS, FORMATS, SUFFIXES, Source, find_sources
 from megalith.data.prepare_progress import Amount, Progress, open_progress
@@ -305,7 +305,8 @@ def _write(
             may_be_text = config.input_format == "auto" and fault.reason.startswith(NO_JSON)
             if may_be_text and not _tells_format(fault.source):
                 raise ValueError(f"{fault}; if this is plain text, say so with --input-format text")
-            raise ValueError(f"{fault}; correct it, or leave such documents out with --skip-bad")
+            other = ", convert the file (iconv -f LATIN1 -t UTF-8)" if fault.reason.startswith(NO_UTF8) else ""
+            raise ValueError(f"{fault}; correct it{other}, or leave such documents out with --skip-bad")
         skipped += result.num_bad
         faults += [str(fault) for fault in result.faults][: MOST_FAULTS_SHOWN - len(faults)]
         for writer, made in zip(writers, result.keys, strict=True):
