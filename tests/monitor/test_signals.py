@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from megalith.launch import SECONDS_OF_ONE_REQUEST, STOPPING
-from megalith.monitor.signals import StopSignals
+from megalith.monitor.signals import StopSignals, ending_at_once
 
 
 @pytest.mark.parametrize("number", STOPPING)
@@ -30,6 +31,18 @@ def test_a_terminal_that_goes_away_asks_nothing_under_nohup() -> None:
             assert signals.received is None
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_in_a_thread_of_another_program_signals_stay_with_it() -> None:
+    before = {number: signal.getsignal(number) for number in STOPPING}
+
+    def enter() -> dict[signal.Signals, object]:
+        with ending_at_once(75, speaks=False), StopSignals() as signals:
+            assert signals.received is None
+            return {number: signal.getsignal(number) for number in STOPPING}
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(enter).result() == before
 
 
 def test_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:

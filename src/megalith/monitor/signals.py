@@ -11,6 +11,7 @@ it got. So what follows within a second is the same request.
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,11 @@ def stopped_status(*, saves: bool) -> int:
     return STOPPED_BY_SIGNAL if saves else STOPPED_UNSAVED
 
 
+def _taken() -> tuple[signal.Signals, ...]:
+    """The signals to take over: none in a thread of somebody's program, whose main thread alone may."""
+    return heard() if threading.current_thread() is threading.main_thread() else ()
+
+
 @contextmanager
 def ending_at_once(status: int, *, speaks: bool) -> Iterator[None]:
     """While entered, the watched signals end the process with this status, as nothing has been begun; `StopSignals` may
@@ -40,7 +46,7 @@ def ending_at_once(status: int, *, speaks: bool) -> Iterator[None]:
             say(f"{signal.Signals(number).name}: the run ends before its first step")
         os._exit(status)
 
-    before = {number: signal.signal(number, end) for number in heard()}
+    before = {number: signal.signal(number, end) for number in _taken()}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     try:
         yield
@@ -64,7 +70,7 @@ class StopSignals:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
-        for number in heard():
+        for number in _taken():
             self._before[number] = signal.signal(number, self._note)
         return self
 
