@@ -85,6 +85,13 @@ def idle(run: Run) -> Iterator[tuple[str, str]]:
         yield "max_restarts", "only --nproc starts lost ranks again"
     if compute_dtype(run) == "float32":
         yield "loss_scale", "in fp32 the loss is not scaled"
+    if not optimizer.fp16 or optimizer.loss_scale is not None:
+        for name in ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"):
+            yield name, "only --fp16 without --loss-scale has a loss scale that moves"
+    if optimizer.lr_decay_style == "constant":
+        yield "min_lr", "a constant rate does not fall"
+    if not optimizer.spike_threshold:
+        yield "spike_window", "nothing is a spike without --spike-threshold"
     if run.evaluate.eval_iters == 0:
         yield "eval_first", "an evaluation has --eval-iters = 0 batches"
     for name in ("sgd_momentum",) if optimizer.optimizer == "adam" else ("adam_beta1", "adam_beta2", "adam_eps"):
