@@ -282,6 +282,7 @@ def test_the_small_run_has_no_fault() -> None:
         ("--split a,b", "--split"),
         ("--lr inf", "--lr"),
         ("--clip-grad nan", "--clip-grad"),
+        ("--adam-eps 0", "--adam-eps"),
         ("--layernorm-epsilon nan", "--layernorm-epsilon"),
         ("--layernorm-epsilon -1", "--layernorm-epsilon"),
         ("--init-method-std -1", "--init-method-std"),

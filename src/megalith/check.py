@@ -79,7 +79,7 @@ def _positive(run: Run) -> Iterator[Fault]:
         "data": "seq_length encoder_seq_length decoder_seq_length retriever_seq_length corpus_vocab_size vocab_size "
         "max_epochs",
         "optimizer": "micro_batch_size global_batch_size hysteresis loss_scale_window loss_scale initial_loss_scale "
-        "min_loss_scale lr_decay_iters lr_decay_samples spike_window",
+        "min_loss_scale adam_eps lr_decay_iters lr_decay_samples spike_window",
         "parallel": "tensor_model_parallel_size pipeline_model_parallel_size checkpoint_num_layers nproc "
         "num_layers_per_virtual_pipeline_stage context_parallel_size data_parallel_shard_size join_timeout "
         "check_replicas",
@@ -95,8 +95,7 @@ def _positive(run: Run) -> Iterator[Fault]:
                 yield fault(name, value, "must be greater than 0", "Give a positive number")
     not_negative = {
         "model": "init_method_std",
-        "optimizer": "lr min_lr weight_decay clip_grad adam_eps lr_warmup_iters lr_warmup_samples max_bad_steps "
-        "spike_threshold",
+        "optimizer": "lr min_lr weight_decay clip_grad lr_warmup_iters lr_warmup_samples max_bad_steps spike_threshold",
         "data": "num_workers vocab_extra_ids train_hard_neg val_av_rank_hard_neg val_av_rank_other_neg",
         "evaluate": "eval_iters",
         "parallel": "max_restarts stop_grace hang_timeout check_compute",
