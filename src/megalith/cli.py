@@ -47,6 +47,10 @@ MEANT = {
     "resume": "pretrain, which goes on where it stopped",
     "--preset": "megalith pretrain --preset NAME",
 }
+# How often a thread of torch's that waits for others looks for them before it sleeps: some 0.1 ms, the gap between two
+# operations. Of itself libgomp looks for a whole slice of time, which on a busy machine is taken from those waited for.
+SPINS = 10_000
+BY_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # variables, of which either settles it
 OUT_OF_MEMORY = 79  # of one that got no more memory, on the host or on a device
 
 
@@ -57,6 +61,8 @@ def main(words: Sequence[str] | None = None) -> int:
     allow_most_descriptors()
     # Nothing that is written can be changed by everybody, whatever the umask was.
     os.umask(os.umask(0o022) | 0o002)
+    if not any(name in os.environ for name in BY_USER):
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)  # before torch is imported
     words = list(sys.argv[1:] if words is None else words)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -95,14 +101,15 @@ def main(words: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError, ImportError) as error:
         if descriptor_remedy(str(error)) is not None:
             return _tell(error)
+        if not isinstance(error, MemoryError):  # then there is no room for a module
+            from megalith.monitor.memory import is_out_of_memory
 
-        from megalith.checkpoint.directory import CheckpointError
-        from megalith.monitor.memory import is_out_of_memory
+            if not is_out_of_memory(error):
+                from megalith.checkpoint.directory import CheckpointError
 
-        if isinstance(error, CheckpointError) and not is_out_of_memory(error):
-            return _tell(error)
-        if not is_out_of_memory(error):
-            raise
+                if isinstance(error, CheckpointError):
+                    return _tell(error)
+                raise
         said = str(error).splitlines() or ["no more can be had"]
         print(f"megalith: out of memory: {printable(said[0])}", file=sys.stderr)
         print(

@@ -16,6 +16,7 @@ from megalith.data.inspect import inspect
 from megalith.data.record import same_file
 from megalith.data.tokenizer import Tokenizer
 from megalith.derived import dataloader_type
+from megalith.fields import describe
 from megalith.monitor.events import Warned
 from megalith.monitor.log import RunLog
 from megalith.ranks import Ranks, RanksError
@@ -162,5 +163,8 @@ def _setting_differences(run: Run, text: object) -> list[str]:
         for name in (declared.name for declared in dataclasses.fields(ours)):
             now, then = getattr(ours, name), getattr(theirs, name)
             if now != then and name not in CHANGE_NOTHING and name not in DECIDE_SAMPLES:
-                differences.append(f"{known_settings()[name].flag} is {now} and was {then}")
+                known = known_settings()[name]
+                if describe(known.field)["switch"] == "off":  # the flag says the contrary of the setting
+                    now, then = not now, not then
+                differences.append(f"{known.flag} is {now} and was {then}")
     return differences + unread

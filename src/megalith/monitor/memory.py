@@ -63,6 +63,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return any(
+    # With a reason behind it, a library that cannot be mapped lacks a permission.
+    return str(error).endswith("failed to map segment from shared object") or any(
         words in str(error) for words in ("can't allocate memory", "not enough memory", "can't start new thread")
     )
