@@ -12,6 +12,9 @@ if not Path("/dev/nvidiactl").exists():
 # A shell starts what it puts in the background with SIGINT ignored, and processes under test would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# So does nohup with SIGHUP; this process goes on without a terminal all the same.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 import hypothesis
 import pytest

@@ -20,6 +20,7 @@ LEVELS = [
         "host_tree",
         "kernels",
         "elsewhere",
+        "spinning",
         "later",
         "launch",
         "threads",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megalith.cli import BY_USER, OUT_OF_MEMORY, SPINS, main
+from megalith.cli import OUT_OF_MEMORY, main
 from tests.layouts.runs import run_on, write_data
 from tests.processes import permissions_hold
 
@@ -36,18 +36,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     assert run_on(1, ["--train-iters", "3"], folder / "run", write_data(folder)) == 0
     return folder / "run"
-
-
-@pytest.mark.parametrize(
-    ("given", "spins"),
-    [({}, str(SPINS)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
-    ids=["none", "spins", "policy"],
-)
-def test_waiting_threads_spin_shortly_unless_the_user_says_otherwise(given: dict[str, str], spins: str) -> None:
-    program = "import os; from megalith.cli import main; main(['--version']); print(os.environ.get('GOMP_SPINCOUNT'))"
-    environment = {name: value for name, value in os.environ.items() if name not in BY_USER} | given
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment)
-    assert done.stdout.splitlines()[-1] == spins
 
 
 def test_too_little_memory_for_torch_itself_is_said(tmp_path: Path) -> None:

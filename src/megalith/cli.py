@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TextIO, cast
 
 from megalith.descriptors import allow_most_descriptors, descriptor_remedy, open_standard_streams
 from megalith.launch import PEER_LOST, PeerLostError, end_with_parent, ranks_in, speaks_for_all
+from megalith.spinning import spin_shortly
 from megalith.terminal import Answer, printable
 
 if TYPE_CHECKING:
@@ -47,10 +48,6 @@ MEANT = {
     "resume": "pretrain, which goes on where it stopped",
     "--preset": "megalith pretrain --preset NAME",
 }
-# How often a thread of torch's that waits for others looks for them before it sleeps: some 0.1 ms, the gap between two
-# operations. Of itself libgomp looks for a whole slice of time, which on a busy machine is taken from those waited for.
-SPINS = 10_000
-BY_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # variables, of which either settles it
 OUT_OF_MEMORY = 79  # of one that got no more memory, on the host or on a device
 
 
@@ -61,8 +58,6 @@ def main(words: Sequence[str] | None = None) -> int:
     allow_most_descriptors()
     # Nothing that is written can be changed by everybody, whatever the umask was.
     os.umask(os.umask(0o022) | 0o002)
-    if not any(name in os.environ for name in BY_USER):
-        os.environ["GOMP_SPINCOUNT"] = str(SPINS)  # before torch is imported
     words = list(sys.argv[1:] if words is None else words)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -76,6 +71,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if command is None:
         print(f"megalith: {printable(words[0])} is not a command. {_meant(words[0])}", file=sys.stderr)
         return FAULT
+    spin_shortly()
     try:
         if words[0] not in ANSWERING:
             if "stdout" in closed and os.environ.get("RANK", "0") == "0":
