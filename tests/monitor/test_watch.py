@@ -95,7 +95,8 @@ def test_a_hung_rank_is_named_with_phase_and_stack_at_the_timeout(
     assert "rank 0 (" not in ended.said
     if hang is hang_stopped:  # and is let go on for a moment, to say where it is
         assert "a signal has stopped it" in ended.said
-        assert re.search(r"in (hang_stopped|acting|take_step|run_steps)\b", ended.said), ended.said
+        # The main thread comes last; it runs while its frames are read, so that only a few may be shown.
+        assert re.search(r'megalith/\S+\.py", line \d+ in \w+', ended.said.split("hread 0x")[-1]), ended.said
         return
     assert f"line {hang.__code__.co_firstlineno + 1} in {hang.__name__}" in ended.said, ended.said
 
