@@ -92,6 +92,7 @@ LEVELS = [
         "convert_from_megatron",
         "convert_to_hugging_face",
         "hugging_face",
+        "hugging_face_config",
         "convert_to_megatron",
     },
     {"cli"},

@@ -12,6 +12,7 @@ from megalith.cli import main
 from megalith.convert_to_hugging_face import to_hugging_face
 from megalith.data.tokenizer import load_saved_tokenizer, train_byte_bpe
 from megalith.trained import open_trained
+from tests.conversions import from_hugging_face
 from tests.layouts.runs import MODEL, steps_of, weights_of
 
 transformers = pytest.importorskip("transformers")
@@ -144,7 +145,7 @@ def test_training_goes_on_from_it(kind: str, data: Path, tmp_path: Path) -> None
 
 def test_its_tokenizer_gives_the_same_tokens_there(tmp_path: Path) -> None:
     write_model(tmp_path / "theirs", "llama")
-    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 0
+    assert from_hugging_face(tmp_path) == 0
     assert main(["convert", "--to", "huggingface", str(tmp_path / "run"), str(tmp_path / "again")]) == 0
     ours = load_saved_tokenizer(tmp_path / "run" / "tokenizer")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
@@ -156,7 +157,7 @@ def test_its_tokenizer_gives_the_same_tokens_there(tmp_path: Path) -> None:
 
 def test_a_large_model_is_several_files_and_an_index(tmp_path: Path) -> None:
     twin = write_model(tmp_path / "theirs", "llama")
-    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 0
+    assert from_hugging_face(tmp_path) == 0
     told = list(to_hugging_face(str(tmp_path / "run"), str(tmp_path / "again"), step=None, largest_file=30_000))
     files = sorted(path.name for path in (tmp_path / "again").glob("*.safetensors"))
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors" and len(files) > 2
@@ -176,7 +177,7 @@ def test_a_gpt2_without_its_head_can_be_read(tmp_path: Path) -> None:
     twin = write_model(tmp_path / "theirs", "gpt2")
     file = tmp_path / "theirs" / "model.safetensors"
     save_file({name.removeprefix("transformer."): weight for name, weight in load_file(file).items()}, file)
-    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 0
+    assert from_hugging_face(tmp_path) == 0
     tokens = torch.arange(T)[None]
     assert difference(logits_of(tmp_path / "run", tokens), twin(input_ids=tokens).logits.detach()) < ROUNDING
 
@@ -187,7 +188,7 @@ def test_a_directory_of_links_as_the_hubs_cache_has_it_can_be_read(tmp_path: Pat
     for number, file in enumerate(sorted((tmp_path / "theirs").iterdir())):
         file.rename(tmp_path / "blobs" / str(number))
         file.symlink_to(f"../blobs/{number}")
-    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 0
+    assert from_hugging_face(tmp_path) == 0
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_what_cannot_come_is_said(
     kind: str, changes: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_model(tmp_path / "theirs", kind, **changes)
-    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 2
+    assert from_hugging_face(tmp_path) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -241,12 +242,11 @@ def test_an_output_that_is_not_the_table_it_is_tied_to_is_said(
     weights = load_file(file)
     table = weights["transformer.wte.weight"]
     save_file({**weights, "lm_head.weight": table + 1}, file)
-    words = ["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]
-    assert main(words) == 2
+    assert from_hugging_face(tmp_path) == 2
     assert "lm_head.weight differs from the table of tokens, which config.json ties" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     save_file({**weights, "lm_head.weight": table.clone()}, file)
-    assert main(words) == 0
+    assert from_hugging_face(tmp_path) == 0
 
 
 def test_tensors_that_such_a_model_has_not_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,7 +264,7 @@ def test_tensors_that_such_a_model_has_not_are_told(tmp_path: Path, capsys: pyte
 
 def test_a_converted_model_is_evaluated_on_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     twin = write_model(tmp_path / "theirs", "gpt2")
-    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 0
+    assert from_hugging_face(tmp_path) == 0
     assert main(["evaluate", str(tmp_path / "run")]) == 2
     assert "--split = valid: the run has no data of its own. Name files: --file FILE." in capsys.readouterr().err
     (tmp_path / "some.txt").write_text("the word number 7")
@@ -278,17 +278,16 @@ def test_a_converted_model_is_evaluated_on_files(tmp_path: Path, capsys: pytest.
 
 def test_added_tokens_beyond_a_vocabulary_are_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_model(tmp_path / "theirs", "gpt2")
-    words = ["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]
     (tmp_path / "theirs" / "added_tokens.json").write_text(json.dumps({"[PAD]": V}))
-    assert main(words) == 2
+    assert from_hugging_face(tmp_path) == 2
     assert "added_tokens.json: a GPT2BPETokenizer has no place for '[PAD]'." in capsys.readouterr().err
     (tmp_path / "theirs" / "added_tokens.json").write_text(json.dumps({"<|endoftext|>": V - 1}))
-    assert main(words) == 0
+    assert from_hugging_face(tmp_path) == 0
 
 
 def test_a_dropout_of_null_is_none(tmp_path: Path) -> None:
     write_model(tmp_path / "theirs", "llama", attention_dropout=None)
-    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 0
+    assert from_hugging_face(tmp_path) == 0
     assert "attention_dropout = 0.0" in (tmp_path / "run" / "run.toml").read_text()
 
 
@@ -308,7 +307,7 @@ def test_sizes_that_nothing_bears_out_are_refused_at_once(
     changes: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_model(tmp_path / "theirs", "gpt2", **changes)
-    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 2
+    assert from_hugging_face(tmp_path) == 2
     assert said in capsys.readouterr().err
 
 
@@ -326,7 +325,7 @@ def test_weights_of_no_possible_shape_are_refused(
     write_model(tmp_path / "theirs", "gpt2")
     file = tmp_path / "theirs" / "model.safetensors"
     save_file({**load_file(file), name: torch.zeros(shape)}, file)
-    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 2
+    assert from_hugging_face(tmp_path) == 2
     assert said in capsys.readouterr().err
 
 
@@ -334,7 +333,7 @@ def test_queries_and_keys_of_other_widths_are_refused(tmp_path: Path, capsys: py
     write_model(tmp_path / "theirs", "llama")
     file = tmp_path / "theirs" / "model.safetensors"
     save_file({**load_file(file), "model.layers.0.self_attn.k_proj.weight": torch.zeros(12, 3)}, file)
-    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 2
+    assert from_hugging_face(tmp_path) == 2
     assert "v_proj.weight have rows of different lengths" in capsys.readouterr().err
 
 
@@ -354,7 +353,7 @@ def test_an_index_of_anything_but_files_of_the_directory_is_refused(
     write_model(tmp_path / "theirs", "gpt2")
     (tmp_path / "theirs" / "model.safetensors").unlink()
     (tmp_path / "theirs" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
-    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 2
+    assert from_hugging_face(tmp_path) == 2
     assert said in capsys.readouterr().err
 
 
@@ -363,7 +362,7 @@ def test_a_config_with_a_number_of_thousands_of_digits_is_named(
 ) -> None:
     write_model(tmp_path / "theirs", "gpt2")
     (tmp_path / "theirs" / "config.json").write_text('{"n_layer": ' + "1" * 6000 + "}")
-    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 2
+    assert from_hugging_face(tmp_path) == 2
     assert "config.json: is no JSON (Exceeds the limit" in capsys.readouterr().err
 
 

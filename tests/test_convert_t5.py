@@ -18,6 +18,7 @@ from megalith.data.spans import pieces_for_spans
 from megalith.data.tokenizer import load_saved_tokenizer
 from megalith.models.t5 import T5
 from megalith.trained import load_weights, run_of
+from tests.conversions import from_hugging_face
 from tests.layouts.runs import steps_of, weights_of
 from tests.twins.test_t5 import PAD, B, T, difference, twin_of
 
@@ -77,7 +78,7 @@ def loaded(run_dir: Path) -> T5:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_converted_model_gives_the_same_logits(version: str, tmp_path: Path) -> None:
     twin = write_model(tmp_path / "theirs", version).eval()
-    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 0
+    assert from_hugging_face(tmp_path) == 0
     model = loaded(tmp_path / "run")
     assert model.tied == (version == "1.0") and model.config.scale_decoder_outputs == (version == "1.0")
     generator = torch.Generator().manual_seed(3)
@@ -93,7 +94,7 @@ def test_a_converted_model_gives_the_same_logits(version: str, tmp_path: Path) -
 
 def test_its_tokenizer_tells_words_and_sentinels(tmp_path: Path) -> None:
     write_model(tmp_path / "theirs", "1.0")
-    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 0
+    assert from_hugging_face(tmp_path) == 0
     tokenizer = load_saved_tokenizer(tmp_path / "run" / "tokenizer")
     assert tokenizer.name not in WORDPIECE and tokenizer.extra_ids == (38, 37, 36, 35)
     pieces = pieces_for_spans(tokenizer)
@@ -147,23 +148,22 @@ def test_what_cannot_be_converted_is_said(
     changes: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_model(tmp_path / "theirs", "1.0", **changes)
-    assert main(["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]) == 2
+    assert from_hugging_face(tmp_path) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 def test_missing_and_damaged_files_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["convert", "--from", "huggingface", str(tmp_path / "theirs"), "--to", str(tmp_path / "run")]
     write_model(tmp_path / "theirs", "1.0")
     weights = tmp_path / "theirs" / "model.safetensors"
     kept = weights.read_bytes()
     weights.write_bytes(kept[:-10])
-    assert main(words) == 2
+    assert from_hugging_face(tmp_path) == 2
     assert "model.safetensors" in capsys.readouterr().err
     weights.write_bytes(kept)
     (tmp_path / "theirs" / "config.json").write_text("[1")
-    assert main(words) == 2
+    assert from_hugging_face(tmp_path) == 2
     assert "config.json: is no JSON" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "theirs")
-    assert main(words) == 2
+    assert from_hugging_face(tmp_path) == 2
     assert "config.json" in capsys.readouterr().err

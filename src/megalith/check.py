@@ -62,11 +62,11 @@ def _finite(run: Run) -> Iterator[Fault]:
         value = getattr(getattr(run, known.part), name)
         if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and known.part != "parallel")):
             yield fault(name, value, "must be a finite number", "Give one")
-        elif name in ("join_timeout", "hang_timeout") and value > LONGEST_WAIT:
-            remedy = "Give less" if name == "join_timeout" else "Give less, or 0 for no limit"
-            yield fault(name, value, f"is beyond {LONGEST_WAIT} seconds", remedy)
         elif isinstance(value, int) and abs(value) > MOST and name != "seed":
             yield fault(name, value, f"is beyond {MOST}", "Give a smaller number")
+    for name, remedy in (("join_timeout", "Give less"), ("hang_timeout", "Give less, or 0 for no limit")):
+        if (seconds := getattr(run.parallel, name)) > LONGEST_WAIT:
+            yield fault(name, seconds, f"is beyond {LONGEST_WAIT} seconds", remedy)
     if run.train.seed > MOST_SEED:
         yield fault("seed", run.train.seed, f"must be from 1 to {MOST_SEED}", "Give such a number")
 

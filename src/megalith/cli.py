@@ -35,19 +35,6 @@ REMEDIES = {
     errno.ENOTDIR: "Correct the path",
     errno.EROFS: "Choose another place",
 }
-# What other programs call a command, or what has no command here.
-MEANT = {
-    "version": "--version",
-    "help": "--help",
-    "sample": "generate",
-    "chat": "generate",
-    "eval": "evaluate",
-    "test": "evaluate",
-    "prepare": "preprocess",
-    "tokenize": "preprocess",
-    "resume": "pretrain, which goes on where it stopped",
-    "--preset": "megalith pretrain --preset NAME",
-}
 OUT_OF_MEMORY = 79  # of one that got no more memory, on the host or on a device
 
 
@@ -133,11 +120,12 @@ def _tell(error: Exception) -> int:
 def _meant(word: str) -> str:
     """A remedy for what is not a command: a task is one of pretrain, everything else may be mistyped."""
     from megalith.config import TASKS
+    from megalith.elsewhere import COMMANDS_ELSEWHERE
 
     if word in TASKS:
         return f"Did you mean megalith pretrain {word}?"
-    if word in MEANT:
-        return f"Did you mean {MEANT[word]}?"
+    if word in COMMANDS_ELSEWHERE:
+        return f"Did you mean {COMMANDS_ELSEWHERE[word]}?"
     near = difflib.get_close_matches(word, COMMANDS, n=1)
     return f"Did you mean {near[0]}?" if near else "megalith --help lists them."
 

@@ -48,12 +48,10 @@ def tell_what_next(job: Job, reason: str | None, *, saved: bool) -> None:
 
 def flags_of_a_longer_run(job: Job) -> str:
     """What makes a run twice as long as it is by now, in what its length is counted."""
-    progress = job.progress
-    by_steps = job.run.train.train_samples is None
-    length = (
-        f"--train-iters {2 * progress.step}" if by_steps else f"--train-samples {2 * progress.consumed_train_samples}"
-    )
-    return f"{length} --override-lr-scheduler"
+    flag, length = "--train-iters", job.progress.step
+    if job.run.train.train_samples is not None:
+        flag, length = "--train-samples", job.progress.consumed_train_samples
+    return f"{flag} {2 * length} --override-lr-scheduler"
 
 
 def _tell_losses(job: Job) -> None:

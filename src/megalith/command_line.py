@@ -2,7 +2,7 @@
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 
@@ -18,6 +18,11 @@ class CommandParser(argparse.ArgumentParser):
             meant = f". Did you mean {near[0]}?" if near else f"; see {self.prog} --help"
             raise ValueError(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         return options
+
+    def given(self, options: argparse.Namespace, names: Collection[str]) -> list[str]:
+        """The flags of these settings that were given, in their order; one that says what holds anyway is not."""
+        actions = (action for action in self._actions if action.dest in names)
+        return [action.option_strings[0] for action in actions if getattr(options, action.dest) != action.default]
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see {self.prog} --help")

@@ -24,6 +24,7 @@ READ = {
     ),
     f"--to {HUGGING_FACE}": ("iteration",),
 }
+ALL_READ = {name for names in READ.values() for name in names}
 
 
 def main(words: Sequence[str]) -> int:
@@ -33,7 +34,9 @@ def main(words: Sequence[str]) -> int:
             raise ValueError(f"{word}: {unfit[0]}. {unfit[1]}.")
     parser = _parser()
     options = parser.parse_args(words)
-    _refuse_idle(options, parser)
+    what = f"--to {options.target[0]}" if options.source is None else f"--from {options.source[0]}"
+    if what in READ and (idle := parser.given(options, ALL_READ - {*READ[what]})):
+        raise ValueError(f"{', '.join(sorted(idle))}: nothing reads it with {what}. Leave it out.")
 
     from megalith.checkpoint.directory import CheckpointError
 
@@ -98,23 +101,12 @@ def _from_other(options: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_idle(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Raise ValueError for flags that the conversion asked for would not read."""
-    what = f"--to {options.target[0]}" if options.source is None else f"--from {options.source[0]}"
-    known = {name for names in READ.values() for name in names}
-    unread = sorted(known - {*READ.get(what, known)})
-    idle = [name for name in unread if getattr(options, name) != parser.get_default(name)]
-    if idle:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-        raise ValueError(f"{flags}: nothing reads it with {what}. Leave it out.")
-
-
 def _check_kind(kind: str) -> None:
     if kind not in ("megatron", HUGGING_FACE):
         raise ValueError(f"{kind}: is not a kind of checkpoint that can be converted; megatron and {HUGGING_FACE} are")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> CommandParser:
     parser = CommandParser(
         prog="megalith convert",
         usage="megalith convert --from megatron|huggingface DIR --to RUN_DIR [...]\n"

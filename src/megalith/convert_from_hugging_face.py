@@ -15,14 +15,15 @@ from torch import Tensor
 from megalith import __version__
 from megalith.checkpoint.directory import list_checkpoints
 from megalith.checkpoint.pieces import TORCH_DTYPES, Place, whole
-from megalith.checkpoint.shards import DamagedError, ShardReader, open_shard, read_file
+from megalith.checkpoint.shards import ShardReader, open_shard, read_file
 from megalith.checkpoint.store import save
 from megalith.config import Run, compose
 from megalith.convert_from_megatron import padded_to, required_tokenizer
 from megalith.data.tokenizer import Tokenizer
 from megalith.derived import num_layers
 from megalith.files import DISK, make_directories
-from megalith.hugging_face import KINDS, Names, made_ours, refuse_others, stored
+from megalith.hugging_face import KINDS, Names, made_ours, stored
+from megalith.hugging_face_config import refuse_others
 from megalith.models.shape import shape_of
 from megalith.monitor.interval import Interval
 from megalith.monitor.ledger import Ledger
@@ -95,10 +96,9 @@ def from_hugging_face(directory: str, run_dir: str, *, tokenizer_settings: Mappi
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object of a JSON file; ValueError, naming it, if there is none."""
+    text = read_file(followed(path), LARGEST_JSON, disk=DISK)
     try:
-        content = json.loads(read_file(followed(path), LARGEST_JSON, disk=DISK))
-    except DamagedError:
-        raise
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is no JSON ({error!s:.100})") from error
     if not isinstance(content, dict):

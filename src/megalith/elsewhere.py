@@ -1,7 +1,24 @@
-"""What other programs (nanoGPT, Hugging Face's Trainer, Lightning, torchtitan) call what is a setting here, so that who
-comes from them is told its name. None of these is understood: a batch there is not always what is one here."""
+"""What other programs (nanoGPT, Hugging Face's Trainer, Lightning, torchtitan) call what is a setting or a command
+here, so that who comes from them is told its name.
+
+None of these is understood: a batch there is not always what is one here.
+"""
 
 from functools import cache
+
+# What a command is called elsewhere, or has no command here, and what does it.
+COMMANDS_ELSEWHERE = {
+    "version": "--version",
+    "help": "--help",
+    "sample": "generate",
+    "chat": "generate",
+    "eval": "evaluate",
+    "test": "evaluate",
+    "prepare": "preprocess",
+    "tokenize": "preprocess",
+    "resume": "pretrain, which goes on where it stopped",
+    "--preset": "megalith pretrain --preset NAME",
+}
 
 # The setting, and its names elsewhere.
 _NAMES: dict[str, str] = {

@@ -37,11 +37,13 @@ def main(words: Sequence[str]) -> int:
     for prompt in options.prompt:
         if why_no_text(prompt) is not None:
             raise ValueError(f"--prompt = {prompt!a}: is no text in UTF-8. Correct it.")
+    temperature = 0.8 if options.temperature is None else options.temperature
+
     from megalith.evaluate.generate import Sampling
     from megalith.trained import talk
 
     sampling = Sampling(
-        temperature=0.0 if options.greedy else 0.8 if options.temperature is None else options.temperature,
+        temperature=0.0 if options.greedy else temperature,
         top_k=options.top_k or 0,
         top_p=0.95 if options.top_p is None else options.top_p,
         seed=options.seed,

@@ -3,7 +3,6 @@
 Weights of ours stand together where theirs are apart, group of heads by group, and the other way round.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +12,11 @@ import torch
 from torch import Tensor
 
 from megalith.config import Run, flag_of
+from megalith.hugging_face_config import count, number, refuse_others
 from megalith.models.shape import key_heads, shape_of
 
 # Places of an encoder and a decoder; what T5s are usually trained with.
 ENCODER_LENGTH, DECODER_LENGTH = 512, 128
-LARGEST_COUNT = 1 << 28  # of layers, features or places; the sizes of tensors of such shapes can be reckoned with
 LONGEST_AT_FIRST = 4096  # tokens of a sequence, unless the command line says otherwise
 
 
@@ -120,35 +119,6 @@ def kind_of(run: Run, where: str) -> str:
             return name
         faults.append(f"a {name} is none with {', '.join(said)}")
     raise ValueError(f"{where}: Hugging Face has no such model: {'; '.join(faults) or f'it is a {run.task}'}.")
-
-
-def count(config: Mapping[str, Any], name: str, where: Path, *, default: int | None = None) -> int:
-    """A number from 1 to LARGEST_COUNT in config.json; ValueError, naming it, for anything else.
-
-    default: where it is missing.
-    """
-    value = config.get(name)
-    value = default if value is None else value
-    if type(value) is not int or not 1 <= value <= LARGEST_COUNT:
-        raise ValueError(f"{where}: {name} is {value!r:.60}; it must be a number of 1 or more, at most {LARGEST_COUNT}")
-    return value
-
-
-def number(config: Mapping[str, Any], name: str, where: Path, *, default: float) -> float:
-    """A number of 0 or more in config.json; ValueError, naming it, for anything else. default: where it is missing."""
-    value = config.get(name)
-    value = default if value is None else value
-    if type(value) not in (int, float) or not 0 <= value < math.inf:
-        raise ValueError(f"{where}: {name} is {value!r:.60}; it must be a number of 0 or more")
-    return float(value)
-
-
-def refuse_others(config: Mapping[str, Any], where: Path, fits: Mapping[str, tuple[object, ...]]) -> None:
-    """Raise ValueError unless every entry is missing or one of those that fit."""
-    for name, values in fits.items():
-        if name in config and config[name] not in values:
-            known = " and ".join(map(str, values))
-            raise ValueError(f"{where}: {name} is {config[name]!r:.60}; {known} can be converted")
 
 
 def _gpt2_names(run: Run) -> Names:

@@ -31,13 +31,13 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use [the newest]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    search, zeroshot = _add_search_flags(parser), _add_zeroshot_flags(parser)
+    of_search, of_zeroshot = _add_search_flags(parser), _add_zeroshot_flags(parser)
     options = parser.parse_args(words)
 
     from megalith.trained import measure, run_of
 
     task = run_of(options.run).task
-    _refuse_idle(options, task, search=_given(options, search), zeroshot=_given(options, zeroshot))
+    _refuse_idle(options, task, search=parser.given(options, of_search), zeroshot=parser.given(options, of_zeroshot))
     if task in BIENCODERS:
         from megalith.retrieving import answer
 
@@ -65,40 +65,35 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _given(options: argparse.Namespace, flags: Sequence[argparse.Action]) -> str:
-    """Those of the flags that were given, joined."""
-    return ", ".join(flag.option_strings[0] for flag in flags if getattr(options, flag.dest) != flag.default)
-
-
-def _refuse_idle(options: argparse.Namespace, task: str, *, search: str, zeroshot: str) -> None:
+def _refuse_idle(options: argparse.Namespace, task: str, *, search: list[str], zeroshot: list[str]) -> None:
     """Raise ValueError for flags that would do nothing. search, zeroshot: those of either group that were given."""
     if search and task not in BIENCODERS:
-        raise ValueError(f"{search}: {options.run} holds a {task} model; questions are for an ict")
+        raise ValueError(f"{', '.join(search)}: {options.run} holds a {task} model; questions are for an ict")
     if zeroshot and task != "gpt":
-        raise ValueError(f"{zeroshot}: {options.run} holds a {task} model; zero-shot tasks are for a gpt")
+        raise ValueError(f"{', '.join(zeroshot)}: {options.run} holds a {task} model; zero-shot tasks are for a gpt")
     if zeroshot and options.task is None:
-        raise ValueError(f"{zeroshot}: nothing reads it without --task. Add --task WIKITEXT103 or LAMBADA")
+        raise ValueError(f"{', '.join(zeroshot)}: nothing reads it without --task. Add --task WIKITEXT103 or LAMBADA")
     if options.task is not None and (options.split or options.file):
         raise ValueError(f"--task = {options.task}: is measured on --valid-data. Leave --split and --file out")
 
 
-def _add_zeroshot_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """The flags of zero-shot tasks, Megatron-LM's where it has them."""
-    add = parser.add_argument_group("zero-shot tasks of a gpt").add_argument
-    return [
-        add("--task", choices=("WIKITEXT103", "LAMBADA"), help="perplexity per word, or the last words of passages"),
-        add(
-            "--valid-data",
-            nargs="+",
-            action="extend",
-            default=[],
-            metavar="FILE",
-            help="a text, or JSON lines with passages as text",
-        ),
-        add("--overlapping-eval", type=int, default=32, metavar="N", help="new tokens in each window [32]"),
-        add("--strict-lambada", action="store_true", help="the whole last word is to be told, not its last token"),
-        add("--detokenize", choices=("wikitext", "ptb", "none"), help="tokenization to undo [by the file's name]"),
-    ]
+def _add_zeroshot_flags(parser: argparse.ArgumentParser) -> list[str]:
+    """The flags of zero-shot tasks, Megatron-LM's where it has them; their settings."""
+    group = parser.add_argument_group("zero-shot tasks of a gpt")
+    add = group.add_argument
+    add("--task", choices=("WIKITEXT103", "LAMBADA"), help="perplexity per word, or the last words of passages")
+    add(
+        "--valid-data",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="a text, or JSON lines with passages as text",
+    )
+    add("--overlapping-eval", type=int, default=32, metavar="N", help="new tokens in each window [32]")
+    add("--strict-lambada", action="store_true", help="the whole last word is to be told, not its last token")
+    add("--detokenize", choices=("wikitext", "ptb", "none"), help="tokenization to undo [by the file's name]")
+    return [action.dest for action in group._group_actions]
 
 
 def _evaluate_zeroshot(options: argparse.Namespace) -> int:
@@ -118,31 +113,17 @@ def _evaluate_zeroshot(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_search_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """The flags of open-domain question answering, Megatron-LM's where it has them."""
-    add = parser.add_argument_group("of a bi-encoder (ict)").add_argument
-    return [
-        *(
-            add(f"--qa-data-{split}", metavar="TSV", help="questions, each with a list of answers")
-            for split in ("dev", "test")
-        ),
-        add("--evidence-data-path", metavar="TSV", help="the passages [what the run says]"),
-        add("--embedding-path", metavar="FILE", help="what megalith index made of them [what the run says]"),
-        add("--faiss-topk-retrievals", type=int, default=100, metavar="N", help="passages found for a question [100]"),
-        add(
-            "--faiss-match",
-            choices=("string", "regex"),
-            default="string",
-            help="answers are words, or patterns [string]",
-        ),
-        add(
-            "--faiss-use-gpu", action="store_true", help="accepted; the exact search runs on the GPU with --device cuda"
-        ),
-        add(
-            "--search",
-            choices=("torch", "faiss"),
-            default="torch",
-            help="exact products, or FAISS's flat index [torch]",
-        ),
-        add("--retriever-report-topk-accuracies", type=int, nargs="+", metavar="K", help="which accuracies to print"),
-    ]
+def _add_search_flags(parser: argparse.ArgumentParser) -> list[str]:
+    """The flags of open-domain question answering, Megatron-LM's where it has them; their settings."""
+    group = parser.add_argument_group("of a bi-encoder (ict)")
+    add = group.add_argument
+    for split in ("dev", "test"):
+        add(f"--qa-data-{split}", metavar="TSV", help="questions, each with a list of answers")
+    add("--evidence-data-path", metavar="TSV", help="the passages [what the run says]")
+    add("--embedding-path", metavar="FILE", help="what megalith index made of them [what the run says]")
+    add("--faiss-topk-retrievals", type=int, default=100, metavar="N", help="passages found for a question [100]")
+    add("--faiss-match", choices=("string", "regex"), default="string", help="answers are words, or patterns [string]")
+    add("--faiss-use-gpu", action="store_true", help="accepted; the exact search runs on the GPU with --device cuda")
+    add("--search", choices=("torch", "faiss"), default="torch", help="exact products, or FAISS's flat index [torch]")
+    add("--retriever-report-topk-accuracies", type=int, nargs="+", metavar="K", help="which accuracies to print")
+    return [action.dest for action in group._group_actions]

@@ -151,7 +151,7 @@ def restore(job: Job, loaded: Loaded, *, with_optimizer: bool, goes_on: bool = T
 def set_last_step(job: Job) -> None:
     """Let a run whose length is given in samples end with them, whatever the batches were so far; in place."""
     progress, train = job.progress, job.run.train
-    if train.train_iters or train.train_samples is None:
+    if train.train_samples is None:
         return
     before, left = job.last_step, steps_left(train.train_samples, job.batch_sizes, progress.consumed_train_samples)
     job.last_step = job.interval.last_step = progress.step + left

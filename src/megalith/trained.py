@@ -186,12 +186,12 @@ def measure(
 def split_tokens(trained: TrainedModel, split: str) -> NDArray[np.int64]:
     """All tokens of a split's documents, in the data's order."""
     run = trained.run
-    if run.data.data_path is not None and len(run.data.data_path) > 1:
+    paths = (run.data.data_path or ()) if run.data.corpus is None else (corpus_prefix(run),)
+    if len(paths) > 1:
         raise ValueError("--split: the run blends several data sets. Name the files of one: --file PREFIX.")
-    if run.data.corpus is None and not run.data.data_path:
+    if not paths:
         raise ValueError(f"--split = {split}: the run has no data of its own. Name files: --file FILE.")
-    prefix = corpus_prefix(run) if run.data.corpus is not None else (run.data.data_path or ("",))[0]
-    indexed = open_indexed(prefix, run.data.data_impl, merged=True)
+    indexed = open_indexed(paths[0], run.data.data_impl, merged=True)
     check_prepared(indexed.prefix, trained.tokenizer.digests)
     documents = split_documents(run.data.split, indexed.num_items)[split]
     if not documents:
