@@ -117,3 +117,21 @@ def test_the_formulas_for_gpus_are_what_the_steps_in_place_give(dtype: torch.dty
     for found in run_ranks(partial(formulas_on_rank, dtype=dtype), RANKS):
         for what in ("slopes", "losses"):
             assert np.array_equal(found[f"{what}, formulas"], found[f"{what}, in place"])
+
+
+def loss_of_equal_scores_on_rank(rank: int, *, entries: int, score: str) -> float:
+    groups = make_groups(Layout(2, rank, 0, tensor=2), timeout=60.0)
+    hidden, part = torch.zeros(1, 3, D, dtype=torch.float16), torch.ones(entries // 2, D, requires_grad=True)
+    layout: dict[str, Any] = {"first": rank * (entries // 2), "group": groups.tensor, "sequence": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary, "compiled", lambda formula: formula)
+        patch.setattr(vocabulary, "_scored_in_place", getattr(vocabulary, score))
+        labels, weights = torch.tensor([[0, 1, entries - 1]]), torch.full((1, 3), 1 / 3)
+        return float(cut_cross_entropy(hidden, part, labels, weights, softmax_in_16_bit=True, **layout).detach())
+
+
+@pytest.mark.parametrize("score", ["_scored_in_place", "_scored_by_formulas"])
+def test_a_softmax_in_fp16_holds_more_entries_than_its_largest_number(score: str) -> None:
+    entries = 100_000
+    losses = run_ranks(partial(loss_of_equal_scores_on_rank, entries=entries, score=score), 2)
+    assert losses == pytest.approx([np.log(entries)] * 2, rel=1e-3)

@@ -133,11 +133,11 @@ def _scored_in_place(
     scores -= all_reduce(scores.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
     wanted_score = scores.gather(1, labels_C1).masked_fill(~here_C1, 0)
     powers = scores.exp_()
-    sums = torch.stack([powers.sum(-1, keepdim=True), wanted_score])
+    sums = torch.stack([powers.sum(-1, keepdim=True, dtype=torch.float32), wanted_score.float()])
     total, score = all_reduce(sums, group).unbind()
     if slopes:
         powers.div_(total).scatter_add_(1, labels_C1, -here_C1.to(dtype))
-    return powers.to(logits_CS.dtype), (total.log() - score)[:, 0].float()
+    return powers.to(logits_CS.dtype), (total.log() - score)[:, 0]
 
 
 def _scored_by_formulas(
@@ -149,23 +149,24 @@ def _scored_by_formulas(
     total, score = all_reduce(sums, group).unbind()
     if slopes:
         compiled(become_cut_slopes)(logits_CS, largest_C1, total, labels_C1, here_C1, dtype)
-    return logits_CS, (total.log() - score)[:, 0].float()
+    return logits_CS, (total.log() - score)[:, 0]
 
 
 def sum_and_score(
     logits_CS: Tensor, largest_C1: Tensor, labels_C1: Tensor, here_C1: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """2 C 1 in dtype: the sum of exponentials of the columns held here, and the label's logit where it is, each less
-    the largest logit."""
+    """fp32 2 C 1: the sum of exponentials of the columns held here, and the label's logit where it is, each less the
+    largest logit; exponentials in dtype, their sum not, for fp16 ends at 65,504."""
     largest = largest_C1.to(dtype)
     score = (logits_CS.gather(1, labels_C1).to(dtype) - largest).masked_fill(~here_C1, 0)
-    return torch.stack([(logits_CS.to(dtype) - largest).exp().sum(-1, keepdim=True), score])
+    powers = (logits_CS.to(dtype) - largest).exp()
+    return torch.stack([powers.sum(-1, keepdim=True, dtype=torch.float32), score.float()])
 
 
 def become_cut_slopes(
     logits_CS: Tensor, largest_C1: Tensor, total_C1: Tensor, labels_C1: Tensor, here_C1: Tensor, dtype: torch.dtype
 ) -> None:
     """The slopes in place of the logits."""
-    p_CS = (logits_CS.to(dtype) - largest_C1.to(dtype)).exp() / total_C1
+    p_CS = ((logits_CS.to(dtype) - largest_C1.to(dtype)).exp() / total_C1).to(dtype)
     is_label_CS = (torch.arange(logits_CS.shape[1], device=logits_CS.device) == labels_C1) & here_C1
     logits_CS.copy_(p_CS - is_label_CS.to(dtype))
