@@ -1,5 +1,6 @@
 """What a newcomer meets first: the commands, and a sentence for each mistake."""
 
+import contextlib
 import json
 import os
 import resource
@@ -340,3 +341,19 @@ def test_zero_shot_tasks_print_the_lines_of_megatron(trained: Path, tmp_path: Pa
     passages.write_text('{"text": "one two three"}\n{"txt": "four"}\n')
     done = megalith(*words)
     assert done.returncode == 2 and "lambada.jsonl, line 2: has no key text" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["pretrain", "preprocess"])
+def test_a_list_of_flags_fits_a_narrow_terminal(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths = {}
+    for columns in ("80", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        with contextlib.suppress(SystemExit):
+            main([command, "--help"])
+        # What cannot be broken: usage and the longest names of flags and choices.
+        lines = [line for line in capsys.readouterr().out.splitlines() if "  " in line.strip()]
+        widths[columns] = max(map(len, lines))
+    assert widths["80"] <= 80
+    assert 100 < widths["200"] <= 120

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from functools import cache
@@ -12,6 +13,7 @@ import pytest
 
 from megalith.check import check
 from megalith.cli import main
+from megalith.config import known_settings
 from megalith.sources import read_command_line
 
 ROOT = Path(__file__).parent.parent
@@ -68,3 +70,10 @@ def test_every_run_that_the_first_guide_shows_can_start(tmp_path: Path, monkeypa
     runs = [read_command_line(shlex.split(words)) for words in shown if "..." not in words]
     assert len(runs) == 3
     assert [fault for run in runs for fault in check(run, 1)] == []
+
+
+def test_the_page_of_all_settings_is_what_the_code_declares() -> None:
+    printed = runpy.run_path(str(ROOT / "scripts" / "settings_page.py"))["page"]()
+    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == printed
+    names = {known.flag for known in known_settings().values()}
+    assert {flag for flag in names if f"`{flag}`" not in printed and f"`{flag} " not in printed} == set()

@@ -76,3 +76,23 @@ def test_a_command_of_another_program_is_answered_by_ours(
 ) -> None:
     assert main([word]) == 2
     assert capsys.readouterr().err.rstrip().endswith(told)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("generate RUN --start Once", "--prompt?"),
+        ("generate RUN --max_tokens 3", "--max-new-tokens?"),
+        ("generate RUN --max_new_token 3", "--max-new-tokens?"),
+        ("generate RUN --out_dir there", "run's directory without a flag."),
+        ("evaluate RUN --data there", "--file?"),
+        ("preprocess --input a --output b --tokenizer_name c", "--output-prefix?"),
+        ("preprocess --input a --output-prefix b --num_proc 3", "--workers?"),
+        ("generate RUN --qqq", "see megalith generate --help"),
+    ],
+)
+def test_a_flag_of_another_program_is_answered_by_a_commands_own(
+    words: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words.split()) == 2
+    assert capsys.readouterr().err.strip().endswith(told)

@@ -5,6 +5,8 @@ import difflib
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
+from megalith import elsewhere
+
 
 class CommandParser(argparse.ArgumentParser):
     """Raises ValueError, with the command that tells more, where argparse would print its usage and exit."""
@@ -14,10 +16,19 @@ class CommandParser(argparse.ArgumentParser):
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
             word = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
-            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
-            meant = f". Did you mean {near[0]}?" if near else f"; see {self.prog} --help"
-            raise ValueError(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+            raise ValueError(f"unrecognized arguments: {' '.join(unknown)}{self._meant(word)}")
         return options
+
+    def _meant(self, word: str) -> str:
+        """A remedy for an unknown flag: what other programs call by that name, or the nearest one."""
+        own = list(self._option_string_actions)
+        names = elsewhere.flags_of_commands(own) | {elsewhere.plain(flag): flag for flag in own}
+        takes_run = any(action.dest == "run" and not action.option_strings for action in self._actions)
+        runs = elsewhere.RUN_ELSEWHERE - names.keys() if takes_run else set[str]()
+        near = difflib.get_close_matches(elsewhere.plain(word), [*names, *runs], n=1)
+        if not near:
+            return f"; see {self.prog} --help"
+        return f". Did you mean {names[near[0]]}?" if near[0] in names else ". Name the run's directory without a flag."
 
     def given(self, options: argparse.Namespace, names: Collection[str]) -> list[str]:
         """The flags of these settings that were given, in their order; one that says what holds anyway is not."""

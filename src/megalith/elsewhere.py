@@ -4,6 +4,7 @@ here, so that who comes from them is told its name.
 None of these is understood: a batch there is not always what is one here.
 """
 
+from collections.abc import Collection
 from functools import cache
 
 # What a command is called elsewhere, or has no command here, and what does it.
@@ -114,6 +115,23 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     ("use megalith --version", "version"),
 )
 
+# Flags of commands other than pretrain, and their names elsewhere.
+_FLAGS_OF_COMMANDS: dict[str, str] = {
+    "--prompt": "start text input_text question message input",
+    "--max-new-tokens": "max_tokens num_tokens n_tokens new_tokens max_length max_len length out_seq_length",
+    "--temperature": "temp",
+    "--greedy": "no_sample",
+    "--step": "checkpoint ckpt iteration iter",
+    "--device": "cuda gpu cpu accelerator",
+    "--file": "data data_path input_file test_file",
+    "--input": "data data_path input_file files dataset train_file",
+    "--output-prefix": "output out output_file output_dir out_dir save",
+    "--tokenizer-type": "tokenizer tokenizer_name",
+    "--workers": "num_workers num_proc processes nproc threads jobs",
+}
+# What others have a flag for and commands here take by its place: the directory of a run.
+RUN_ELSEWHERE = frozenset(("load", "save", "out_dir", "output_dir", "run_dir", "model", "model_path", "checkpoint_dir"))
+
 
 def plain(name: str) -> str:
     """The name without what programs spell otherwise: hyphens, capitals and torchtitan's section before a dot."""
@@ -130,3 +148,8 @@ def names_elsewhere() -> dict[str, str]:
 def remedies() -> dict[str, str]:
     """Each name that is not one setting here, and what to do."""
     return {name: remedy for remedy, names in _REMEDIES for name in names.split()}
+
+
+def flags_of_commands(flags: Collection[str]) -> dict[str, str]:
+    """Each name that is one of a command's flags here, and that flag."""
+    return {name: flag for flag, names in _FLAGS_OF_COMMANDS.items() if flag in flags for name in names.split()}

@@ -32,7 +32,7 @@ from megalith.config import (
 )
 from megalith.fields import describe
 from megalith.files import write_whole
-from megalith.terminal import redacted
+from megalith.terminal import help_columns, redacted
 
 LARGEST_RUN_FILE = 256 << 10  # bytes
 MOST_DOTS = 1000  # in a line: the library's work on a key of so many parts is their square
@@ -155,13 +155,16 @@ class _Parser(argparse.ArgumentParser):
 
 def flag_parser() -> argparse.ArgumentParser:
     """The parser of all flags. Values stay text here, so that `convert` can report every fault at once."""
+    columns = help_columns()
     parser = _Parser(
         prog="megalith pretrain",
         usage="megalith pretrain [TASK] [RUN.toml] [--preset NAME] [--flags ...]",
         description=f"Pretrain a model. TASK is one of {', '.join(TASKS)} (default gpt). "
         "Later wins: preset, run file, flags.",
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=120),
+        formatter_class=lambda prog: argparse.HelpFormatter(
+            prog, max_help_position=min(44, columns // 3), width=columns
+        ),
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--preset", metavar="NAME", help=f"start from a preset: {', '.join(preset_names())}")
@@ -183,16 +186,17 @@ def flag_parser() -> argparse.ArgumentParser:
         default = described["usual"] if default in (None, ()) else default
         shown = "no default" if default == "" else f"default {default}"
         words.append(f"[{unit}; {shown}]" if unit else f"[{shown}]")
-        metavar = "|".join(described["choices"]) or _metavar(known.type)
+        value = "|".join(described["choices"]) or metavar(known.type)
         group.add_argument(
-            *spellings, dest=name, metavar=metavar, nargs=described["repeat"] or None, help=" ".join(words)
+            *spellings, dest=name, metavar=value, nargs=described["repeat"] or None, help=" ".join(words)
         )
         for flag, value in described["values"].items():
             group.add_argument(flag, dest=name, action="store_const", const=value, help=f"as {known.flag} {value}")
     return parser
 
 
-def _metavar(kind: Any) -> str:
+def metavar(kind: Any) -> str:
+    """What stands for a value of this type after a flag."""
     text = str(kind)
     return "N" if "int" in text else "X" if "float" in text else "TEXT"
 
