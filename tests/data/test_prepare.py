@@ -68,6 +68,18 @@ def test_every_text_is_a_document_and_empty_ones_are_left_out(tmp_path: Path) ->
     assert left_in(tmp_path) == ["out_text_document.bin", "out_text_document.idx", "out_text_document.json"]
 
 
+@pytest.mark.parametrize("text_documents", ["line", "paragraph"])
+def test_a_name_that_does_not_tell_is_of_text_where_documents_of_text_are_spoken_of(
+    tmp_path: Path, text_documents: str
+) -> None:
+    source = tmp_path / "input"
+    source.write_text("one\n\ntwo\n")
+    prepare(config_for(tmp_path, str(source), text_documents=text_documents))
+    assert documents_in(tmp_path / "out_text_document") == as_bytes("one", "two")
+    with pytest.raises(ValueError, match="say so with --input-format text"):
+        prepare(config_for(tmp_path, str(source), overwrite=True))
+
+
 def test_the_end_of_document_follows_the_last_item(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", "One. Two.", "", "Three.", "  ")
     prepare(config_for(tmp_path, source, append_eod=True))

@@ -59,10 +59,12 @@ class ByteStream(Protocol):
         """The next size bytes, fewer only at the end."""
 
 
-def find_sources(inputs: Sequence[str], input_format: str = "auto", *, flag: str = "--input") -> list[Source]:
+def find_sources(
+    inputs: Sequence[str], input_format: str = "auto", *, flag: str = "--input", otherwise: str = "jsonl"
+) -> list[Source]:
     """The files that a flag names, in the given order; the matches of a pattern (* ? [ **) in that of their names.
 
-    input_format: one of FORMATS, or auto: by suffix, JSON lines where the suffix says nothing. Raises ValueError, with
+    input_format: one of FORMATS, or auto: by suffix, `otherwise` where the suffix says nothing. Raises ValueError, with
     all faults at once, for what is not a regular file that can be read.
     """
     sources: list[Source] = []
@@ -79,9 +81,9 @@ def find_sources(inputs: Sequence[str], input_format: str = "auto", *, flag: str
                 faults.append(f"{flag} {name}: {fault}")
                 continue
             size = None if name == STANDARD_INPUT else os.stat(name).st_size
-            form = _format_of(name) if input_format == "auto" else input_format
+            form = _format_of(name, otherwise) if input_format == "auto" else input_format
             if input_format == "auto" and form == "text" and size and _begins_as_json(name):
-                rule = "is named as plain text and begins with a line of JSON"
+                rule = "is taken for plain text and begins with a line of JSON"
                 faults.append(f"{flag} {name}: {rule}; say which with --input-format jsonl or text")
             sources.append(Source(name, form, size))
     if sum(source.is_standard_input for source in sources) > 1:
@@ -115,11 +117,11 @@ def _file_fault(name: str) -> str | None:
     return None
 
 
-def _format_of(name: str) -> str:
+def _format_of(name: str, otherwise: str) -> str:
     path = Path(name)
     if path.suffix.lower() in COMPRESSIONS:
         path = path.with_suffix("")
-    return SUFFIXES.get(path.suffix.lower(), "jsonl")
+    return SUFFIXES.get(path.suffix.lower(), otherwise)
 
 
 def _begins_as_json(name: str) -> bool:

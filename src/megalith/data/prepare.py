@@ -54,7 +54,8 @@ class PrepareConfig:
     )
     input_format: str = setting(
         "auto",
-        "what the files hold; auto: by their names, JSON lines where a name does not tell",
+        "what the files hold; auto: by their names, where these do not tell JSON lines, or text beside a "
+        "--text-documents that is not file",
         section="input data",
         choices=("auto", *FORMATS),
     )
@@ -95,6 +96,11 @@ class PrepareConfig:
         None, "processes that tokenize; as many as there are cores unless given", section="runtime", unit="processes"
     )
     log_interval: int = setting(100, "documents between progress lines", section="runtime", unit="documents")
+
+    @property
+    def nameless_format(self) -> str:
+        """What an input holds whose name does not tell: text where documents of text are spoken of."""
+        return "jsonl" if self.text_documents == "file" else "text"
 
 
 @dataclass(frozen=True)
@@ -254,7 +260,7 @@ def _check_all(config: PrepareConfig) -> tuple[list[Source], Tokenizer]:
     sources: list[Source] = []
     tokenizer: Tokenizer | None = None
     try:
-        sources = find_sources(config.input, config.input_format)
+        sources = find_sources(config.input, config.input_format, otherwise=config.nameless_format)
     except ValueError as error:
         faults.append(str(error))
     if len(config.json_keys) > 1:
