@@ -1,5 +1,6 @@
 """Image folders: which images and classes they have, how they are read, and what is refused by name."""
 
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -112,7 +113,7 @@ def huge_png() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped", "cut jpeg", "huge", "large", "gone"])
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped", "cut jpeg", "huge", "large", "gone", "pipe"])
 def test_a_damaged_image_is_refused_by_name(damage: str, folder: ImageFolder) -> None:
     path = folder.root / folder.paths[2]
     whole = path.read_bytes()
@@ -121,8 +122,10 @@ def test_a_damaged_image_is_refused_by_name(damage: str, folder: ImageFolder) ->
         path.write_bytes(path.read_bytes()[:700])
     elif damage == "large":
         path.write_bytes(huge_png().replace(struct.pack(">II", 60000, 60000), struct.pack(">II", 9000, 9000)))
-    elif damage == "gone":
+    elif damage in ("gone", "pipe"):
         path.unlink()
+        if damage == "pipe":
+            os.mkfifo(path)
     else:
         middle = len(whole) // 2
         flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import multiprocessing
@@ -154,6 +155,18 @@ def test_a_record_without_digests_is_not_believed(tmp_path: Path, files: object)
     path.write_text(json.dumps({**json.loads(path.read_text()), "files": files}))
     maps, report = ask(tmp_path)
     assert "is damaged" in report.rebuilt_because and same(maps, expected())
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"\x93NUMPY no header"])
+def test_what_was_recorded_and_is_no_array_is_not_believed(tmp_path: Path, content: bytes) -> None:
+    _, report = ask(tmp_path)
+    path, record = report.paths["sample_idx"], tmp_path / f"{BASE}_made_from.json"
+    path.write_bytes(content)
+    said = json.loads(record.read_text())
+    said["files"]["sample_idx"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    record.write_text(json.dumps(said))
+    maps, report = ask(tmp_path)
+    assert "they are no arrays" in report.rebuilt_because and same(maps, expected())
 
 
 def test_maps_without_a_record_are_rebuilt_with_the_same_bytes(tmp_path: Path) -> None:

@@ -138,7 +138,9 @@ def read_image(path: Path) -> "Image.Image":
     from PIL import Image
 
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        # Without O_NONBLOCK opening a named pipe would wait for its writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS}")
             # Pillow warns of a palette with transparency unless it is asked for the transparency first.

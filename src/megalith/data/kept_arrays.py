@@ -144,10 +144,8 @@ def _load(wanted: Wanted, survey: Survey) -> dict[str, NDArray[Any]]:
         if found != written[name]:
             raise _UnfitError(f"{path} is damaged")
     try:
-        return {
-            name: np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-            for name, path in wanted.paths.items()
-        }
+        # Not np.load, which takes what is no array for an archive or a pickle.
+        return {name: np.lib.format.open_memmap(path, "r").view(np.ndarray) for name, path in wanted.paths.items()}
     except (ValueError, OverflowError) as error:
         # As recorded, yet no array that fits its file: whoever wrote that is not believed either.
         raise _UnfitError(f"they are no arrays ({error!s:.80})") from error
