@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalith.checkpoint.contents import check_contents
 from megalith.checkpoint.directory import CheckpointError
 from megalith.checkpoint.index import Index
 from megalith.checkpoint.pieces import Piece
@@ -82,6 +83,7 @@ def begin_with(held: Mapping[str, Held], origin: Origin, *, identity: Mapping[st
             next(taken for taken in rounds if source not in taken)[source] = parameter
 
     def pieces(index: Index, taken: Mapping[str, Held]) -> dict[str, Piece]:
+        check_contents(index)
         if faults := list(_faults(index, origin, identity, taken, prefix=prefix)):
             raise ValueError(f"{origin.flag} = {origin.directory}: {'; '.join(faults)}")
         return {prefix + name: Piece(local_part(h.parameter.data), h.whole, h.offset) for name, h in taken.items()}

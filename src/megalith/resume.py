@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalith.adopt import Adoption, begin_with
+from megalith.checkpoint.contents import check_contents
 from megalith.checkpoint.directory import CheckpointError, named_step
 from megalith.checkpoint.index import Index
 from megalith.checkpoint.pieces import Piece
@@ -185,6 +186,7 @@ def load(
     pieces: dict[str, Piece] = {}
 
     def wanted_of(index: Index) -> dict[str, Piece]:
+        check_contents(index)
         pieces.clear()
         asked = with_optimizer and not (may_lack and _lacks_optimizer(job, index))
         pieces.update(wanted(job, index, directory, with_optimizer=asked, adoption=adoption))

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from megalith.checkpoint.contents import check_contents
 from megalith.checkpoint.index import Index
 from megalith.checkpoint.pieces import TORCH_DTYPES, Piece, whole
 from megalith.checkpoint.store import Loaded, load_latest
@@ -86,6 +87,7 @@ def load_weights(
     made: list[Model] = []
 
     def wanted(index: Index) -> dict[str, Piece]:
+        check_contents(index)
         made[:] = [build(index)]
         return {WEIGHT + n: Piece(p.data, tuple(p.shape), (0,) * p.dim()) for n, p in made[0].named_parameters()}
 
@@ -109,6 +111,7 @@ def load_tensors(
     tensors: dict[str, Tensor] = {}
 
     def pieces(index: Index) -> dict[str, Piece]:
+        check_contents(index)
         tensors.clear()
         for name, kept in index.tensors.items():
             if wanted(name):

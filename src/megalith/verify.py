@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megalith.checkpoint.contents import check_contents
 from megalith.checkpoint.directory import STEP_NAME, list_checkpoints
 from megalith.checkpoint.index import INDEX_NAME
 from megalith.checkpoint.shards import DamagedError
@@ -123,6 +124,7 @@ def check_checkpoint(path: Path) -> Finding:
     """Index, digest of every file, and that each file holds just the tensors that the index says."""
     try:
         index = verify(path)
+        check_contents(index)
     except (DamagedError, OSError) as error:
         unread = why_unread(path, error)
         return Finding("checkpoint", path, (unread or str(error),), unread=unread is not None)
