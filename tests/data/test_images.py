@@ -103,6 +103,20 @@ def test_images_of_every_mode_become_rgb(mode: str, tmp_path: Path) -> None:
     assert (read.mode, read.size) == ("RGB", (5, 4))
 
 
+@pytest.mark.parametrize("name", ["image.png", "image.tiff", "image.pgm"])
+def test_grey_levels_of_16_bits_keep_their_order(name: str, tmp_path: Path) -> None:
+    levels = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
+    Image.fromarray(levels).save(tmp_path / name)
+    assert np.asarray(read_image(tmp_path / name))[0].tolist() == [[level] * 3 for level in (0, 0, 1, 128, 255)]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_grey_levels_without_a_known_white_are_refused(dtype: type, tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 1]], dtype)).save(tmp_path / "image.tiff")
+    with pytest.raises(ValueError, match=r"image\.tiff: cannot be read as an image \(grey levels of 32 bits have no"):
+        read_image(tmp_path / "image.tiff")
+
+
 def huge_png() -> bytes:
     """A PNG whose header promises 60000 x 60000 pixels."""
 

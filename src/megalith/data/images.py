@@ -25,6 +25,8 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 MOST_PIXELS = 1 << 26  # of a file: decoded it takes 3 to 4 bytes a pixel, 200 MB
 MODES = {1: "L", 3: "RGB"}  # Pillow's name for images of so many channels
+WIDE_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # its names for grey levels of more than 8 bits
+FORMATS_OF_16 = ("PNG", "PPM")  # have no more, under whichever of these names
 # The classes of --corpus shapes, which shapes.py draws.
 SHAPES = ("arrow", "circle", "crescent", "cross", "ring", "square", "star", "triangle")
 
@@ -143,6 +145,8 @@ def read_image(path: Path) -> "Image.Image":
         with open(descriptor, "rb") as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS}")
+            if image.mode in WIDE_MODES:
+                return _narrowed(image).convert("RGB")
             # Pillow warns of a palette with transparency unless it is asked for the transparency first.
             whole = image.convert("RGBA") if "transparency" in image.info else image
             return whole.convert("RGB")
@@ -159,6 +163,16 @@ def read_image(path: Path) -> "Image.Image":
     ) as error:
         # Which of these Pillow raises depends on the format and on where the damage is.
         raise ValueError(f"{path}: cannot be read as an image ({error}). Replace it, or take it away.") from error
+
+
+def _narrowed(image: "Image.Image") -> "Image.Image":
+    """Grey levels of 16 bits by their upper 8, as Pillow reads colours of 16; its own conversion makes all above 255
+    white. Raises ValueError for levels of 32 bits, of which nothing says which is white."""
+    from PIL import Image
+
+    if image.mode in ("I", "F") and image.format not in FORMATS_OF_16:
+        raise ValueError("grey levels of 32 bits have no known white; save it with 8 or 16")
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 class MockImages:
