@@ -55,6 +55,11 @@ def test_a_run_without_faults_has_none(data: Path) -> None:
     [
         ("--seq-length 4", "--seq-length = 4: is too short for a bert, whose samples need 5. Lengthen it."),
         ("--mask-prob 1", "--mask-prob = 1.0: must be above 0 and below 1 for bert. Give such a share."),
+        (
+            "--seq-length 9",
+            "--mask-prob = 0.15: of the 6 tokens of text in --seq-length = 9 is less than one, so none is ever masked. "
+            "Give at least 0.167, or longer sequences.",
+        ),
         ("--short-seq-prob 1.5", "--short-seq-prob = 1.5: must be from 0 to 1. Give such a share."),
         (
             "--norm-after-residual --apply-residual-connection-post-layernorm",

@@ -55,6 +55,11 @@ def test_a_run_without_faults_has_none(runs: Runs) -> None:
         ),
         ("--decoder-seq-length 30", "--decoder-seq-length = 30: is longer than --max-position-embeddings = 24."),
         ("--mask-prob 0", "--mask-prob = 0.0: must be above 0 and below 1 for t5."),
+        (
+            "--mask-prob 0.04",
+            "--mask-prob = 0.04: of the 22 tokens of text in --encoder-seq-length = 24 is less than one, so none is "
+            "ever masked. Give at least 0.046,",
+        ),
         ("--short-seq-prob 2", "--short-seq-prob = 2.0: must be from 0 to 1."),
         ("--tokenizer-type ByteLevelTokenizer", "--tokenizer-type = ByteLevelTokenizer: has no tokens to stand for"),
         ("--context-parallel-size 2", "--context-parallel-size = 2: cuts the sequence of a gpt"),

@@ -1,5 +1,6 @@
 """What is checked for BERT alone: its samples, the tokens that they need, and where its norms stand."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +16,28 @@ NEEDED = ("[CLS]", "[SEP]", "[MASK]", "[PAD]")
 def bert_faults(run: Run) -> Iterator[Fault]:
     """Every fault of a BERT's settings."""
     yield from encoder_faults(run)
+    yield from masking_faults(run, special=SPECIAL_TOKENS, shortest=SHORTEST)
+
+
+def masking_faults(run: Run, *, special: int, shortest: int) -> Iterator[Fault]:
+    """Faults of a sample's length, and of the share of its tokens that is masked.
+
+    special: tokens of a sample that are not of the text. shortest: tokens that a sample needs.
+    """
     data = run.data
     name, length = given_length(run)
-    if length is not None and 0 < length < SHORTEST:
-        yield fault(name, length, f"is too short for a bert, whose samples need {SHORTEST}", "Lengthen it")
+    if length is not None and 0 < length < shortest:
+        yield fault(name, length, f"is too short for a {run.task}, whose samples need {shortest}", "Lengthen it")
     if not 0 < data.mask_prob < 1:
-        yield fault("mask_prob", data.mask_prob, "must be above 0 and below 1 for bert", "Give such a share")
+        yield fault("mask_prob", data.mask_prob, f"must be above 0 and below 1 for {run.task}", "Give such a share")
+    elif length is not None and length >= shortest and not data.mock_data:
+        count = length - special
+        if data.mask_prob * count < 1:
+            rule = (
+                f"of the {count} tokens of text in {flag_of(name)} = {length} is less than one, so none is ever masked"
+            )
+            remedy = f"Give at least {math.ceil(1000 / count) / 1000:g}, or longer sequences"
+            yield fault("mask_prob", data.mask_prob, rule, remedy)
     if not 0 <= data.short_seq_prob <= 1:
         yield fault("short_seq_prob", data.short_seq_prob, "must be from 0 to 1", "Give such a share")
 

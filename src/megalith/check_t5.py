@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from megalith.check_bert import masking_faults
 from megalith.config import Fault, Run, fault, flag_of
 from megalith.data.masking import WORDPIECE
 from megalith.data.spans import SPECIAL_TOKENS
@@ -23,9 +24,6 @@ def t5_faults(run: Run) -> Iterator[Fault]:
 
 def _lengths(run: Run) -> Iterator[Fault]:
     data, parallel = run.data, run.parallel
-    name, encoder = given_length(run)
-    if encoder is not None and 0 < encoder < SHORTEST:
-        yield fault(name, encoder, f"is too short for a t5, whose samples need {SHORTEST}", "Lengthen it")
     decoder = data.decoder_seq_length
     if decoder is None:
         yield fault("decoder_seq_length", None, "is required by t5 and was not given", "Add --decoder-seq-length")
@@ -39,14 +37,10 @@ def _lengths(run: Run) -> Iterator[Fault]:
 
 
 def _spans(run: Run) -> Iterator[Fault]:
+    yield from masking_faults(run, special=SPECIAL_TOKENS, shortest=SHORTEST)
     data = run.data
-    if not 0 < data.mask_prob < 1:
-        yield fault("mask_prob", data.mask_prob, "must be above 0 and below 1 for t5", "Give such a share")
-        return
-    if not 0 <= data.short_seq_prob <= 1:
-        yield fault("short_seq_prob", data.short_seq_prob, "must be from 0 to 1", "Give such a share")
     _, encoder = given_length(run)
-    if encoder is None or data.decoder_seq_length is None or data.decoder_seq_length < 1:
+    if not 0 < data.mask_prob < 1 or encoder is None or data.decoder_seq_length is None or data.decoder_seq_length < 1:
         return
     masked = max(1, round(data.mask_prob * (encoder - SPECIAL_TOKENS)))
     if data.decoder_seq_length < masked + 2:
