@@ -377,7 +377,7 @@ def test_what_cannot_go_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
     )
     (tmp_path / "run.toml").write_text(f'task = "bert"\n[model]\n{sizes}')
     assert main(words) == 2
-    assert "Hugging Face has no such model: it is a bert." in capsys.readouterr().err
+    assert "holds a bert model; only a gpt can be converted." in capsys.readouterr().err
     (tmp_path / "run.toml").write_text(f'task = "gpt"\n[model]\n{sizes}')
     assert main(words) == 2
     assert "holds no checkpoint" in capsys.readouterr().err

@@ -106,10 +106,12 @@ def made_theirs(weight: Tensor, how: Stored) -> dict[str, Tensor]:
 
 def kind_of(run: Run, where: str) -> str:
     """The kind that a run's model is, by its name. Raises ValueError, saying what stands in the way, if it is none."""
+    known = [name for name, kind in KINDS.items() if kind.config is not None and kind.task == run.task]
+    if not known:
+        raise ValueError(f"{where}: holds a {run.task} model; only a gpt can be converted.")
     faults = []
-    for name, kind in KINDS.items():
-        if kind.config is None or kind.task != run.task:
-            continue
+    for name in known:
+        kind = KINDS[name]
         others = {key: getattr(run.model, key) for key, fit in kind.needs.items() if getattr(run.model, key) not in fit}
         said = [f"{flag_of(key)} = {value}" for key, value in others.items()]
         shape = shape_of(run.model)
@@ -118,7 +120,7 @@ def kind_of(run: Run, where: str) -> str:
         if not said:
             return name
         faults.append(f"a {name} is none with {', '.join(said)}")
-    raise ValueError(f"{where}: Hugging Face has no such model: {'; '.join(faults) or f'it is a {run.task}'}.")
+    raise ValueError(f"{where}: Hugging Face has no such model: {'; '.join(faults)}.")
 
 
 def _gpt2_names(run: Run) -> Names:
