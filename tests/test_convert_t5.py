@@ -110,6 +110,14 @@ def test_its_tokenizer_tells_words_and_sentinels(tmp_path: Path) -> None:
     )
 
 
+def test_a_tokenizer_without_padding_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path / "theirs", "1.0")
+    (tmp_path / "theirs" / "tokenizer_config.json").unlink()
+    assert from_hugging_face(tmp_path) == 2
+    assert "theirs: a t5 needs pad_token, which tokenizer_config.json names. Put it there" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_training_goes_on_from_it(tmp_path: Path) -> None:
     write_model(tmp_path / "theirs", "1.1")
     run_dir, save = tmp_path / "run", tmp_path / "tuned"

@@ -60,7 +60,11 @@ def from_hugging_face(directory: str, run_dir: str, *, tokenizer_settings: Mappi
         yield f"reading {folder}"
         run = run_of(config, folder, run_dir, tokenizer_settings, own_output=OUTPUT in theirs)
         tokenizer = required_tokenizer(run)
-        weights = Weights(folder, theirs, KINDS[str(config["model_type"])].names(run), run)
+        kind = KINDS[str(config["model_type"])]
+        if missing := [role for role in kind.roles if role not in tokenizer.roles]:
+            wanted = ", ".join(f"{role}_token" for role in missing)
+            raise ValueError(f"{folder}: a {kind.task} needs {wanted}, which tokenizer_config.json names. Put it there")
+        weights = Weights(folder, theirs, kind.names(run), run)
         table = weights.of_ours("word_embedding.weight")
         vocab_size = table.shape[0]
         # Versions of their library from 5 on use such an output, older ones the table.

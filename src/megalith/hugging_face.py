@@ -60,6 +60,8 @@ class Kind:
     config: Callable[[Run, int], dict[str, Any]] | None = None
     # Settings that a run of this kind has.
     needs: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    # Tokens without which it cannot be trained.
+    roles: tuple[str, ...] = ()
 
 
 def stored(names: Names, run: Run, name: str) -> Stored:
@@ -392,5 +394,5 @@ KINDS: dict[str, Kind] = {
             "apply_residual_connection_post_layernorm": PLAIN,
         },
     ),
-    "t5": Kind("t5", _t5_names, _t5_settings),
+    "t5": Kind("t5", _t5_names, _t5_settings, roles=("pad", "eos")),
 }
