@@ -266,6 +266,9 @@ def test_a_line_that_is_not_as_its_format_says_is_named(layout: str, line: str, 
     file.write_text(good.read_text().strip() + "\n" + line + "\n")
     with pytest.raises(ValueError, match=f"pairs.tsv, {said}"):
         read_pairs([str(file)], LAYOUTS[layout], warn=pytest.fail)
+    file.write_text("\n".join(good.read_text().split("\n")[1:2] * 2))
+    with pytest.raises(ValueError, match=r"pairs\.tsv, line 1: is a pair; put a line with the names of the columns in"):
+        read_pairs([str(file)], LAYOUTS[layout], warn=pytest.fail)
     file.write_text("id\tonly a head\n")
     with pytest.raises(ValueError, match="expected a line of column names and lines of pairs, found 1 lines"):
         read_pairs([str(file)], LAYOUTS[layout], warn=pytest.fail)

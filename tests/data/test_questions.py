@@ -20,6 +20,7 @@ def test_evidence_is_read_with_quotes_and_without_its_header(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
+        (b"7\ta\tb\n8\tc\td\n", "line 1: is a passage, with the id 7, where names of columns are expected"),
         (b"id\ttext\ttitle\n1\tonly two\n", "line 2: has 2 columns; evidence has id, text and title"),
         (b"id\ttext\ttitle\nx\ta\tb\n", "line 2: the id 'x' is no whole number"),
         (b"id\ttext\ttitle\n-4\ta\tb\n", "line 2: the id -4 is not between 0 and"),

@@ -36,7 +36,14 @@ def read_passages(path: Location, *, sample_rate: float = 1.0, seed: int = 0) ->
     Raises ValueError naming the file, the line and what is wrong with it.
     """
     number = 0
-    for place, (line, row) in enumerate(read_table(path, header=True)):
+    rows = read_table(path)
+    line, names = next(rows, (1, [""]))
+    if names[0].strip().isdecimal():
+        raise ValueError(
+            f"{path}, line {line}: is a passage, with the id {names[0][:40]}, where names of columns are expected; "
+            "put a line of them (id, text, title) in front"
+        )
+    for place, (line, row) in enumerate(rows):
         if sample_rate < 1 and not _is_chosen(place, sample_rate, seed):
             continue
         if len(row) < COLUMNS:
@@ -75,7 +82,7 @@ def check_passages(path: Location, *, sample_rate: float = 1.0, seed: int = 0) -
     return len(ids)
 
 
-def read_table(path: Location, *, header: bool) -> Iterator[tuple[int, list[str]]]:
+def read_table(path: Location) -> Iterator[tuple[int, list[str]]]:
     """Line number and columns of each row of a TSV, in which fields may be quoted; empty lines are none.
 
     Raises ValueError for a file that cannot be read, or a row that cannot be parsed.
@@ -83,8 +90,6 @@ def read_table(path: Location, *, header: bool) -> Iterator[tuple[int, list[str]
     try:
         with open(Path(path), encoding="utf-8", newline="") as file:
             rows = csv.reader(file, delimiter="\t")
-            if header:
-                next(rows, None)
             for row in rows:
                 if row:
                     yield rows.line_num, row

@@ -63,6 +63,11 @@ def read_pairs(paths: Sequence[str], layout: Layout, *, warn: Callable[[str], ob
         numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
         if len(numbered) < 2:
             raise ValueError(f"{path}: expected a line of column names and lines of pairs, found {len(numbered)} lines")
+        names = [column.strip() for column in numbered[0][1].split("\t")]
+        if not _fault(names, layout) and names[-1] in layout.classes:
+            raise ValueError(
+                f"{path}, line {numbered[0][0]}: is a pair; put a line with the names of the columns in front"
+            )
         left_out: list[str] = []
         for number, line in numbered[1:]:
             columns = [column.strip() for column in line.split("\t")]

@@ -46,7 +46,7 @@ def read_questions(path: Location) -> list[Question]:
     The list is parsed as a literal; nothing is executed. Raises ValueError naming the file, the line and the fault.
     """
     questions = []
-    for line, row in read_table(path, header=False):
+    for line, row in read_table(path):
         if len(row) < 2:
             raise ValueError(f"{path}, line {line}: has one column; a question and a list of its answers are needed")
         try:
