@@ -110,6 +110,23 @@ def test_titles_of_other_documents_are_refused(folder: Path, tmp_path: Path, cap
         assert re.search(said + reason, capfd.readouterr().err)
 
 
+def test_a_part_without_documents_or_blocks_is_told(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [*MODEL, *micro(4), *data_of(folder), "--train-iters", "1", "--eval-iters", "1", "--lr-warmup-iters", "0"]
+    assert main(["pretrain", *words, "--split", "999,1,0"]) == 0
+    told = "--split = 999,1,0: the share for validation is less than one document: there is none."
+    assert told in capfd.readouterr().out
+    for name in ("lonely", "titles"):
+        with IndexedWriter(tmp_path / name, np.uint16) as writer:
+            for _ in range(10):
+                writer.add_document([[5, 6]])
+    words += ["--data-path", str(tmp_path / "lonely"), "--titles-data-path", str(tmp_path / "titles")]
+    assert main(["pretrain", *words, "--split", "1,0,0"]) == 2
+    said = "lonely, train part: none of the 10 documents has 2 sentences"
+    assert f"megalith: {tmp_path}/{said}" in capfd.readouterr().err
+
+
 def test_a_run_does_not_go_on_with_other_titles(folder: Path, tmp_path: Path) -> None:
     words = [
         *data_of(folder),

@@ -24,7 +24,7 @@ from megalith.data.marked import Marks
 from megalith.data.mock import MockRows
 from megalith.data.survey import Survey
 from megalith.data.tokenizer import Tokenizer
-from megalith.datasets import SPOKEN, Report, identify_token_files, open_corpus
+from megalith.datasets import SPOKEN, Report, identify_token_files, no_documents, open_corpus
 from megalith.derived import sequence_length
 from megalith.launch import ranks_in
 from megalith.models.retrieval import Retriever, num_candidates
@@ -79,8 +79,9 @@ def _cloze_parts(
     sentences, documents = corpus.indexed, corpus.parts
     titles = open_indexed(run.data.titles_data_path, run.data.data_impl, survey=survey)
     lengths = title_lengths(titles, title_bounds(sentences, titles))
-    if targets["train"] and not documents["train"]:
-        raise ValueError(f"--split = {run.data.split}: leaves no document for training. Give the first share more.")
+    for name, num_samples in targets.items():
+        if num_samples and not documents[name]:
+            no_documents(name, run, report)
     marks = Marks.of(tokenizer, sequence_length(run))
     return {
         name: ClozeBatches(
@@ -118,17 +119,20 @@ def _map_of(
     one = "_1sentok" if run.data.use_one_sent_docs else ""
 
     def build() -> Iterator[tuple[str, NDArray[Any]]]:
-        rows = build_block_map(
-            bounds,
-            sentences.lengths,
-            of_titles,
-            num_samples=num_samples,
-            longest=length - MARKS_AROUND,
-            least=least,
-            seed=seed,
-            first_document=documents.start,
-            moved=survey.moved,
-        )
+        try:
+            rows = build_block_map(
+                bounds,
+                sentences.lengths,
+                of_titles,
+                num_samples=num_samples,
+                longest=length - MARKS_AROUND,
+                least=least,
+                seed=seed,
+                first_document=documents.start,
+                moved=survey.moved,
+            )
+        except ValueError as error:
+            raise ValueError(f"{sentences.prefix}, {SPOKEN[name]} part: {error}") from error
         yield "map", rows
 
     made_from = {
