@@ -54,6 +54,11 @@ def test_a_pattern_that_would_take_for_ever_is_given_up_and_counted() -> None:
     assert time.process_time() - began < 10
 
 
+def test_an_answer_without_words_is_none_as_a_pattern_either() -> None:
+    assert not PatternMatch(["", " "])("a passage of words")
+    assert PatternMatch(["", "pass.ge"])("a passage of words")
+
+
 def test_what_is_no_pattern_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'\(a' is no regular expression: missing \)"):
         PatternMatch(["(a"])

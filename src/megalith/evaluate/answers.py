@@ -50,7 +50,7 @@ class WordMatch:
 class PatternMatch:
     """Whether any answer, taken as a regular expression, is found in a passage; counts searches that took too long.
 
-    Raises ValueError for an answer that is no regular expression.
+    An empty one, which is found everywhere, is no answer. Raises ValueError for what is no regular expression.
     """
 
     answers: Sequence[str]
@@ -63,7 +63,7 @@ class PatternMatch:
             if len(answer) > LONGEST_PATTERN:
                 raise ValueError(f"the pattern {answer[:40]!r}... has {len(answer)} characters, {LONGEST_PATTERN} fit")
         try:
-            self._patterns = [regex.compile(normalized(answer), FLAGS) for answer in self.answers]
+            self._patterns = [regex.compile(normalized(answer), FLAGS) for answer in self.answers if words_of(answer)]
         except regex.error as error:
             raise ValueError(f"{error.pattern!r:.60} is no regular expression: {error}") from error
 
