@@ -169,6 +169,13 @@ def test_faults_are_named_with_a_remedy(words: list[str]) -> None:
     assert said("--train-hard-neg", "0") == [
         "--train-with-neg: adds no passage while --train-hard-neg = 0. Raise that."
     ]
+    assert said(*micro(1)) == said(*micro(1), ranks=2) == []
+    alone = [word for word in pretraining if word != "--train-with-neg"]
+    faults = check(read_command_line([*alone, "--train-hard-neg", "0", *micro(1)]), 1)
+    assert [str(fault) for fault in faults] == [
+        "--micro-batch-size = 1: leaves a question one passage to choose from, so that there is nothing to learn. "
+        "Give 2 or more, more ranks, or wrong passages by --train-with-neg."
+    ]
     longer = said("--retriever-seq-length", "17")
     assert longer == ["--retriever-seq-length = 17: is longer than --max-position-embeddings = 16. Shorten it."]
     assert said("--val-av-rank-other-neg", "-1") == [

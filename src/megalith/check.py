@@ -148,6 +148,11 @@ def _batches(run: Run, world_size: int) -> Iterator[Fault]:
     if run.task == "ict" and group == 1:
         rule = "leaves a query one block to choose from, so that there is nothing to learn"
         yield fault("micro_batch_size", micro, rule, "Give 2 or more, or more ranks")
+    if run.task == "retriever" and group == 1 and not run.data.train_with_neg:
+        rule = "leaves a question one passage to choose from, so that there is nothing to learn"
+        yield fault(
+            "micro_batch_size", micro, rule, "Give 2 or more, more ranks, or wrong passages by --train-with-neg"
+        )
     if batch > 0 and batch % group:
         near = sorted({max(group, batch // group * group), (batch // group + 1) * group})
         yield fault(
