@@ -102,6 +102,21 @@ def test_documents_that_give_no_samples_are_counted_and_told(tmp_path: Path) -> 
     assert "samples are made of 9 of 13 documents; 3 hold a sentence of more than 512 tokens, 1 have too few" in told
 
 
+def test_documents_that_were_not_split_into_sentences_are_told(tmp_path: Path) -> None:
+    for name, tokens in (("whole", LONGEST + 1), ("short", LONGEST)):
+        with IndexedWriter(tmp_path / name, np.uint16) as writer:
+            for _ in range(20):
+                writer.add_document([range(tokens)])
+    said: list[Event] = []
+    build(run_of(str(tmp_path / "short")), said)
+    assert not any(isinstance(event, Warned) for event in said)
+    build(run_of(str(tmp_path / "whole"), split="100,0,0"), said)
+    assert [event.text for event in said if isinstance(event, Warned)] == [
+        f"{tmp_path}/whole, train part: 20 of 20 documents are one sentence of more than {LONGEST} tokens, whose rest "
+        "is left out; prepare the text with --split-sentences"
+    ]
+
+
 def test_maps_are_kept_and_made_anew_for_other_data(tmp_path: Path) -> None:
     prefix = write_sentences(tmp_path)
     build(run_of(str(prefix)))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from megalith.config import Run
@@ -114,7 +115,29 @@ def _sentences(
     )
     use = use_of(indexed, documents, plan.least, survey)
     tell_map(SPOKEN[name], path, kept.seconds["load"], len(rows), use, indexed, report)
+    if plan.least == 1:
+        _tell_what_is_cut(SPOKEN[name], indexed, documents, plan.longest, survey, report)
     return SentenceRows(indexed, rows, seed=plan.seed, vocab_size=vocab_size)
+
+
+def _tell_what_is_cut(
+    part: str, indexed: IndexedDataset, documents: range, longest: int, survey: Survey, report: Report
+) -> None:
+    """Warn where many documents are one sentence of more tokens than a sample takes, as without --split-sentences."""
+
+    def look() -> int:
+        bounds = indexed.document_index[documents.start : documents.stop + 1]
+        return int((indexed.lengths[bounds[:-1][np.diff(bounds) == 1]] > longest).sum())
+
+    what = f"documents {documents.start} to {documents.stop} of one sentence of more than {longest} tokens"
+    count = survey.find(what, look, idx_path(indexed.prefix))
+    if count > (1 - MOST_USED) * len(documents):
+        report(
+            Warned(
+                f"{indexed.prefix}, {part} part: {count:,} of {len(documents):,} documents are one sentence of more "
+                f"than {longest} tokens, whose rest is left out; prepare the text with --split-sentences"
+            )
+        )
 
 
 def use_of(indexed: IndexedDataset, documents: range, least: int, survey: Survey) -> DocumentUse:
