@@ -45,6 +45,15 @@ def test_a_data_set_without_documents_leaves_its_share_to_the_others(tmp_path: P
     assert " iteration       12/      12 " in done.stdout
 
 
+def test_a_part_that_no_data_set_of_a_blend_has_is_taken_by_none(data: Path, tmp_path: Path) -> None:
+    words = [*MODEL, "--exit-before-training", "--train-iters", "5", "--data-cache-path", str(tmp_path)]
+    for split, warnings in (("100,0,0", 0), ("99999,1,0", 1)):
+        done = megalith("pretrain", *words, "--split", split, "--data-path", "0.3", str(data), "0.7", str(data))
+        assert done.returncode == 0, done.stderr
+        assert "take its share" not in done.stdout
+        assert done.stdout.count("less than one document") == warnings
+
+
 def test_a_file_that_megatron_merged_is_read_by_its_items(tmp_path: Path) -> None:
     merged = token_file(tmp_path, "merged", [40] * 30)
     index = open_indexed(merged)

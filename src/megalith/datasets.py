@@ -181,13 +181,13 @@ def samples_wanted(
     if len(run.data.data_path or ()) == 1:
         return [target]
     has_some = [bool(corpus.parts[name]) for corpus in corpora]
+    shares = [weight if has else 0.0 for weight, has in zip(weights, has_some, strict=True)]
+    if not any(shares):
+        return [0] * len(shares)
     for corpus, weight, has in zip(corpora, weights, has_some, strict=True):
         if target and weight and not has:
             prefix = corpus.indexed.prefix
             report(Warned(f"{prefix} has no document for {SPOKEN[name]}: the other data sets take its share."))
-    shares = [weight if has else 0.0 for weight, has in zip(weights, has_some, strict=True)]
-    if not any(shares):
-        return [0] * len(shares)
     return samples_of_each(shares if all(has_some) else normalize(shares), target)
 
 
