@@ -253,6 +253,12 @@ def test_the_small_run_has_no_fault() -> None:
     assert rules_broken(SMALL) == {}
 
 
+@pytest.mark.parametrize("fraction", ["-0.1", "1"])
+def test_the_remedy_for_a_warm_up_fits_both_ends_of_its_range(fraction: str) -> None:
+    faults = check(read_command_line([*SMALL, "--lr-warmup-fraction", fraction]), 1)
+    assert [(fault.setting, fault.remedy) for fault in faults] == [("--lr-warmup-fraction", "Give such a number")]
+
+
 @pytest.mark.parametrize(
     ("words", "flag"),
     [

@@ -218,7 +218,8 @@ def _schedule(run: Run) -> Iterator[Fault]:
     if optimizer.lr is not None and optimizer.min_lr > optimizer.lr >= 0:
         yield fault("min_lr", optimizer.min_lr, f"is above --lr = {optimizer.lr}", "Lower it")
     if optimizer.lr_warmup_fraction is not None and not 0 <= optimizer.lr_warmup_fraction < 1:
-        yield fault("lr_warmup_fraction", optimizer.lr_warmup_fraction, "must be at least 0 and below 1", "Lower it")
+        rule = "must be at least 0 and below 1"
+        yield fault("lr_warmup_fraction", optimizer.lr_warmup_fraction, rule, "Give such a number")
     if train.train_iters is not None:
         decay, warmup, name = (
             optimizer.lr_decay_iters or train.train_iters,
