@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -252,6 +253,25 @@ def test_evaluate_gives_loss_and_perplexity_of_a_split_and_of_files(
     empty = megalith("evaluate", str(trained), "--split", "test")
     assert empty.returncode == 2
     assert "has no documents" in empty.stderr
+
+
+def test_evaluate_takes_a_data_set_with_a_weight_for_the_one_that_it_is(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    settings = (run / "run.toml").read_text()
+    prefix = re.search(r'data_path = \["(.*)"\]', settings)
+    assert prefix is not None
+    words = ["evaluate", str(run), "--split", "train", "--json", "--device", "cpu"]
+    assert main(words) == 0
+    alone = json.loads(capsys.readouterr().out)
+    (run / "run.toml").write_text(settings.replace(f'["{prefix[1]}"]', f'["2.5", "{prefix[1]}"]'))
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out) == alone
+    (run / "run.toml").write_text(settings.replace(f'["{prefix[1]}"]', f'["1", "{prefix[1]}", "1", "{prefix[1]}"]'))
+    assert main(words) == 2
+    assert "the run blends several data sets" in capsys.readouterr().err
 
 
 def test_an_answer_that_goes_nowhere_is_no_success(trained: Path) -> None:

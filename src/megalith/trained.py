@@ -17,6 +17,7 @@ from megalith.checkpoint.pieces import TORCH_DTYPES, Piece, whole
 from megalith.checkpoint.store import Loaded, load_latest
 from megalith.config import ConfigError, Run, compose
 from megalith.corpora import corpus_prefix
+from megalith.data.blend import parse_data_path
 from megalith.data.blocks import DocumentRules, read_blocks
 from megalith.data.documents import Fault, parse_block
 from megalith.data.indexed import find_prefix, open_indexed
@@ -189,12 +190,12 @@ def measure(
 def split_tokens(trained: TrainedModel, split: str) -> NDArray[np.int64]:
     """All tokens of a split's documents, in the data's order."""
     run = trained.run
-    paths = (run.data.data_path or ()) if run.data.corpus is None else (corpus_prefix(run),)
-    if len(paths) > 1:
-        raise ValueError("--split: the run blends several data sets. Name the files of one: --file PREFIX.")
-    if not paths:
+    if run.data.corpus is None and not run.data.data_path:
         raise ValueError(f"--split = {split}: the run has no data of its own. Name files: --file FILE.")
-    indexed = open_indexed(paths[0], run.data.data_impl, merged=True)
+    prefixes = parse_data_path(run.data.data_path or ())[0] if run.data.corpus is None else [corpus_prefix(run)]
+    if len(prefixes) > 1:
+        raise ValueError("--split: the run blends several data sets. Name the files of one: --file PREFIX.")
+    indexed = open_indexed(prefixes[0], run.data.data_impl, merged=True)
     check_prepared(indexed.prefix, trained.tokenizer.digests)
     documents = split_documents(run.data.split, indexed.num_items)[split]
     if not documents:
