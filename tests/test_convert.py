@@ -97,7 +97,7 @@ def from_megatron(source: Path, target: Path, *words: str) -> int:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_megatron_checkpoint_comes_back_from_ours_bit_for_bit(
-    case: Case, tmp_path: Path, forked_reader: None
+    case: Case, tmp_path: Path, forked_reader: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_checkpoint(tmp_path / "theirs", case)
     assert from_megatron(tmp_path / "theirs", tmp_path / "run") == 0
@@ -110,6 +110,7 @@ def test_a_megatron_checkpoint_comes_back_from_ours_bit_for_bit(
     if case.chunks > 1:
         cut += ["--num-layers-per-virtual-pipeline-stage", str(4 // case.stages // case.chunks)]
     assert main(["--to", "megatron", str(tmp_path / "run"), str(tmp_path / "back"), *cut]) == 0
+    assert f"start Megatron-LM with --load {tmp_path / 'back'} {' '.join(cut)} --make-vocab" in capsys.readouterr().out
     assert (tmp_path / "back" / "latest_checkpointed_iteration.txt").read_text() == "40"
     files = sorted((tmp_path / "theirs").rglob("*.pt"))
     assert len(files) == case.tensor * case.stages

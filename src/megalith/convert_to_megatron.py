@@ -56,9 +56,11 @@ def to_megatron(
     if tokenizer.name not in TOKENIZERS:
         yield f"note: Megatron-LM has no {tokenizer.name}; it knows {', '.join(TOKENIZERS)}"
     yield f"its tokenizer: {Path(run_dir) / 'tokenizer'}"
+    per_chunk = run.parallel.num_layers_per_virtual_pipeline_stage
+    interleaved = "" if per_chunk is None else f"--num-layers-per-virtual-pipeline-stage {per_chunk} "
     yield (
         f"start Megatron-LM with --load {directory} --tensor-model-parallel-size {grid.tensor} "
-        f"--pipeline-model-parallel-size {grid.stages} "
+        f"--pipeline-model-parallel-size {grid.stages} {interleaved}"
         f"--make-vocab-size-divisible-by {run.model.make_vocab_size_divisible_by}"
     )
 
