@@ -166,6 +166,27 @@ def test_a_tokenizer_beside_mock_data_is_answered(words: str) -> None:
     assert list(notes(run)) == [f"note: {words.split()[0]} changes nothing: {why}."]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--log-timers-to-tensorboard", "TensorBoard's files have no place without --tensorboard-dir or --save."),
+        ("--tensorboard-log-interval 5", "TensorBoard's files have no place without --tensorboard-dir or --save."),
+        ("--profile-step-start 3", "nothing is traced without --profile."),
+        ("--tokenizer-model tokenizer.json", "GPT2BPETokenizer does not read it."),
+    ],
+)
+def test_an_argument_without_what_it_serves_is_answered(words: str, said: str) -> None:
+    run = read_command_line([*SMALL.replace("--save runs/a", "").split(), *words.split()])
+    assert list(notes(run)) == [f"note: {words.split()[0]} changes nothing: {said}"]
+
+
+@pytest.mark.parametrize(
+    "words", ["--log-timers-to-tensorboard", "--profile --profile-step-start 3", "--vocab-file a --merge-file b"]
+)
+def test_an_argument_with_what_it_serves_gets_no_line(words: str) -> None:
+    assert list(notes(run_of(words))) == []
+
+
 def test_a_table_of_distances_is_made_as_asked() -> None:
     words = "--position-embedding-type relative --relative-attention-num-buckets 8".split()
     assert list(notes(read_command_line(["t5", *SMALL.split(), *words]))) == []

@@ -13,7 +13,7 @@ from megalith.check_tasks import task_faults
 from megalith.checkpoint.settings import TRACKER
 from megalith.config import Fault, Run, fault, flag_of, known_settings
 from megalith.data.split import parse_split
-from megalith.derived import compute_dtype, global_batch_size, tokenizer_type
+from megalith.derived import TOKENIZER_FILES, compute_dtype, global_batch_size, tokenizer_type
 
 MOST = 2**62  # of anything that is counted
 LONGEST_WAIT = 10**8  # seconds, three years; a group of ranks counts them in nanoseconds
@@ -315,17 +315,9 @@ def _data(run: Run) -> Iterator[Fault]:
 
 def _tokenizer(run: Run) -> Iterator[Fault]:
     data, kind = run.data, tokenizer_type(run)
-    wanted = {
-        "GPT2BPETokenizer": ("vocab_file", "merge_file"),
-        "BertWordPieceLowerCase": ("vocab_file",),
-        "BertWordPieceCase": ("vocab_file",),
-        "HuggingFaceTokenizer": ("tokenizer_model",),
-        "SentencePieceTokenizer": ("tokenizer_model",),
-        "ByteLevelTokenizer": (),
-    }
-    if kind not in wanted:
-        yield fault("tokenizer_type", kind, f"must be one of {', '.join(wanted)}", "Change it")
-    for name in wanted.get(kind, ()):
+    if kind not in TOKENIZER_FILES:
+        yield fault("tokenizer_type", kind, f"must be one of {', '.join(TOKENIZER_FILES)}", "Change it")
+    for name in TOKENIZER_FILES.get(kind, ()):
         path = getattr(data, name)
         if path is None:
             yield fault(name, None, f"is required by {kind} and was not given", f"Add {flag_of(name)} FILE")

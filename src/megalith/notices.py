@@ -11,7 +11,7 @@ import torch
 
 from megalith.check_layout import divisors
 from megalith.config import Run, known_settings
-from megalith.derived import TASK_DEFAULTS, compute_dtype, recompute_granularity
+from megalith.derived import TASK_DEFAULTS, TOKENIZER_FILES, compute_dtype, recompute_granularity, tokenizer_type
 from megalith.fields import describe
 from megalith.layers.products import has_instructions_for
 
@@ -92,6 +92,12 @@ def idle(run: Run) -> Iterator[tuple[str, str]]:
         yield "min_lr", "a constant rate does not fall"
     if not optimizer.spike_threshold:
         yield "spike_window", "nothing is a spike without --spike-threshold"
+    if run.monitor.tensorboard_dir is None and run.checkpoint.save is None:
+        for name in (name for name in known_settings() if "tensorboard" in name):
+            yield name, "TensorBoard's files have no place without --tensorboard-dir or --save"
+    if not run.monitor.profile:
+        for name in ("profile_step_start", "profile_step_end", "profile_dir"):
+            yield name, "nothing is traced without --profile"
     if run.evaluate.eval_iters == 0:
         yield "eval_first", "an evaluation has --eval-iters = 0 batches"
     for name in ("sgd_momentum",) if optimizer.optimizer == "adam" else ("adam_beta1", "adam_beta2", "adam_eps"):
@@ -109,6 +115,10 @@ def idle(run: Run) -> Iterator[tuple[str, str]]:
         )
         for name in ("vocab_file", "merge_file", "tokenizer_model", "tokenizer_type"):
             yield name, why
+    else:
+        for name in ("vocab_file", "merge_file", "tokenizer_model"):
+            if name not in TOKENIZER_FILES[tokenizer_type(run)]:
+                yield name, f"{tokenizer_type(run)} does not read it"
     if run.task in ("classify", "retriever"):
         for name in ("split", "data_path"):
             yield name, "its samples are those of --train-data and --valid-data"
