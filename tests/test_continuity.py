@@ -164,6 +164,17 @@ def test_a_run_may_start_from_a_checkpoint_that_is_not_the_newest(save: Path, da
     assert "is not a directory" in end.error
 
 
+def test_a_run_that_was_over_where_it_is_loaded_from_is_saved_in_its_own_directory(
+    save: Path, data: Path, tmp_path: Path
+) -> None:
+    words = [*FEW, "--train-iters", "2", "--load", str(save)]
+    for times in (1, 2):
+        assert run_on(1, words, tmp_path / "other", data) == 0
+        assert len(events_of(tmp_path / "other", "checkpoint_saved")) == 1, times
+    before, after = weights_of(save), weights_of(tmp_path / "other")
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
 def test_what_is_refused_leaves_run_file_and_tokenizer_as_they_are(save: Path, data: Path, tmp_path: Path) -> None:
     before = contents_of(save)
     words = ("--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file", str(write_vocabulary(tmp_path)))

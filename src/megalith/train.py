@@ -319,7 +319,8 @@ def finish(job: Job, keeper: Keeper, signals: StopSignals) -> str | None:
             return cut
         progress.owes = "final"
     cut = evaluate_if_owed(job, signals)
-    if progress.step != job.first_step:
+    # A run that was over in the directory it was loaded from has a checkpoint in its own one too.
+    if progress.step != job.first_step or not has_checkpoint(job.run):
         keeper.save(while_training=False)
     return cut or evaluate_if_owed(job, signals)
 
