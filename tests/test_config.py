@@ -253,6 +253,17 @@ def test_the_small_run_has_no_fault() -> None:
     assert rules_broken(SMALL) == {}
 
 
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [("--train-samples 3 --global-batch-size 4", 4), ("--train-samples 1 --rampup-batch-size 2 2 8", 2)],
+)
+def test_a_length_without_a_whole_step_is_told_with_the_other_faults(words: str, size: int) -> None:
+    small = " ".join(SMALL).replace("--train-iters 10", words).split()
+    broken = rules_broken([*small, "--global-batch-size", "4", "--hysteresis", "0"])
+    assert broken["--train-samples"] == f"is too short for one step of {size} samples"
+    assert set(broken) == {"--train-samples", "--hysteresis"}
+
+
 @pytest.mark.parametrize("fraction", ["-0.1", "1"])
 def test_the_remedy_for_a_warm_up_fits_both_ends_of_its_range(fraction: str) -> None:
     faults = check(read_command_line([*SMALL, "--lr-warmup-fraction", fraction]), 1)

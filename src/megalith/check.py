@@ -14,6 +14,7 @@ from megalith.checkpoint.settings import TRACKER
 from megalith.config import Fault, Run, fault, flag_of, known_settings
 from megalith.data.split import parse_split
 from megalith.derived import TOKENIZER_FILES, compute_dtype, global_batch_size, tokenizer_type
+from megalith.optim.batch_size import make_batch_sizes
 
 MOST = 2**62  # of anything that is counted
 LONGEST_WAIT = 10**8  # seconds, three years; a group of ranks counts them in nanoseconds
@@ -29,6 +30,7 @@ def check(run: Run, world_size: int) -> list[Fault]:
         *_shape(run),
         *layout_faults(run, world_size),
         *_batches(run, world_size),
+        *_first_step(run, world_size),
         *_length(run),
         *_schedule(run),
         *_precision(run),
@@ -185,6 +187,20 @@ def _batches(run: Run, world_size: int) -> Iterator[Fault]:
             f"goes through batches not divisible by --micro-batch-size x data-parallel size = {group}",
             f"Make start and increment multiples of {group}",
         )
+
+
+def _first_step(run: Run, world_size: int) -> Iterator[Fault]:
+    """Whether a length in samples holds a step."""
+    samples, replicas = run.train.train_samples, num_replicas(run, world_size)
+    if samples is None or samples < 1 or replicas is None:
+        return
+    try:
+        batches = make_batch_sizes(run.optimizer, data_parallel=replicas)
+    except ValueError:
+        return  # told with the batches
+    if samples < batches.batch_size(0):
+        rule = f"is too short for one step of {batches.batch_size(0)} samples"
+        yield fault("train_samples", samples, rule, "Raise it, or make the first batch smaller")
 
 
 def _length(run: Run) -> Iterator[Fault]:
