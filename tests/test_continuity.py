@@ -14,6 +14,7 @@ import torch
 
 from megalith import run_state
 from megalith.checkpoint.directory import list_checkpoints
+from megalith.checkpoint.index import parse, render
 from megalith.cli import OUT_OF_MEMORY, main
 from megalith.config import Run, known_settings
 from megalith.continuity import (
@@ -164,9 +165,15 @@ def test_a_run_may_start_from_a_checkpoint_that_is_not_the_newest(save: Path, da
     assert "is not a directory" in end.error
 
 
+@pytest.mark.parametrize("owes", [True, False], ids=["owes an evaluation", "owes nothing"])
 def test_a_run_that_was_over_where_it_is_loaded_from_is_saved_in_its_own_directory(
-    save: Path, data: Path, tmp_path: Path
+    save: Path, data: Path, tmp_path: Path, owes: bool
 ) -> None:
+    file = save / "checkpoints" / "step-0000002" / "index.json"
+    index = parse(file, file.read_bytes())
+    assert index.state["owes"]
+    if not owes:  # as one that was converted
+        file.write_bytes(render(replace(index, state={**index.state, "owes": None})))
     words = [*FEW, "--train-iters", "2", "--load", str(save)]
     for times in (1, 2):
         assert run_on(1, words, tmp_path / "other", data) == 0

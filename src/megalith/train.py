@@ -99,7 +99,8 @@ def train(run: Run, *, started: float) -> int:
             return 0
         if layout.rank == 0:
             keep_what_is_trained(asked, job.tokenizer)
-        if job.progress.step >= job.last_step and is_finished(job):
+        is_kept = run.checkpoint.save is None or has_checkpoint(run)
+        if job.progress.step >= job.last_step and is_finished(job) and is_kept:
             log.line(said_of_finished(job))
             return 0
         keeper.look_for_room()
