@@ -9,10 +9,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from megalith.cli import OUT_OF_MEMORY, main
+from megalith.data.indexed import IndexedWriter
 from tests.layouts.runs import run_on, write_data
 from tests.processes import permissions_hold
 
@@ -269,9 +272,44 @@ def test_evaluate_takes_a_data_set_with_a_weight_for_the_one_that_it_is(
     (run / "run.toml").write_text(settings.replace(f'["{prefix[1]}"]', f'["2.5", "{prefix[1]}"]'))
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out) == alone
-    (run / "run.toml").write_text(settings.replace(f'["{prefix[1]}"]', f'["1", "{prefix[1]}", "1", "{prefix[1]}"]'))
-    assert main(words) == 2
-    assert "the run blends several data sets" in capsys.readouterr().err
+
+
+def test_evaluate_measures_each_data_set_of_a_blend_and_their_mean_by_weight(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    settings = (run / "run.toml").read_text()
+    prefix = re.search(r'data_path = \["(.*)"\]', settings)
+    assert prefix is not None
+    with IndexedWriter(tmp_path / "other", np.uint16) as writer:
+        for start in range(9):
+            writer.add_document([np.arange(40) * 5 % 256 + start])
+    with IndexedWriter(tmp_path / "one", np.uint16) as writer:
+        writer.add_document([np.arange(40)])
+    words = ["evaluate", str(run), "--split", "valid", "--device", "cpu"]
+
+    def measured(*data_path: str) -> Any:
+        listed = ", ".join(f'"{word}"' for word in data_path)
+        (run / "run.toml").write_text(
+            re.sub(r"split = .*\n", "", settings).replace(f'["{prefix[1]}"]', f'[{listed}]\nsplit = "70,30,0"')
+        )
+        assert main([*words, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    first, second = measured(prefix[1]), measured(str(tmp_path / "other"))
+    # A set of one document has none for validation, and one without weight is not in the blend.
+    blend = ("1", prefix[1], "3", str(tmp_path / "other"), "9", str(tmp_path / "one"), "0", str(tmp_path / "gone"))
+    both = measured(*blend)
+    figures = ("tokens", "loss", "perplexity")
+    assert [[part[name] for name in figures] for part in both["data_sets"]] == [
+        [alone[name] for name in figures] for alone in (first, second)
+    ]
+    assert [part["share"] for part in both["data_sets"]] == [0.25, 0.75]
+    assert both["loss"] == pytest.approx(0.25 * first["loss"] + 0.75 * second["loss"], rel=1e-12)
+    assert both["perplexity"] == pytest.approx(np.exp(both["loss"]), rel=1e-12)
+    assert both["tokens"] == first["tokens"] + second["tokens"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("loss: ") == 3
 
 
 def test_an_answer_that_goes_nowhere_is_no_success(trained: Path) -> None:

@@ -60,8 +60,10 @@ def main(words: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(report))
         return 0
-    for name, value in report.items():
-        print(f"{name:>14}: {value:,.4f}" if isinstance(value, float) else f"{name:>14}: {printable(str(value))}")
+    sets = report.pop("data_sets", ())
+    for figures in (report, *sets):
+        for name, value in figures.items():
+            print(f"{name:>14}: {value:,.4f}" if isinstance(value, float) else f"{name:>14}: {printable(str(value))}")
     return 0
 
 

@@ -1,7 +1,7 @@
 """A trained model from its run directory, and what can be asked of it: text, and the loss of other text."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from megalith.checkpoint.pieces import TORCH_DTYPES, Piece, whole
 from megalith.checkpoint.store import Loaded, load_latest
 from megalith.config import ConfigError, Run, compose
 from megalith.corpora import corpus_prefix
-from megalith.data.blend import parse_data_path
+from megalith.data.blend import normalize, parse_data_path
 from megalith.data.blocks import DocumentRules, read_blocks
 from megalith.data.documents import Fault, parse_block
 from megalith.data.indexed import find_prefix, open_indexed
@@ -170,38 +170,57 @@ def talk(
 def measure(
     directory: str, *, split: str | None, files: Sequence[str], step: int | None, device: str
 ) -> dict[str, Any]:
-    """Loss and perplexity of a split of the run's data, or of text files, as one object."""
+    """Loss and perplexity of a split of the run's data, or of text files, as one object.
+
+    Those of a blend are the means by its weights, beside those of each data set.
+    """
     trained = open_trained(directory, step=step, device=device)
-    tokens, num_bytes = (text_tokens(trained, files)) if files else (split_tokens(trained, split or "valid"), 0)
-    loss: StreamLoss = stream_loss(trained.model, tokens, window=sequence_length(trained.run))
-    report = {
-        "run": directory,
-        "step": trained.step,
-        "data": list(files) or split or "valid",
-        "tokens": loss.count,
-        "loss": loss.mean,
-        "perplexity": loss.perplexity,
-    }
-    if num_bytes:
-        report["bits_per_byte"] = loss.total / num_bytes / float(np.log(2))
-    return report
+    window, name = sequence_length(trained.run), split or "valid"
+    report: dict[str, Any] = {"run": directory, "step": trained.step, "data": list(files) or name}
+    if files:
+        tokens, num_bytes = text_tokens(trained, files)
+        loss = stream_loss(trained.model, tokens, window=window)
+        report |= _figures(loss)
+        if num_bytes:
+            report["bits_per_byte"] = loss.total / num_bytes / float(np.log(2))
+        return report
+    measured: list[tuple[str, float, StreamLoss]] = [
+        (prefix, weight, stream_loss(trained.model, tokens, window=window))
+        for prefix, weight, tokens in split_tokens(trained, name)
+    ]
+    if len(measured) == 1:
+        return report | _figures(measured[0][2])
+    shares = normalize([weight for _, weight, _ in measured])
+    count = sum(loss.count for _, _, loss in measured)
+    mean = sum(share * loss.mean for share, (_, _, loss) in zip(shares, measured, strict=True))
+    sets = [
+        {"data_set": prefix, "share": share, **_figures(loss)}
+        for share, (prefix, _, loss) in zip(shares, measured, strict=True)
+    ]
+    return report | _figures(StreamLoss(mean * count, count)) | {"data_sets": sets}
 
 
-def split_tokens(trained: TrainedModel, split: str) -> NDArray[np.int64]:
-    """All tokens of a split's documents, in the data's order."""
+def _figures(loss: StreamLoss) -> dict[str, Any]:
+    return {"tokens": loss.count, "loss": loss.mean, "perplexity": loss.perplexity}
+
+
+def split_tokens(trained: TrainedModel, split: str) -> Iterator[tuple[str, float, NDArray[np.int64]]]:
+    """For each data set that has documents of a split: its prefix, its weight, all tokens of these in its order."""
     run = trained.run
     if run.data.corpus is None and not run.data.data_path:
         raise ValueError(f"--split = {split}: the run has no data of its own. Name files: --file FILE.")
-    prefixes = parse_data_path(run.data.data_path or ())[0] if run.data.corpus is None else [corpus_prefix(run)]
-    if len(prefixes) > 1:
-        raise ValueError("--split: the run blends several data sets. Name the files of one: --file PREFIX.")
-    indexed = open_indexed(prefixes[0], run.data.data_impl, merged=True)
-    check_prepared(indexed.prefix, trained.tokenizer.digests)
-    documents = split_documents(run.data.split, indexed.num_items)[split]
-    if not documents:
+    data_path = (run.data.data_path or ()) if run.data.corpus is None else (str(corpus_prefix(run)),)
+    has_documents = False
+    for prefix, weight in zip(*parse_data_path(data_path), strict=True):
+        if not weight:
+            continue
+        indexed = open_indexed(prefix, run.data.data_impl, merged=True)
+        check_prepared(indexed.prefix, trained.tokenizer.digests)
+        if documents := split_documents(run.data.split, indexed.num_items)[split]:
+            has_documents = True
+            yield prefix, weight, np.concatenate([indexed.read(item) for item in documents]).astype(np.int64)
+    if not has_documents:
         raise ValueError(f"--split = {split}: has no documents in this run (--split {run.data.split}).")
-    parts = [indexed.read(item) for item in documents]
-    return np.concatenate(parts).astype(np.int64)
 
 
 def _prefix_of(name: str) -> Path | None:
