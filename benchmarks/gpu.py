@@ -66,9 +66,11 @@ class Report:
     rehearse: bool
     deadline: float
     num_rows: int  # of the models
+    place: Path  # of the files, without the ends of their names
     figures: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    printed: list[str] = field(default_factory=list)  # all that processes said which failed
 
     @property
     def left(self) -> float:
@@ -83,17 +85,49 @@ class Report:
         if self.left < max(needs, 5.0):
             self.faults.append(f"{name}: no time was left")
             return None
+        limit = min(seconds, self.left)
         try:
-            ended = subprocess.run(
-                command, capture_output=True, text=True, cwd=ROOT, timeout=min(seconds, self.left), check=False
-            )
-        except subprocess.TimeoutExpired:
-            self.faults.append(f"{name}: took more than its {min(seconds, self.left):.0f} s")
+            ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=limit, check=False)
+        except subprocess.TimeoutExpired as late:
+            self._fail(f"{name}: took more than its {limit:.0f} s", late.stdout, late.stderr)
             return None
         if ended.returncode:
-            self.faults.append(f"{name}: status {ended.returncode}: {(ended.stderr or ended.stdout).strip()[-600:]}")
+            self._fail(f"{name}: status {ended.returncode}", ended.stdout, ended.stderr)
             return None
         return ended.stdout
+
+    def figures_of(
+        self, name: str, command: Sequence[str], *, seconds: float, needs: float = 0.0
+    ) -> tuple[list[str], dict[str, Any]] | None:
+        """The lines that a process printed, and the JSON object that is the last of them; else as `run`."""
+        said = self.run(name, command, seconds=seconds, needs=needs)
+        if said is None:
+            return None
+        *lines, last = said.splitlines() or [""]
+        try:
+            return lines, json.loads(last)
+        except ValueError:
+            self._fail(f"{name}: its last line is no JSON", said, None)
+            return None
+
+    def _fail(self, fault: str, *outputs: str | bytes | None) -> None:
+        # Those of a process that was ended are bytes.
+        texts = [text.decode(errors="replace") if isinstance(text, bytes) else text or "" for text in outputs]
+        self.faults.append("\n".join([fault, *(text.strip()[-1500:] for text in texts if text.strip())]))
+        self.printed += [f"== {fault}", *texts]
+        self.keep()
+
+    def keep(self) -> None:
+        """Write all that is known until now: whoever ends this program too early leaves that."""
+        try:
+            self.place.parent.mkdir(parents=True, exist_ok=True)
+            told = json.dumps({**self.figures, "faults": self.faults}, indent=1)
+            for end, lines in ((".json", [told]), (".txt", self.lines), (".failed.txt", self.printed)):
+                if lines:
+                    self.place.with_name(self.place.name + end).write_text("\n".join(lines) + "\n")
+        except OSError as error:
+            if not any(fault.startswith("files: ") for fault in self.faults):
+                self.faults.append(f"files: {error}")
 
 
 def main() -> int:
@@ -103,21 +137,31 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=len(ROWS), metavar="N", help="models: the first N rows alone [all]")
     parser.add_argument("--minutes", type=float, default=8.7, help="for everything [8.7]")
     options = parser.parse_args()
-    report = Report(options.rehearse, time.monotonic() + 60 * options.minutes, options.rows)
+    place = place_of(options.only or (), rehearse=options.rehearse)
+    report = Report(options.rehearse, time.monotonic() + 60 * options.minutes, options.rows, place)
     for section in SECTIONS:
-        if section.__name__ in (options.only or WHOLE):
+        name = section.__name__
+        if section is conditions or name in (options.only or WHOLE):
             began = time.monotonic()
-            section(report)
-            report.say(f"  ({section.__name__}: {time.monotonic() - began:.0f} s)")
+            try:
+                section(report)
+            except Exception as error:  # whatever it is, the other sections are measured all the same
+                report.faults.append(f"{name}: {type(error).__name__}: {error}")
+            report.say(f"  ({name}: {time.monotonic() - began:.0f} s)")
+            report.keep()
     for fault in report.faults:
         report.say(f"FAULT {fault}")
-    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = time.strftime("gpu-%Y-%m-%d") + ("-rehearsal" if options.rehearse else "")
-    (folder / f"{stem}.json").write_text(json.dumps({**report.figures, "faults": report.faults}, indent=1) + "\n")
-    (folder / f"{stem}.txt").write_text("\n".join(report.lines) + "\n")
     print("\n".join(["", *table(report)]), flush=True)
+    report.keep()
     return 1 if report.faults else 0
+
+
+def place_of(sections: Sequence[str], *, rehearse: bool) -> Path:
+    """Where the report is written, but for the ends of the names: beside those that are there."""
+    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    stem = "-".join([time.strftime("gpu-%Y-%m-%d"), *sections])
+    names = (f"{stem}{number}{'-rehearsal' * rehearse}" for number in ("", *(f"-{n}" for n in range(2, 1000))))
+    return folder / next(name for name in names if not (folder / f"{name}.json").exists())
 
 
 def conditions(report: Report) -> None:
@@ -126,7 +170,6 @@ def conditions(report: Report) -> None:
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not report.rehearse:
         sys.exit("gpu.sh: no CUDA device here. --rehearse runs everything on the CPU at toy sizes.")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     report.figures["conditions"] = {
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if on_gpu and not report.rehearse else platform.processor() or "CPU",
@@ -134,45 +177,48 @@ def conditions(report: Report) -> None:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         # COMMIT first: a copy of the source may lie in a checkout of something older.
-        "commit": os.environ.get("COMMIT") or commit.stdout.strip() or "unknown",
+        "commit": os.environ.get("COMMIT") or _commit(),
     }
     for name, value in report.figures["conditions"].items():
         report.say(f"{name}: {value}")
 
 
+def _commit() -> str:
+    try:
+        told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    except OSError:  # there is no git
+        return "unknown"
+    return told.stdout.strip() or "unknown"
+
+
 def products(report: Report) -> None:
     """Rates of matrix products and attention, in a process of its own."""
-    said = report.run(
-        "products", [sys.executable, "-m", "benchmarks.gpu_products", *_toy(report)], seconds=120, needs=20
-    )
-    if said is not None:
-        report.figures["products"] = json.loads(said.splitlines()[-1])
-        for line in said.splitlines()[:-1]:
-            report.say(line)
+    command = [sys.executable, "-m", "benchmarks.gpu_products", *_toy(report)]
+    _tell("products", report.figures_of("products", command, seconds=120, needs=20), report)
 
 
 def tests(report: Report) -> None:
-    """The tests that need a GPU, and those of the kernels."""
-    names = ("accumulate", "attend_fused", "random", "float8", "sixteen", "norm_fused")
+    """Those of the kernels, the newest first; and in a process of their own those that pin memory."""
+    names = ("accumulate", "norm_fused", "sixteen", "float8", "attend_fused", "random")
     files = [f"tests/layers/test_{name}.py" for name in names]
-    chosen = (
-        files if report.rehearse else ["-m", "gpu or not gpu", *files, "tests/layers/test_attend.py", "tests/optim"]
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "not learns and not compile",
-        *chosen,
-    ]
-    said = report.run("tests", command, seconds=150, needs=30)
+    if not report.rehearse:
+        files += [
+            "tests/layers/test_attend.py",
+            *(f"tests/optim/test_{of}.py" for of in ("compact_fused", "groups", "clip")),
+        ]
+    _test("tests", [*files, "-k", "not learns and not compile"], report, seconds=130)
+    if not report.rehearse:
+        pinning = ["-m", "gpu", "tests/checkpoint/test_saver.py", "tests/data/test_loader.py"]
+        _test("tests of pinned memory", pinning, report, seconds=40)
+
+
+def _test(name: str, words: Sequence[str], report: Report, *, seconds: float) -> None:
+    # With a line for each test: of those that have no time left the last one tells.
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *words]
+    said = report.run(name, command, seconds=seconds, needs=10)
     if said is not None:
-        report.figures["tests"] = said.strip().splitlines()[-1]
-        report.say(f"tests: {report.figures['tests']}")
+        report.figures[name] = said.strip().splitlines()[-1].strip("= ")
+        report.say(f"{name}: {report.figures[name]}")
 
 
 def models(report: Report) -> None:
@@ -184,13 +230,14 @@ def models(report: Report) -> None:
         command = [sys.executable, "-m", "megalith", "bench", *steps, *words]
         with ThreadPoolExecutor() as beside:  # the plan needs no GPU
             plan = beside.submit(_planned, report, words)
-            said = report.run(row.name, command, seconds=120, needs=35)
+            found = report.figures_of(row.name, command, seconds=120, needs=35)
             planned = plan.result()
-        if said is None:
+        if found is None:
             continue
-        measured = json.loads(said.splitlines()[-1])
+        _, measured = found
         report.figures["models"][row.name] = {**measured, **planned}
         report.say(_model_line(row, measured, planned))
+        report.keep()
 
 
 def _flags_of(row: Row, report: Report) -> list[str]:
@@ -208,8 +255,10 @@ def _flags_of(row: Row, report: Report) -> list[str]:
 def _planned(report: Report, words: Sequence[str]) -> dict[str, Any]:
     """What `megalith plan` says of it; nothing if it fails."""
     on = "cpu" if report.rehearse else "h200" if "H200" in report.figures["conditions"]["device"] else "h100"
-    said = report.run("plan", [sys.executable, "-m", "megalith", "plan", "--json", "--on", on, *words], seconds=40)
-    plan = {} if said is None else json.loads(said)
+    found = report.figures_of(
+        "plan", [sys.executable, "-m", "megalith", "plan", "--json", "--on", on, *words], seconds=40
+    )
+    plan = {} if found is None else found[1]
     return {f"predicted_{name}": plan.get(name) for name in ("peak_bytes", "step_seconds")}
 
 
@@ -239,10 +288,13 @@ def kernels(report: Report) -> None:
     if report.rehearse:
         return
     command = [sys.executable, "-m", "benchmarks.gpu_products", "--kernels"]
-    said = report.run("kernels", command, seconds=120, needs=30)
-    if said is not None:
-        report.figures["kernels"] = json.loads(said.splitlines()[-1])
-        for line in said.splitlines()[:-1]:
+    _tell("kernels", report.figures_of("kernels", command, seconds=120, needs=30), report)
+
+
+def _tell(name: str, found: tuple[list[str], dict[str, Any]] | None, report: Report) -> None:
+    if found is not None:
+        lines, report.figures[name] = found
+        for line in lines:
             report.say(line)
 
 
@@ -254,12 +306,12 @@ def profiles(report: Report) -> None:
         if report.rehearse and program == "gpu_memory":  # there is nothing to record on a CPU
             continue
         command = [sys.executable, "-m", f"benchmarks.{program}", *_toy(report), *_flags_of(row, report)]
-        said = report.run(f"{program} of {row.name}", command, seconds=120, needs=35)
-        if said is not None:
-            report.figures["profiles"][f"{row.name}, {program}"] = json.loads(said.splitlines()[-1])
-            report.say(f"{row.name}, {program}")
-            for line in said.splitlines()[:-1]:
+        found = report.figures_of(f"{program} of {row.name}", command, seconds=120, needs=35)
+        if found is not None:
+            lines, report.figures["profiles"][f"{row.name}, {program}"] = found
+            for line in (f"{row.name}, {program}", *lines):
                 report.say(line)
+            report.keep()
 
 
 def equality(report: Report) -> None:
@@ -268,10 +320,10 @@ def equality(report: Report) -> None:
     losses = {}
     for device in ("cpu", "cpu" if report.rehearse else "cuda"):
         command = [sys.executable, "-m", "megalith", "bench", "--steps", "6", "--warmup", "1", "--json"]
-        said = report.run("equality", [*command, *words.split(), "--device", device], seconds=60)
-        if said is None:
+        found = report.figures_of("equality", [*command, *words.split(), "--device", device], seconds=60)
+        if found is None:
             return
-        figures = json.loads(said.splitlines()[-1])
+        _, figures = found
         losses[device] = [figures["first_loss"], figures["last_loss"]]
     first, *_ = losses.values()
     *_, last = losses.values()

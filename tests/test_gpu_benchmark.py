@@ -3,10 +3,13 @@
 import json
 import os
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu
 from benchmarks.gpu_memory import peak_of
 from benchmarks.gpu_profile import busy_seconds, kind_of
 
@@ -60,6 +63,70 @@ def test_the_peak_of_memory_is_told_by_the_places_that_hold_it() -> None:
     )
     assert peak.bytes_held == 300 + 50 + 20 - 100
     assert peak.places == {"loss.py:90 forward": 320, "functional.py:5 linear": 50}
+
+
+def test_what_a_process_said_that_failed_is_kept(tmp_path: Path) -> None:
+    report = gpu.Report(False, time.monotonic() + 100, 1, tmp_path / "new" / "gpu")
+    programs = {
+        "broke": "print('half of it'); import sys; sys.exit('why')",
+        "hung": "print('begun', flush=True); import time; time.sleep(60)",
+        "said no figures": "print('nothing')",
+    }
+    for name, program in programs.items():
+        assert report.figures_of(name, [sys.executable, "-c", program], seconds=60 if name != "hung" else 2) is None
+    report.deadline = time.monotonic() + 1
+    assert report.run("late", [sys.executable, "-c", ""], seconds=60) is None
+    assert report.faults == [
+        "broke: status 1\nhalf of it\nwhy",
+        "hung: took more than its 2 s\nbegun",
+        "said no figures: its last line is no JSON\nnothing",
+        "late: no time was left",
+    ]
+    kept = (tmp_path / "new" / "gpu.failed.txt").read_text()
+    assert all(word in kept for word in ("half of it", "why", "begun", "nothing"))
+
+
+def measured_by(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The status of gpu.py whose models break, and whose text tells the device."""
+
+    def conditions(report: gpu.Report) -> None:
+        report.figures["conditions"] = {"device": "NVIDIA H200"}
+
+    def models(report: gpu.Report) -> None:
+        report.say("a row")
+        raise RuntimeError("broken")
+
+    def text(report: gpu.Report) -> None:
+        report.figures["text"] = report.figures["conditions"]["device"]
+
+    monkeypatch.setattr(gpu, "conditions", conditions)
+    monkeypatch.setattr(gpu, "SECTIONS", (conditions, models, text))
+    monkeypatch.setattr(sys, "argv", ["gpu.sh", *words])
+    return gpu.main()
+
+
+def test_a_section_that_breaks_costs_no_other_and_no_report_is_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    # The device is known whichever sections are asked for: what is planned depends on it.
+    assert measured_by(monkeypatch, "--only", "models", "text") == 1
+    assert measured_by(monkeypatch, "--only", "text") == measured_by(monkeypatch, "--only", "text") == 0
+    reports = {path.name.split("-", 4)[4]: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert reports.keys() == {"models-text.json", "text.json", "text-2.json"}
+    assert all(report["text"] == "NVIDIA H200" for report in reports.values())
+    assert reports["models-text.json"]["faults"] == ["models: RuntimeError: broken"]
+    assert "a row" in next(tmp_path.glob("*-models-text.txt")).read_text()
+
+
+def test_what_cannot_be_written_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("OUT", str(tmp_path / "file" / "out"))
+    assert measured_by(monkeypatch, "--only", "text") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("FAULT files: ") == 1 and printed.endswith("1 faults\n")
 
 
 @pytest.mark.slow
