@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from megalith.config import ConfigError
-from megalith.monitor.profile import COSTLIEST, Cost, Profile, summary
+from megalith.monitor.profile import COSTLIEST, Cost, Profile, costs_of, summary
 from tests.layouts.runs import run_on, write_data
 
 
@@ -35,6 +37,26 @@ def test_the_summary_is_one_screen_and_its_shares_add_up() -> None:
     assert len(lines) == COSTLIEST + 2
     assert sum(float(line.split("%")[0]) for line in lines[1:]) == pytest.approx(100, abs=1)
     assert lines[1].split() == ["9.5", "%", "10.0000", "s", "2", "calls", "operation", "0"]
+
+
+def test_a_kernel_of_a_device_counts_once() -> None:
+    def event(name: str, device: str, *, is_user_annotation: bool = False) -> Any:
+        return SimpleNamespace(
+            key=name,
+            device_type=SimpleNamespace(name=device),
+            is_user_annotation=is_user_annotation,
+            self_device_time_total=3e6,
+            self_device_memory_usage=0,
+            count=2,
+        )
+
+    # As torch tells them: what starts a kernel has its time too, and so has what the compiler marks around several.
+    averages = [
+        event("aten::mm", "CPU"),
+        event("gemm", "CUDA"),
+        event("## Call CompiledFxGraph ##", "CUDA", is_user_annotation=True),
+    ]
+    assert costs_of(averages, on_device=True) == [Cost("gemm", 3.0, 2, 0)]
 
 
 def test_a_run_is_profiled_into_its_directory(tmp_path: Path) -> None:

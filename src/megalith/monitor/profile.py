@@ -113,7 +113,7 @@ class Profile:
 
 
 def costs_of(averages: Iterable[Any], *, on_device: bool) -> list[Cost]:
-    """The operations, costliest first."""
+    """The operations, costliest first; of a device the kernels alone, whose time what starts them has once more."""
     costs = [
         Cost(
             name=str(event.key),
@@ -122,6 +122,7 @@ def costs_of(averages: Iterable[Any], *, on_device: bool) -> list[Cost]:
             bytes_taken=int(event.self_device_memory_usage if on_device else event.self_cpu_memory_usage),
         )
         for event in averages
+        if not on_device or not (event.device_type.name == "CPU" or event.is_user_annotation)
     ]
     return sorted(costs, key=lambda cost: -cost.seconds)
 
