@@ -10,6 +10,9 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"  # which compiles nothing, but traces the same
 
+# What GPUs compute in by default; Triton's interpreter computes bf16 wrongly.
+SIXTEEN = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+
 
 def numbers_of(release: str) -> tuple[int, ...]:
     return tuple(int(part) for part in release.split(".")[:2])

@@ -20,7 +20,7 @@ from megalith.layers.random import dropout_rows, mix, number_words
 pytest.importorskip("triton", reason="needs triton")
 
 from megalith.layers import attend_fused
-from tests.layers.kernels import BACKEND, DEVICE, runs_kernels
+from tests.layers.kernels import BACKEND, DEVICE, SIXTEEN, runs_kernels
 
 PROBABILITY = 0.3
 KERNELS = Path(__file__).parent / "compile_kernels.py"
@@ -123,15 +123,14 @@ def test_the_very_same_probabilities_are_dropped(monkeypatch: pytest.MonkeyPatch
 
 @runs_kernels
 def test_16_bit_is_near_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Not bf16: Triton's interpreter computes it wrongly.
-    inputs = draw(1, 2, 40, 40, 16, torch.float16)
+    inputs = draw(1, 2, 40, 40, 16, SIXTEEN)
     mask = make_mask(40, causal=True)
     fused, _ = both(inputs, mask, dropout_of(1, 2, 40), monkeypatch)
     _, exact = both([x.detach().float().requires_grad_() for x in inputs], mask, dropout_of(1, 2, 40), monkeypatch)
     for found, expected in zip(fused, exact, strict=True):
-        assert found.dtype == torch.float16
+        assert found.dtype == SIXTEEN
         size = float(expected.abs().max())
-        torch.testing.assert_close(found.float(), expected, rtol=0, atol=4 * torch.finfo(torch.float16).eps * size)
+        torch.testing.assert_close(found.float(), expected, rtol=0, atol=4 * torch.finfo(SIXTEEN).eps * size)
 
 
 @runs_kernels

@@ -13,11 +13,9 @@ from megalith.layers.initial import Initial, draw_weights
 from megalith.layers.linear import split_backward_passes
 from megalith.layers.mask import make_mask
 from megalith.layers.norm import LayerNorm, RMSNorm, make_norm
-from tests.layers.kernels import BACKEND, DEVICE, runs_kernels
+from tests.layers.kernels import BACKEND, DEVICE, SIXTEEN, runs_kernels
 
-# fp16: Triton's interpreter computes bf16 wrongly.
-DTYPE = torch.float16
-ROUNDING = torch.finfo(DTYPE).eps
+ROUNDING = torch.finfo(SIXTEEN).eps
 
 pytestmark = runs_kernels
 
@@ -31,13 +29,13 @@ def made(kind: Any, width: int) -> LayerNorm | RMSNorm:
     assert isinstance(norm, LayerNorm | RMSNorm)
     with torch.no_grad():
         for number, parameter in enumerate(norm.parameters()):
-            parameter.copy_((numbers(width, seed=number) + 1).to(DTYPE))
+            parameter.copy_((numbers(width, seed=number) + 1).to(SIXTEEN))
     return norm
 
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norms, "suits_fused", lambda x: x.dtype == DTYPE)
+    monkeypatch.setattr(norms, "suits_fused", lambda x: x.dtype == SIXTEEN)
 
 
 @pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
@@ -46,7 +44,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gradients_are_those_of_autograd(kind: str, shape: tuple[int, ...]) -> None:
     from megalith.layers.norm_fused import norm_backward
 
-    x, slopes, beside = ((3 * numbers(*shape, seed=seed) + 1).to(DTYPE) for seed in (5, 6, 7))
+    x, slopes, beside = ((3 * numbers(*shape, seed=seed) + 1).to(SIXTEEN) for seed in (5, 6, 7))
     wide = x.double().requires_grad_()
     weights = list(made(kind, shape[-1]).double().parameters())
     formula: Any = nn.functional.layer_norm if kind == "LayerNorm" else nn.functional.rms_norm
@@ -57,9 +55,9 @@ def test_gradients_are_those_of_autograd(kind: str, shape: tuple[int, ...]) -> N
     spread = (x.double() - (0 if mean is None else mean)).square().mean(-1, keepdim=True)
     inverse = (spread + 1e-5).rsqrt().float()
     found = norm_backward(
-        slopes, beside, x, weights[0].detach().to(DTYPE), None if mean is None else mean.float(), inverse
+        slopes, beside, x, weights[0].detach().to(SIXTEEN), None if mean is None else mean.float(), inverse
     )
-    assert found.x.dtype == DTYPE and found.weight.dtype == found.bias.dtype == torch.float32
+    assert found.x.dtype == SIXTEEN and found.weight.dtype == found.bias.dtype == torch.float32
     # Rounded once, on its way out.
     error = (found.x.double() - expected[0]).abs() - ROUNDING / 2 * expected[0].abs()
     assert float(error.max()) < 1e-5
@@ -69,7 +67,7 @@ def test_gradients_are_those_of_autograd(kind: str, shape: tuple[int, ...]) -> N
 
 def test_sums_come_in_one_order() -> None:
     norm = made("LayerNorm", 96)
-    x, slopes = numbers(50, 96, seed=5).to(DTYPE).requires_grad_(), numbers(50, 96, seed=6).to(DTYPE)
+    x, slopes = numbers(50, 96, seed=5).to(SIXTEEN).requires_grad_(), numbers(50, 96, seed=6).to(SIXTEEN)
     first, second = (
         torch.autograd.grad(list(norm.beside(x)), [x, *norm.parameters()], [slopes, slopes]) for _ in range(2)
     )
@@ -82,11 +80,11 @@ def test_sums_come_in_one_order() -> None:
 def test_a_blocks_gradients_are_those_of_autograd(kind: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     std = Initial("normal", 0.2)
     shape = BlockShape(
-        AttentionShape(32, 2, 16, std, std), 64, "tanh", 1e-5, 0.0, 0.0, False, False, DTYPE, normalization=kind
+        AttentionShape(32, 2, 16, std, std), 64, "tanh", 1e-5, 0.0, 0.0, False, False, SIXTEEN, normalization=kind
     )
     block = Block(shape, number=0, stack="decoder", device=DEVICE)
     draw_weights(block, 7)
-    x = numbers(2, 20, 32, seed=5).to(DTYPE).requires_grad_()
+    x = numbers(2, 20, 32, seed=5).to(SIXTEEN).requires_grad_()
     trained = [x, *block.parameters()]
     outcomes = []
     for fused in (True, False):
@@ -110,10 +108,10 @@ def test_a_blocks_gradients_are_those_of_autograd(kind: Any, compiled: bool, mon
 @pytest.mark.parametrize("why", ["the norm is the residual", "backward passes are split"])
 def test_a_norm_is_left_alone(why: str) -> None:
     std, is_residual = Initial("normal", 0.2), why == "the norm is the residual"
-    shape = BlockShape(AttentionShape(32, 2, 16, std, std), 64, "tanh", 1e-5, 0.0, 0.0, False, is_residual, DTYPE)
+    shape = BlockShape(AttentionShape(32, 2, 16, std, std), 64, "tanh", 1e-5, 0.0, 0.0, False, is_residual, SIXTEEN)
     block = Block(shape, number=0, stack="decoder", device=DEVICE)
     draw_weights(block, 7)
-    x = numbers(2, 20, 32, seed=5).to(DTYPE).requires_grad_()
+    x = numbers(2, 20, 32, seed=5).to(SIXTEEN).requires_grad_()
     if not is_residual:
         assert block._fork(x, block.attention_norm)[0] is not x
         split_backward_passes(block)

@@ -10,22 +10,19 @@ from megalith.layers.attention import AttentionShape
 from megalith.layers.block import Block, BlockShape
 from megalith.layers.initial import Initial, draw_weights
 from megalith.layers.mask import make_mask
-from tests.layers.kernels import BACKEND, DEVICE, runs_kernels
-
-# fp16: Triton's interpreter computes bf16 wrongly.
-DTYPE = torch.float16
+from tests.layers.kernels import BACKEND, DEVICE, SIXTEEN, runs_kernels
 
 
-def numbers(*shape: int, seed: int, dtype: torch.dtype = DTYPE) -> Tensor:
+def numbers(*shape: int, seed: int, dtype: torch.dtype = SIXTEEN) -> Tensor:
     drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     return drawn.to(DEVICE, dtype).requires_grad_()
 
 
-def assert_near(found: Tensor, expected: Tensor, *, error: float = 4e-3) -> None:
-    """Within what 16 bits hold, of the largest."""
+def assert_near(found: Tensor, expected: Tensor, *, error: float = 4.0) -> None:
+    """Within so many steps of 16 bits, of the largest."""
     assert found.shape == expected.shape
     found, expected = found.detach().double(), expected.detach().double()
-    assert float((found - expected).abs().max()) <= error * float(expected.abs().max())
+    assert float((found - expected).abs().max()) <= error * torch.finfo(SIXTEEN).eps * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -36,14 +33,14 @@ def test_a_products_gradients_are_those_of_autograd_and_not_rounded(with_bias: b
     trained = [x, weight] if bias is None else [x, weight, bias]
     y = sixteen.sixteen_linear(x, weight, bias)
     grads = torch.autograd.grad(y, trained, slopes)
-    exact = F.linear(x.double(), weight.to(DTYPE).double(), None if bias is None else bias.to(DTYPE).double())
+    exact = F.linear(x.double(), weight.to(SIXTEEN).double(), None if bias is None else bias.to(SIXTEEN).double())
     expected = torch.autograd.grad(exact, trained, slopes.double())
-    assert y.dtype == grads[0].dtype == DTYPE
+    assert y.dtype == grads[0].dtype == SIXTEEN
     assert_near(y, exact)
     for found, wanted in zip(grads, expected, strict=True):
         assert_near(found, wanted)
     for found in grads[1:]:
-        assert found.dtype == torch.float32 and not torch.equal(found, found.to(DTYPE).float())
+        assert found.dtype == torch.float32 and not torch.equal(found, found.to(SIXTEEN).float())
 
 
 @runs_kernels
@@ -56,8 +53,8 @@ def test_gelus_slopes_are_added_up_on_the_way(tanh: bool, shape: tuple[int, int,
     made, sums, largest = gelu_backward(slopes, x, tanh)
     wide = x.double().requires_grad_()
     (expected,) = torch.autograd.grad(F.gelu(wide, approximate="tanh" if tanh else "none"), wide, slopes.double())
-    assert made.dtype == DTYPE and sums.dtype == torch.float32
-    assert_near(made, expected, error=1e-3)
+    assert made.dtype == SIXTEEN and sums.dtype == torch.float32
+    assert_near(made, expected, error=1.0)
     # Before they are rounded.
     torch.testing.assert_close(sums.double(), expected.sum((0, 1)), rtol=1e-5, atol=1e-5)
     assert float(largest.max()) == float(made.abs().max())
@@ -93,7 +90,7 @@ def test_a_matrix_is_looked_at_in_one_pass(shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("compiled", [False, True], ids=["as it is", "in one graph"])
 def test_a_blocks_gradients_are_those_of_autograd(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     std = Initial("normal", 0.2)
-    shape = BlockShape(AttentionShape(32, 2, 16, std, std), 64, "tanh", 1e-5, 0.0, 0.0, False, False, DTYPE)
+    shape = BlockShape(AttentionShape(32, 2, 16, std, std), 64, "tanh", 1e-5, 0.0, 0.0, False, False, SIXTEEN)
     block = Block(shape, number=0, stack="decoder", device=DEVICE)
     draw_weights(block, 7)
     x = numbers(2, 20, 32, seed=5)
@@ -104,7 +101,7 @@ def test_a_blocks_gradients_are_those_of_autograd(compiled: bool, monkeypatch: p
 
         def suits(x: Tensor, weight: Tensor) -> bool:
             asked.append(weight)
-            return by_hand and x.dtype == DTYPE
+            return by_hand and x.dtype == SIXTEEN
 
         monkeypatch.setattr("megalith.layers.linear.suits_sixteen", suits)
         forward = torch.compile(block, backend=BACKEND, fullgraph=True) if by_hand and compiled else block
@@ -115,7 +112,7 @@ def test_a_blocks_gradients_are_those_of_autograd(compiled: bool, monkeypatch: p
 
     for found, expected in zip(run(by_hand=True), run(by_hand=False), strict=True):
         assert found.dtype == expected.dtype
-        assert_near(found, expected, error=1e-2)
+        assert_near(found, expected, error=10.0)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -124,7 +121,7 @@ def test_a_weight_that_was_rounded_before_gives_the_same(with_bias: bool) -> Non
     bias = numbers(40, seed=3, dtype=torch.float32) if with_bias else None
     trained = [x, weight] if bias is None else [x, weight, bias]
     outcomes = []
-    for narrow in (None, weight.detach().to(DTYPE)):
+    for narrow in (None, weight.detach().to(SIXTEEN)):
         y = sixteen.sixteen_linear(x, weight, bias, narrow)
         outcomes.append([y, *torch.autograd.grad(y.sum(), trained)])
     for found, wanted in zip(*outcomes, strict=True):
