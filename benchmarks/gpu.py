@@ -121,10 +121,9 @@ class Report:
         """Write all that is known until now: whoever ends this program too early leaves that."""
         try:
             self.place.parent.mkdir(parents=True, exist_ok=True)
-            told = json.dumps({**self.figures, "faults": self.faults}, indent=1)
-            for end, lines in ((".json", [told]), (".txt", self.lines), (".failed.txt", self.printed)):
-                if lines:
-                    self.place.with_name(self.place.name + end).write_text("\n".join(lines) + "\n")
+            figures = json.dumps({**self.figures, "faults": self.faults}, indent=1)
+            for end, lines in ((".json", [figures]), (".txt", self.lines + self.printed)):
+                self.place.with_name(self.place.name + end).write_text("\n".join(lines) + "\n")
         except OSError as error:
             if not any(fault.startswith("files: ") for fault in self.faults):
                 self.faults.append(f"files: {error}")
@@ -206,7 +205,7 @@ def tests(report: Report) -> None:
             "tests/layers/test_attend.py",
             *(f"tests/optim/test_{of}.py" for of in ("compact_fused", "groups", "clip")),
         ]
-    _test("tests", [*files, "-k", "not learns and not compile"], report, seconds=130)
+    _test("tests", [*files, "-k", "not learns and not compile"], report, seconds=150)
     if not report.rehearse:
         pinning = ["-m", "gpu", "tests/checkpoint/test_saver.py", "tests/data/test_loader.py"]
         _test("tests of pinned memory", pinning, report, seconds=40)

@@ -82,7 +82,7 @@ def test_what_a_process_said_that_failed_is_kept(tmp_path: Path) -> None:
         "said no figures: its last line is no JSON\nnothing",
         "late: no time was left",
     ]
-    kept = (tmp_path / "new" / "gpu.failed.txt").read_text()
+    kept = (tmp_path / "new" / "gpu.txt").read_text()
     assert all(word in kept for word in ("half of it", "why", "begun", "nothing"))
 
 
