@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,6 +119,26 @@ def test_a_section_that_breaks_costs_no_other_and_no_report_is_overwritten(
     assert all(report["text"] == "NVIDIA H200" for report in reports.values())
     assert reports["models-text.json"]["faults"] == ["models: RuntimeError: broken"]
     assert "a row" in next(tmp_path.glob("*-models-text.txt")).read_text()
+
+
+def test_a_model_whose_loss_is_another_than_before_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def figures_of(self: gpu.Report, name: str, command: Sequence[str], **limits: float) -> Any:
+        if "plan" in command:
+            return None
+        losses = {gpu.ROWS[0].name: gpu.ROWS[0].loss + 1e-4, gpu.ROWS[1].name: 11.2, gpu.ROWS[2].name: float("nan")}
+        numbers = dict.fromkeys(
+            ("step_seconds", "tokens_per_second", "mfu", "mfu_datasheet", "first_step_seconds"), 1.0
+        )
+        return [], {**numbers, "peak_memory_bytes": 1, "last_loss": losses[name]}
+
+    monkeypatch.setattr(gpu.Report, "figures_of", figures_of)
+    report = gpu.Report(False, time.monotonic() + 100, 3, tmp_path / "gpu")
+    report.figures["conditions"] = {"device": "NVIDIA H100"}
+    gpu.models(report)
+    assert [fault.split(": its last loss is ") for fault in report.faults] == [
+        [gpu.ROWS[1].name, f"11.2000 and was {gpu.ROWS[1].loss}"],
+        [gpu.ROWS[2].name, f"nan and was {gpu.ROWS[2].loss}"],
+    ]
 
 
 def test_what_cannot_be_written_is_printed(
