@@ -26,3 +26,18 @@ def test_the_products_of_a_layer_are_those_that_a_step_takes() -> None:
         rate = measure_layer(torch.float32, seconds=0.01)
     assert 1e8 < rate < 1e14
     assert len(calls.of(torch.ops.mkldnn._linear_pointwise.default)) >= 2  # forward, at least
+
+
+@pytest.mark.parametrize(("has_instructions", "rows"), [(True, 1024), (False, 256)])
+def test_products_in_fp16_are_small_where_a_processor_computes_them_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, has_instructions: bool, rows: int
+) -> None:
+    monkeypatch.setattr("megalith.layers.products.has_instructions_for", lambda dtype: has_instructions)
+    multiplied: list[int] = []
+
+    def noted(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> None:
+        multiplied.append(len(left))
+
+    monkeypatch.setattr(torch, "mm", noted)
+    measure_libraries(torch.device("cpu"), torch.float16, seconds=0.001)
+    assert set(multiplied) == {rows}

@@ -16,13 +16,14 @@ def measure_matmul_flops(device: "torch.device", dtype: "torch.dtype", *, second
 def measure_libraries(device: "torch.device", dtype: "torch.dtype", *, seconds: float = 0.3) -> list[float]:
     """The same of each library that may multiply: the one that torch uses by itself, then oneDNN where it has a part.
 
-    Takes about twice the given seconds, at least two products. The product is of 8192 rows on a GPU, 1024 on the CPU.
+    Takes about twice the given seconds, at least two products. The product is of 8192 rows on a GPU, 1024 on the CPU,
+    see `_shrunk`.
     """
     import torch
 
     from megalith.layers.products import suits_onednn, times_transposed
 
-    size = 8192 if device.type == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else _shrunk(1024, dtype)
     # Random, since a GPU multiplies constants faster, by what it saves in power.
     generator = torch.Generator().manual_seed(1)
     left, right = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
@@ -42,7 +43,7 @@ def measure_layer(dtype: "torch.dtype", *, seconds: float = 0.3) -> float:
 
     from megalith.layers.products import linear
 
-    rows, width, inner = 1024, 768, 3072
+    rows, width, inner = (_shrunk(size, dtype) for size in (1024, 768, 3072))
     generator = torch.Generator().manual_seed(1)
     x, wide, narrow, slopes = (
         torch.randn(*shape, generator=generator).to(dtype)
@@ -55,6 +56,15 @@ def measure_layer(dtype: "torch.dtype", *, seconds: float = 0.3) -> float:
 
     (fastest,) = _least_seconds([layer], torch.device("cpu"), seconds)
     return 3 * 2 * 2.0 * rows * width * inner / fastest
+
+
+def _shrunk(size: int, dtype: "torch.dtype") -> int:
+    """A quarter of it in fp16 on a CPU without instructions for that, where a product of 1024 rows takes seconds."""
+    import torch
+
+    from megalith.layers.products import has_instructions_for
+
+    return size // 4 if dtype == torch.float16 and not has_instructions_for(dtype) else size
 
 
 def _least_seconds(ways: Sequence[Callable[[], object]], device: "torch.device", seconds: float) -> list[float]:
