@@ -182,6 +182,12 @@ def test_a_run_that_was_over_where_it_is_loaded_from_is_saved_in_its_own_directo
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
+def test_the_time_between_another_run_and_this_one_was_no_interruption(save: Path, data: Path, tmp_path: Path) -> None:
+    assert run_on(1, [*FEW, "--train-iters", "4", "--load", str(save)], tmp_path / "other", data) == 0
+    (ended,) = events_of(tmp_path / "other", "run_ended")
+    assert ended["spent"]["step"] > 0 and ended["spent"]["interrupted"] == 0
+
+
 def test_what_is_refused_leaves_run_file_and_tokenizer_as_they_are(save: Path, data: Path, tmp_path: Path) -> None:
     before = contents_of(save)
     words = ("--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file", str(write_vocabulary(tmp_path)))

@@ -144,7 +144,9 @@ def resume(job: Job) -> None:
         job.log.report(Warned(message))
     if not fresh:
         restore(job, loaded, with_optimizer=with_optimizer, goes_on=source.is_own)
-    job.ledger.restore(None if fresh else loaded.index.notes["ledger"], book)
+    # The time between another run's checkpoint and this run's beginning is nobody's interruption.
+    spent = None if fresh else {**loaded.index.notes["ledger"], **({} if source.is_own else {"ended": True})}
+    job.ledger.restore(spent, book)
     job.log.report(
         CheckpointLoaded(
             str(source.directory), job.progress.step, time.monotonic() - started, loaded.index.notes["megalith"]
