@@ -321,6 +321,12 @@ def test_no_secret_reaches_what_a_run_leaves_or_says(data: Path, tmp_path: Path)
     assert ended.statuses == (2,) and "canary" not in ended.said and "https://***@host/weights" in ended.said
 
 
+def test_a_directory_in_the_place_of_a_file_is_named_as_it_is_called(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "run.toml").mkdir(parents=True)
+    refused = start(tmp_path, data)
+    assert refused.statuses == (2,) and f"{tmp_path}/run/run.toml: Is a directory" in refused.said, refused
+
+
 def test_a_terminal_obeys_no_name(data: Path, tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     name = "run\x1b]0;owned\x07\x1b[2J\n\u202e"

@@ -107,7 +107,9 @@ def _tell(error: Exception) -> int:
     """Say what a user can correct, a line for each fault; give the exit status."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror is not None:
-        text = f"{error.filename or 'an operation of the system failed'}: {error.strerror}"
+        # Of a rename that failed the second name is what was to be written, the first one a temporary file's.
+        path = error.filename2 or error.filename or "an operation of the system failed"
+        text = f"{path}: {error.strerror}"
         if remedy := REMEDIES.get(error.errno or 0):
             text = f"{text}. {remedy}."
     for line in text.splitlines():
