@@ -273,6 +273,7 @@ def test_the_remedy_for_a_warm_up_fits_both_ends_of_its_range(fraction: str) -> 
 @pytest.mark.parametrize(
     ("words", "flag"),
     [
+        ("--nproc 2 --max-restarts 1 --no-auto-resume --save run --save-interval 5", "--max-restarts"),
         ("--num-attention-heads 5", "--hidden-size"),
         ("--encoder-seq-length 8", "--encoder-seq-length"),
         ("--seq-length 17", "--seq-length"),

@@ -355,6 +355,9 @@ def _checkpoint(run: Run) -> Iterator[Fault]:
         yield fault("finetune", None, "needs --load, the checkpoint to start from", "Add --load DIR")
     if checkpoint.keep_every is not None and checkpoint.keep_last is None:
         yield fault("keep_every", checkpoint.keep_every, "needs --keep-last", "Add --keep-last N")
+    if run.parallel.max_restarts and checkpoint.save and not (checkpoint.auto_resume or checkpoint.loads_own):
+        rule = "starts lost ranks again to go on from the newest checkpoint, which --no-auto-resume forbids"
+        yield fault("max_restarts", run.parallel.max_restarts, rule, "Give only one of them")
 
 
 def _profile(run: Run) -> Iterator[Fault]:
