@@ -110,6 +110,19 @@ def test_its_tokenizer_tells_words_and_sentinels(tmp_path: Path) -> None:
     )
 
 
+def test_a_decoder_that_begins_with_another_token_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "theirs", "1.0")
+    config = tmp_path / "theirs" / "config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, "decoder_start_token_id": 2}))
+    assert from_hugging_face(tmp_path) == 2
+    assert "decoder_start_token_id is 2 in config.json, and a t5 begins with 0" in capsys.readouterr().err
+    config.write_text(json.dumps({**settings, "decoder_start_token_id": 0}))
+    assert from_hugging_face(tmp_path) == 0
+
+
 def test_a_tokenizer_without_padding_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_model(tmp_path / "theirs", "1.0")
     (tmp_path / "theirs" / "tokenizer_config.json").unlink()

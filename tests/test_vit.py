@@ -212,6 +212,9 @@ def test_evaluate_counts_the_classes_as_the_checkpoint_does(
     shutil.rmtree(kept / "cross")
     some = evaluated("--file", str(kept))
     assert whole != some and evaluated("--file", str(root / "val")) == whole
+    shutil.copytree(root / "val" / "cross", kept / "dagger")
+    assert str(evaluated("--file", str(kept))).startswith(f"megalith: {kept}/dagger: is a class that the training")
+    shutil.rmtree(kept / "dagger")
     # Named anew, the classes would have other numbers.
     for part in ("train", "val"):
         (root / part / "circle").rename(root / part / "oval")

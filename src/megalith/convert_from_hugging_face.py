@@ -64,6 +64,8 @@ def from_hugging_face(directory: str, run_dir: str, *, tokenizer_settings: Mappi
         if missing := [role for role in kind.roles if role not in tokenizer.roles]:
             wanted = ", ".join(f"{role}_token" for role in missing)
             raise ValueError(f"{folder}: a {kind.task} needs {wanted}, which tokenizer_config.json names. Put it there")
+        if kind.task == "t5":
+            _refuse_another_start(config, folder, tokenizer)
         weights = Weights(folder, theirs, kind.names(run), run)
         table = weights.of_ours("word_embedding.weight")
         vocab_size = table.shape[0]
@@ -96,6 +98,16 @@ def from_hugging_face(directory: str, run_dir: str, *, tokenizer_settings: Mappi
     state, notes = state_for(run, tokenizer, vocab_size), notes_for(run, folder)
     yield f"wrote {save(run_dir, 0, pieces, state, notes=notes)}"
     yield f"go on with: megalith pretrain {run_dir}/run.toml --save OTHER_DIR --load {run_dir} --finetune ..."
+
+
+def _refuse_another_start(config: Mapping[str, Any], folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise ValueError if a decoder begins with another token than the one that it would be trained with here."""
+    wanted, start = config.get("decoder_start_token_id"), tokenizer.roles.get("bos", tokenizer.pad)
+    if wanted not in (None, start):
+        raise ValueError(
+            f"{folder}: decoder_start_token_id is {wanted!r:.60} in {CONFIG}, and a t5 begins with {start}, the "
+            "bos_token of tokenizer_config.json, or its pad_token where there is none. Make them agree"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from megalith.checkpoint.index import Index
 from megalith.config import Run
 from megalith.corpora import shapes_folder
-from megalith.data.images import ImageBatches, ImageFolder, class_names, open_folder
+from megalith.data.images import ImageBatches, class_names, open_folder
 from megalith.models.vit import VisionTransformer
 from megalith.tasks.vit import FOLDERS, digest_of_classes
 from megalith.trained import compute_type, load_weights, run_of
@@ -29,16 +29,16 @@ def measure_images(
     run = run_of(directory)
     place, name = _place(run, split or "valid", files)
     device_of, dtype = compute_type(run, device)
-    opened: list[ImageFolder] = []
+    classes: list[str] = []
 
     def build(index: Index) -> VisionTransformer:
-        opened[:] = [open_folder(place, _classes(run, place, index))]
+        classes[:] = _classes(run, place, index)
         model = VisionTransformer(run.model, dtype=dtype, finetune=run.checkpoint.finetune, device="meta")
         return model.to_empty(device=device_of)
 
     model, found_step = load_weights(directory, build, step=step)
     batches = ImageBatches(
-        opened[0],
+        open_folder(place, classes),
         side=run.model.img_dim,
         num_channels=run.model.num_channels,
         augmentation="none",

@@ -60,6 +60,8 @@ def test_an_answer_without_words_is_none_as_a_pattern_either() -> None:
 
 
 def test_what_is_no_pattern_is_refused() -> None:
+    with pytest.raises(ValueError, match="is nested too deeply"):
+        PatternMatch(["a" + "(" * 450 + ")" * 450])
     with pytest.raises(ValueError, match=r"'\(a' is no regular expression: missing \)"):
         PatternMatch(["(a"])
     with pytest.raises(ValueError, match="has 3000 characters, 2000 fit"):

@@ -66,6 +66,8 @@ class PatternMatch:
             self._patterns = [regex.compile(normalized(answer), FLAGS) for answer in self.answers if words_of(answer)]
         except regex.error as error:
             raise ValueError(f"{error.pattern!r:.60} is no regular expression: {error}") from error
+        except RecursionError as error:
+            raise ValueError(f"a pattern of {list(self.answers)!r:.60} is nested too deeply") from error
 
     def __call__(self, passage: str) -> bool:
         text = normalized(passage)
