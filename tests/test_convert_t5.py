@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megalith.checkpoint.index import Index
 from megalith.cli import main
@@ -90,6 +90,16 @@ def test_a_converted_model_gives_the_same_logits(version: str, tmp_path: Path) -
     expected = twin(input_ids=tokens, attention_mask=(tokens != PAD).long(), decoder_input_ids=decoder).logits
     logits = model(torch.cat([tokens, decoder], 1), padding=(tokens == PAD).int())
     assert difference(logits, expected) < ROUNDING
+
+
+@pytest.mark.parametrize("changed", [0.0, 1e-3])
+def test_an_output_that_is_stored_and_is_the_table_is_tied_to_it(changed: float, tmp_path: Path) -> None:
+    write_model(tmp_path / "theirs", "1.0")
+    file = tmp_path / "theirs" / "model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "lm_head.weight": weights["shared.weight"] + changed}, file, metadata={"format": "pt"})
+    assert from_hugging_face(tmp_path) == 0
+    assert loaded(tmp_path / "run").tied == (changed == 0)
 
 
 def test_its_tokenizer_tells_words_and_sentinels(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from megalith.task_rows import TASK_ROWS
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 OUTPUT = "lm_head.weight"  # the second table, where there is one
+TABLE_OF_T5 = "shared.weight"
 # Ends of the names of tensors that other weights or config.json make.
 MADE_ANEW = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "embed_tokens.weight", OUTPUT)
 LARGEST_JSON = 16 << 20  # bytes
@@ -58,7 +59,8 @@ def from_hugging_face(directory: str, run_dir: str, *, tokenizer_settings: Mappi
         files = [stack.enter_context(open_shard(followed(path), disk=DISK)) for path in weight_files(folder)]
         theirs = {name: file for file in files for name in file.names}
         yield f"reading {folder}"
-        run = run_of(config, folder, run_dir, tokenizer_settings, own_output=OUTPUT in theirs)
+        own_output = OUTPUT in theirs and not _is_copy_of_table(theirs, config)
+        run = run_of(config, folder, run_dir, tokenizer_settings, own_output=own_output)
         tokenizer = required_tokenizer(run)
         kind = KINDS[str(config["model_type"])]
         if missing := [role for role in kind.roles if role not in tokenizer.roles]:
@@ -98,6 +100,13 @@ def from_hugging_face(directory: str, run_dir: str, *, tokenizer_settings: Mappi
     state, notes = state_for(run, tokenizer, vocab_size), notes_for(run, folder)
     yield f"wrote {save(run_dir, 0, pieces, state, notes=notes)}"
     yield f"go on with: megalith pretrain {run_dir}/run.toml --save OTHER_DIR --load {run_dir} --finetune ..."
+
+
+def _is_copy_of_table(theirs: Mapping[str, ShardReader], config: Mapping[str, Any]) -> bool:
+    """Whether the output of a T5 is stored although it is the table, tied to it unless the config denies that."""
+    if TABLE_OF_T5 not in theirs or config.get("tie_word_embeddings") is False:
+        return False
+    return torch.equal(read_whole(theirs, OUTPUT), read_whole(theirs, TABLE_OF_T5))
 
 
 def _refuse_another_start(config: Mapping[str, Any], folder: Path, tokenizer: Tokenizer) -> None:
@@ -200,17 +209,23 @@ class Weights:
 
     def read(self, name: str) -> Tensor:
         """fp32: a weight of theirs."""
-        file = self._theirs.get(name)
-        kind = None if file is None else file.kind(name)
-        if file is None or kind is None:
-            raise ValueError(f"its weights lack {name}")
+        weight = read_whole(self._theirs, name)
         self.taken.add(name)
-        dtype, shape = kind
-        if not math.prod(shape) or not shape:
-            raise ValueError(f"{name} has the shape {shape}, which no weight has")
-        tensor = torch.empty(shape, dtype=TORCH_DTYPES[dtype])
-        file.fill(name, Place((0,) * len(shape), shape), tensor)
-        return tensor.float()
+        return weight
+
+
+def read_whole(theirs: Mapping[str, ShardReader], name: str) -> Tensor:
+    """fp32: a weight of theirs. Raises ValueError for one that the files do not hold."""
+    file = theirs.get(name)
+    kind = None if file is None else file.kind(name)
+    if file is None or kind is None:
+        raise ValueError(f"its weights lack {name}")
+    dtype, shape = kind
+    if not math.prod(shape) or not shape:
+        raise ValueError(f"{name} has the shape {shape}, which no weight has")
+    tensor = torch.empty(shape, dtype=TORCH_DTYPES[dtype])
+    file.fill(name, Place((0,) * len(shape), shape), tensor)
+    return tensor.float()
 
 
 def state_for(run: Run, tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
