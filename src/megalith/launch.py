@@ -108,6 +108,11 @@ def launch(
     """
     if num_ranks < 1:
         raise ValueError(f"--nproc = {num_ranks}: must be greater than 0. Give a positive number")
+    if sys.platform != "linux":
+        raise ValueError(
+            f"--nproc = {num_ranks}: starts ranks by what Linux alone has. Leave it out, and start the rest of the "
+            f"command by torchrun --nproc-per-node {num_ranks} -m megalith ... instead of megalith ..."
+        )
     launcher = _Launcher(stop_grace, signals_wait)
     for restarts in range(max_restarts + 1):
         status = launcher.run(command, num_ranks)
