@@ -18,7 +18,9 @@ def parse_split(split: str) -> tuple[float, float, float]:
         raise ValueError(f"must be up to three numbers with commas between them ({error})") from error
     if not all(math.isfinite(number) and number >= 0 for number in numbers):
         raise ValueError("has a share that is no number of 0 or more")
-    total = sum(numbers)
+    total = 0.0
+    for number in numbers:  # not by sum, which from Python 3.12 on rounds less, so that a bound would be another one
+        total += number
     if not 0 < total < math.inf:
         raise ValueError("has shares that do not add up to more than 0")
     train, valid, test = [number / total for number in [*numbers, 0.0, 0.0][:3]]
