@@ -106,7 +106,10 @@ def test_images_of_every_mode_become_rgb(mode: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["image.png", "image.tiff", "image.pgm"])
 def test_grey_levels_of_16_bits_keep_their_order(name: str, tmp_path: Path) -> None:
     levels = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
-    Image.fromarray(levels).save(tmp_path / name)
+    if name.endswith(".pgm"):  # which older versions of Pillow read and do not write
+        (tmp_path / name).write_bytes(b"P5 5 1 65535\n" + levels.astype(">u2").tobytes())
+    else:
+        Image.fromarray(levels).save(tmp_path / name)
     assert np.asarray(read_image(tmp_path / name))[0].tolist() == [[level] * 3 for level in (0, 0, 1, 128, 255)]
 
 
