@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -442,3 +443,13 @@ def test_the_format_is_told_by_the_name_unless_it_is_given(tmp_path: Path) -> No
     assert read(tmp_path / "table", input_format="parquet") == good("x")
     with pytest.raises(ValueError, match=r"is a parquet file; name it .parquet or give --input-format parquet"):
         read(tmp_path / "table")
+
+
+@pytest.mark.parametrize(("version", "is_used"), [("3.9.14", False), ("3.9.15", True), ("3.10.0", True), ("4.0", True)])
+def test_an_orjson_that_nested_lists_crash_is_not_used(
+    version: str, is_used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "orjson", SimpleNamespace(__version__=version, loads=json.loads))
+    assert megalith.data.documents._orjson() is (json.loads if is_used else None)
+    monkeypatch.setitem(sys.modules, "orjson", None)
+    assert megalith.data.documents._orjson() is None

@@ -15,11 +15,20 @@ import numpy as np
 
 from megalith.data.blocks import ENDS, WHITE, Block, DocumentRules, Part
 
-fast_json: Callable[[str], Any] | None
-try:
-    from orjson import loads as fast_json
-except ImportError:  # it comes with the extra `data`
-    fast_json = None
+LEAST_ORJSON = (3, 9, 15)  # in those before a line of nested lists ends the process (CVE-2024-27454)
+
+
+def _orjson() -> Callable[[str], Any] | None:
+    """The parser that comes with the extra `data`; None without it, or if it is too old."""
+    try:
+        import orjson
+    except ImportError:
+        return None
+    numbers = tuple(int(number) for number in re.findall(r"\d+", orjson.__version__)[:3])
+    return orjson.loads if numbers >= LEAST_ORJSON else None
+
+
+fast_json = _orjson()
 
 BLANK_LINES = re.compile(r"\A(?:[ \t\r]*\n)+")
 
