@@ -110,7 +110,7 @@ class Report:
         try:
             return lines, json.loads(last)
         except ValueError:
-            self._fail(f"{name}: its last line is no JSON", said, None)
+            self._fail(f"{name}: its last line is no JSON", said)
             return None
 
     def _fail(self, fault: str, *outputs: str | bytes | None) -> None:

@@ -13,7 +13,8 @@ from megalith.check_tasks import task_faults
 from megalith.checkpoint.settings import TRACKER
 from megalith.config import Fault, Run, fault, flag_of, known_settings
 from megalith.data.split import parse_split
-from megalith.derived import TOKENIZER_FILES, compute_dtype, global_batch_size, tokenizer_type
+from megalith.data.tokenizer import KINDS
+from megalith.derived import compute_dtype, global_batch_size, tokenizer_type
 from megalith.optim.batch_size import make_batch_sizes
 
 MOST = 2**62  # of anything that is counted
@@ -331,9 +332,9 @@ def _data(run: Run) -> Iterator[Fault]:
 
 def _tokenizer(run: Run) -> Iterator[Fault]:
     data, kind = run.data, tokenizer_type(run)
-    if kind not in TOKENIZER_FILES:
-        yield fault("tokenizer_type", kind, f"must be one of {', '.join(TOKENIZER_FILES)}", "Change it")
-    for name in TOKENIZER_FILES.get(kind, ()):
+    if kind not in KINDS:
+        yield fault("tokenizer_type", kind, f"must be one of {', '.join(KINDS)}", "Change it")
+    for name in KINDS.get(kind, {}).values():
         path = getattr(data, name)
         if path is None:
             yield fault(name, None, f"is required by {kind} and was not given", f"Add {flag_of(name)} FILE")

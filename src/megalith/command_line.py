@@ -1,11 +1,18 @@
 """A parser of command lines whose faults are said like all others."""
 
 import argparse
-import difflib
+import shutil
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from megalith import elsewhere
+
+
+def as_wide_as_the_terminal(indent: int) -> "partial[argparse.HelpFormatter]":
+    """The formatter of a list of flags of 120 characters, or as many as there are; texts begin at indent at most."""
+    columns = min(120, shutil.get_terminal_size((120, 0)).columns)
+    return partial(argparse.HelpFormatter, max_help_position=min(indent, columns // 3), width=columns)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -25,10 +32,8 @@ class CommandParser(argparse.ArgumentParser):
         names = elsewhere.flags_of_commands(own) | {elsewhere.plain(flag): flag for flag in own}
         takes_run = any(action.dest == "run" and not action.option_strings for action in self._actions)
         runs = elsewhere.RUN_ELSEWHERE - names.keys() if takes_run else set[str]()
-        near = difflib.get_close_matches(elsewhere.plain(word), [*names, *runs], n=1)
-        if not near:
-            return f"; see {self.prog} --help"
-        return f". Did you mean {names[near[0]]}?" if near[0] in names else ". Name the run's directory without a flag."
+        found = elsewhere.meant(word, names, dict.fromkeys(runs, "Name the run's directory without a flag."))
+        return f"; see {self.prog} --help" if found is None else f". {found[0].upper()}{found[1:]}"
 
     def given(self, options: argparse.Namespace, names: Collection[str]) -> list[str]:
         """The flags of these settings that were given, in their order; one that says what holds anyway is not."""

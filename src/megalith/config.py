@@ -162,11 +162,7 @@ def meant(name: str, spellings: Iterable[str]) -> str:
     names = {
         other: flag_of(setting) if is_flag else setting for other, setting in elsewhere.names_elsewhere().items()
     } | {elsewhere.plain(spelling): spelling for spelling in spellings}
-    remedies = elsewhere.remedies()
-    close = difflib.get_close_matches(elsewhere.plain(name), [*names, *remedies], n=1, cutoff=0.6)
-    if not close:
-        return "see megalith pretrain --help for all of them"
-    return remedies.get(close[0]) or f"did you mean {names[close[0]]}?"
+    return elsewhere.meant(name, names, elsewhere.remedies()) or "see megalith pretrain --help for all of them"
 
 
 def convert(name: str, known: Known, value: object, *, is_typed: bool = False) -> tuple[Any, Fault | None]:

@@ -24,16 +24,6 @@ TASK_DEFAULTS: dict[str, dict[str, str]] = {
     "retriever": {"tokenizer_type": "BertWordPieceLowerCase", "dataloader_type": "cyclic"},
 }
 
-# The settings that name the files of each kind of tokenizer.
-TOKENIZER_FILES: dict[str, tuple[str, ...]] = {
-    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
-    "BertWordPieceLowerCase": ("vocab_file",),
-    "BertWordPieceCase": ("vocab_file",),
-    "HuggingFaceTokenizer": ("tokenizer_model",),
-    "SentencePieceTokenizer": ("tokenizer_model",),
-    "ByteLevelTokenizer": (),
-}
-
 # Stacks of --num-layers layers each, where a task's model has more than one: an encoder and a decoder.
 STACKS = {"t5": 2}
 

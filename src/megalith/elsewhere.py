@@ -4,7 +4,8 @@ here, so that who comes from them is told its name.
 None of these is understood: a batch there is not always what is one here.
 """
 
-from collections.abc import Collection
+import difflib
+from collections.abc import Collection, Mapping
 from functools import cache
 
 # What a command is called elsewhere, or has no command here, and what does it.
@@ -136,6 +137,14 @@ RUN_ELSEWHERE = frozenset(("load", "save", "out_dir", "output_dir", "run_dir", "
 def plain(name: str) -> str:
     """The name without what programs spell otherwise: hyphens, capitals and torchtitan's section before a dot."""
     return name.lstrip("-").rpartition(".")[2].replace("-", "_").lower()
+
+
+def meant(word: str, names: Mapping[str, str], remedies: Mapping[str, str]) -> str | None:
+    """A remedy for an unknown word, by the nearest name: what that is called here, or its remedy; None if none is."""
+    close = difflib.get_close_matches(plain(word), [*names, *remedies], n=1)
+    if not close:
+        return None
+    return remedies.get(close[0]) or f"did you mean {names[close[0]]}?"
 
 
 @cache

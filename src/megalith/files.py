@@ -27,6 +27,11 @@ TEMPORARY_SUFFIX = ".tmp"
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})  # the errors of a disk or a quota that is full
 
 
+def open_at_once(path: Location) -> int:
+    """A descriptor open for reading, also of a named pipe, for whose writer open() would wait."""
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
 class Disk:
     """The operations through which files reach the disk; stateless, each raises OSError. Tests subclass it."""
 

@@ -11,7 +11,8 @@ import torch
 
 from megalith.check_layout import divisors
 from megalith.config import Run, known_settings
-from megalith.derived import TASK_DEFAULTS, TOKENIZER_FILES, compute_dtype, recompute_granularity, tokenizer_type
+from megalith.data.tokenizer import KINDS
+from megalith.derived import TASK_DEFAULTS, compute_dtype, recompute_granularity, tokenizer_type
 from megalith.fields import describe
 from megalith.layers.products import has_instructions_for
 
@@ -117,7 +118,7 @@ def idle(run: Run) -> Iterator[tuple[str, str]]:
             yield name, why
     else:
         for name in ("vocab_file", "merge_file", "tokenizer_model"):
-            if name not in TOKENIZER_FILES[tokenizer_type(run)]:
+            if name not in KINDS[tokenizer_type(run)].values():
                 yield name, f"{tokenizer_type(run)} does not read it"
     if run.task in ("classify", "retriever"):
         for name in ("split", "data_path"):

@@ -7,10 +7,10 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from megalith.command_line import CommandParser
+from megalith.command_line import CommandParser, as_wide_as_the_terminal
 from megalith.data.prepare import PrepareConfig, prepare
 from megalith.fields import describe
-from megalith.terminal import help_columns, printable
+from megalith.terminal import printable
 
 
 def main(words: Sequence[str]) -> int:
@@ -29,16 +29,13 @@ def main(words: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     """The parser of the flags that PrepareConfig declares."""
-    columns = help_columns()
     parser = CommandParser(
         prog="megalith preprocess",
         usage="%(prog)s --input FILE ... --output-prefix PREFIX --tokenizer-type TYPE [--flags ...]",
         description="Turn text into token files for training: PREFIX_KEY_document.bin and .idx for each key.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(
-            prog, max_help_position=min(36, columns // 3), width=columns
-        ),
+        formatter_class=as_wide_as_the_terminal(36),
     )
     groups: dict[str, Any] = {}
     for declared in dataclasses.fields(PrepareConfig):

@@ -17,6 +17,7 @@ from typing import Any
 
 from megalith import later
 from megalith.checkpoint.settings import FOLDER as CHECKPOINTS
+from megalith.command_line import as_wide_as_the_terminal
 from megalith.config import (
     REMOVED,
     TASKS,
@@ -32,7 +33,7 @@ from megalith.config import (
 )
 from megalith.fields import describe
 from megalith.files import write_whole
-from megalith.terminal import help_columns, redacted
+from megalith.terminal import redacted
 
 LARGEST_RUN_FILE = 256 << 10  # bytes
 MOST_DOTS = 1000  # in a line: the library's work on a key of so many parts is their square
@@ -155,16 +156,13 @@ class _Parser(argparse.ArgumentParser):
 
 def flag_parser() -> argparse.ArgumentParser:
     """The parser of all flags. Values stay text here, so that `convert` can report every fault at once."""
-    columns = help_columns()
     parser = _Parser(
         prog="megalith pretrain",
         usage="megalith pretrain [TASK] [RUN.toml] [--preset NAME] [--flags ...]",
         description=f"Pretrain a model. TASK is one of {', '.join(TASKS)} (default gpt). "
         "Later wins: preset, run file, flags.",
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(
-            prog, max_help_position=min(44, columns // 3), width=columns
-        ),
+        formatter_class=as_wide_as_the_terminal(44),
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--preset", metavar="NAME", help=f"start from a preset: {', '.join(preset_names())}")

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
@@ -49,11 +48,6 @@ def printable(text: str) -> str:
     """
     text = redacted(text)
     return UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
-
-
-def help_columns() -> int:
-    """How wide a list of flags is to be: 120 characters, or as many as the terminal has."""
-    return min(120, shutil.get_terminal_size((120, 0)).columns)
 
 
 def say(text: str) -> None:

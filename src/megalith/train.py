@@ -99,8 +99,7 @@ def train(run: Run, *, started: float) -> int:
             return 0
         if layout.rank == 0:
             keep_what_is_trained(asked, job.tokenizer)
-        is_kept = run.checkpoint.save is None or has_checkpoint(run)
-        if job.progress.step >= job.last_step and is_finished(job) and is_kept:
+        if is_over(job):
             log.line(said_of_finished(job))
             return 0
         keeper.look_for_room()
@@ -131,6 +130,13 @@ def train(run: Run, *, started: float) -> int:
     if reason in EXIT_STATUS:
         return EXIT_STATUS[reason]
     return stopped
+
+
+def is_over(job: Job) -> bool:
+    """Whether nothing is left to do, not even to save what was loaded from elsewhere, the same on every rank."""
+    if job.progress.step < job.last_step or not is_finished(job):
+        return False
+    return job.run.checkpoint.save is None or has_checkpoint(job.run)
 
 
 def said_of_finished(job: Job) -> str:

@@ -184,19 +184,16 @@ def measure(
         if num_bytes:
             report["bits_per_byte"] = loss.total / num_bytes / float(np.log(2))
         return report
-    measured: list[tuple[str, float, StreamLoss]] = [
-        (prefix, weight, stream_loss(trained.model, tokens, window=window))
-        for prefix, weight, tokens in split_tokens(trained, name)
-    ]
-    if len(measured) == 1:
-        return report | _figures(measured[0][2])
-    shares = normalize([weight for _, weight, _ in measured])
-    count = sum(loss.count for _, _, loss in measured)
-    mean = sum(share * loss.mean for share, (_, _, loss) in zip(shares, measured, strict=True))
-    sets = [
-        {"data_set": prefix, "share": share, **_figures(loss)}
-        for share, (prefix, _, loss) in zip(shares, measured, strict=True)
-    ]
+    sets, weights = list[dict[str, Any]](), list[float]()
+    for prefix, weight, tokens in split_tokens(trained, name):
+        sets.append({"data_set": prefix, **_figures(stream_loss(trained.model, tokens, window=window))})
+        weights.append(weight)
+    if len(sets) == 1:
+        return report | {figure: value for figure, value in sets[0].items() if figure != "data_set"}
+    for part, share in zip(sets, normalize(weights), strict=True):
+        part["share"] = share
+    count = sum(part["tokens"] for part in sets)
+    mean = sum(part["share"] * part["loss"] for part in sets)
     return report | _figures(StreamLoss(mean * count, count)) | {"data_sets": sets}
 
 

@@ -1,13 +1,16 @@
 """Tensors of a pretended run, and its checkpoints, for tests."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megalith.checkpoint.pieces import Piece, whole
 from megalith.checkpoint.store import Loaded, load_latest, save
+from megalith.files import digest_of_bytes
 
 SHAPES = {"model.table": (12, 8), "model.bias": (5,), "optimizer.exp_avg.table": (12, 8), "count": ()}
 
@@ -68,3 +71,10 @@ def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 def names_in(run_dir: Path) -> list[str]:
     """What lies in the folder of checkpoints."""
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def signed(fields: Any) -> bytes:
+    """The text of an index whose digest fits, whatever it says: as an attacker would write it."""
+    text = json.dumps(fields).encode()
+    body = text[:-1] + b",\n" if text.endswith(b"}") else text
+    return body + f'"sha256":"{digest_of_bytes(body)}"\n}}\n'.encode()

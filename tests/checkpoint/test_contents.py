@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,8 +11,8 @@ from megalith.checkpoint.contents import _KINDS, check_contents
 from megalith.checkpoint.index import LAST_LINE_LENGTH, parse
 from megalith.checkpoint.shards import DamagedError
 from megalith.cli import main
-from megalith.files import digest_of_bytes
 from megalith.train import NOT_SAVED
+from tests.checkpoint.runs import signed
 from tests.layouts.runs import run_on, write_data
 
 WORDS = "--train-iters 2 --save-interval 1 --eval-iters 0 --lr-warmup-iters 0".split()
@@ -34,12 +33,6 @@ def run(kept: Path, tmp_path: Path) -> Path:
 
 def index_file(run: Path) -> Path:
     return run / "checkpoints" / "step-0000002" / "index.json"
-
-
-def signed(fields: Any) -> bytes:
-    """The text of an index of these fields, with the digest that fits."""
-    body = json.dumps(fields).encode()[:-1] + b",\n"
-    return body + f'"sha256":"{digest_of_bytes(body)}"\n}}\n'.encode()
 
 
 def forge(run: Path, name: str, value: object) -> None:

@@ -13,6 +13,7 @@ from megalith.checkpoint.pieces import Place, Stored, StoredPiece
 from megalith.checkpoint.repeats import folded
 from megalith.checkpoint.shards import DamagedError
 from megalith.files import Written, digest_of_bytes
+from tests.checkpoint.runs import signed
 
 PATH = Path("step-0000007/index.json")
 FILES = ("rank-00000.safetensors", "rank-00003.safetensors")
@@ -36,13 +37,6 @@ INDEX = Index(
         "empty": Stored("BF16", (0, 2), ()),
     },
 )
-
-
-def signed(fields: Any) -> bytes:
-    """The text of an index whose digest fits, whatever it says: as an attacker would write it."""
-    text = json.dumps(fields).encode()
-    body = text[:-1] + b",\n" if text.endswith(b"}") else text
-    return body + f'"sha256":"{digest_of_bytes(body)}"\n}}\n'.encode()
 
 
 def fields() -> dict[str, Any]:

@@ -6,12 +6,8 @@ A digest shows that an index is as it was written, not who wrote it: what made i
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megalith.checkpoint.index import Index
+from megalith.checkpoint.index import Index, is_count
 from megalith.checkpoint.shards import DamagedError
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
 
 
 def _is_number(value: object) -> bool:
@@ -40,27 +36,27 @@ def _holds_numbers(value: object) -> bool:
 
 # What checkpoints of earlier versions do not all have is looked at where it is taken over.
 _KINDS: Mapping[str, Callable[[object], bool]] = {
-    "state.step": _is_count,
-    "state.consumed_train_samples": _is_count,
-    "state.consumed_valid_samples": _is_count,
-    "state.schedule_samples": _is_count,
-    "state.skipped_steps": _is_count,
-    "state.num_updates": _is_count,
+    "state.step": is_count,
+    "state.consumed_train_samples": is_count,
+    "state.consumed_valid_samples": is_count,
+    "state.schedule_samples": is_count,
+    "state.skipped_steps": is_count,
+    "state.num_updates": is_count,
     "state.loss_scale": _is_object_or_none,
     "state.schedule": _is_object,
     "state.model": _is_object,
-    "state.model.padded_vocab_size": _is_count,
+    "state.model.padded_vocab_size": is_count,
     "notes.megalith": _is_text,
     "notes.ledger": _is_object,
     "notes.ledger.spent": _holds_numbers,
-    "notes.ledger.saved": _is_count,
-    "notes.ledger.booted": _is_count,
+    "notes.ledger.saved": is_count,
+    "notes.ledger.booted": is_count,
     "notes.interval": _is_object,
     "notes.interval.sums": _holds_numbers,
-    "notes.interval.taken": _is_count,
-    "notes.interval.skipped": _is_count,
-    "notes.interval.nan": _is_count,
-    "notes.interval.num_tokens": _is_count,
+    "notes.interval.taken": is_count,
+    "notes.interval.skipped": is_count,
+    "notes.interval.nan": is_count,
+    "notes.interval.num_tokens": is_count,
     "notes.interval.seconds": _is_number,
     "notes.interval.step_seconds": _is_number,
     "notes.interval.model_flops": _is_number_or_none,

@@ -162,7 +162,7 @@ def _index_from(fields: Any) -> Index:
     if fields.keys() != {"format", "step", "state", "notes", "files", "tensors", "sha256"}:
         raise ValueError(f"its fields are {', '.join(sorted(fields))}")
     step, state, notes = fields["step"], fields["state"], fields["notes"]
-    if not _is_count(step):
+    if not is_count(step):
         raise ValueError(f"step={step!r} is not a count")
     for name, value in (("state", state), ("notes", notes)):
         if not isinstance(value, dict) or not _is_shallow(value):
@@ -177,7 +177,7 @@ def _files_from(listed: Any) -> dict[str, Written]:
         name, size, digest = _list(entry, "an entry of files", 3)
         if not isinstance(name, str) or FILE_NAME.fullmatch(name) is None or name in files:
             raise ValueError(f"file name {str(name)[:100]!r} must match {FILE_NAME.pattern} and stand once")
-        if not _is_count(size) or not isinstance(digest, str) or DIGEST.fullmatch(digest) is None:
+        if not is_count(size) or not isinstance(digest, str) or DIGEST.fullmatch(digest) is None:
             raise ValueError(f"size or digest of {name} is none")
         files[name] = Written(size, digest)
     return files
@@ -225,7 +225,7 @@ def _repeats_from(listed: list[Any], name: str) -> Iterator[Repeat]:
     for entry in listed:
         times, file_step, offset_step = _list(entry, name, 3)
         steps = (file_step, *_list(offset_step, name))
-        if not _is_count(times) or times < 2 or not all(type(step) is int and abs(step) < 1 << 62 for step in steps):
+        if not is_count(times) or times < 2 or not all(type(step) is int and abs(step) < 1 << 62 for step in steps):
             raise ValueError(f"{name}: {str(entry)[:100]} is no repeat of a piece")
         yield Repeat(times, file_step, tuple(offset_step))
 
@@ -250,7 +250,7 @@ def _pieces_from(blocks: Sequence[Block], name: str, shape: tuple[int, ...], fil
 
 
 def _check_file(number: Any, name: str, num_files: int) -> None:
-    if not _is_count(number) or number >= num_files:
+    if not is_count(number) or number >= num_files:
         raise ValueError(f"{name}: file number {number!r} must be below {num_files}")
 
 
@@ -262,12 +262,12 @@ def _list(value: Any, name: str, length: int | None = None) -> list[Any]:
 
 def _counts(value: Any, name: str) -> tuple[int, ...]:
     numbers = _list(value, name)
-    if len(numbers) > 16 or not all(map(_is_count, numbers)) or math.prod(numbers) >= 1 << 62:
+    if len(numbers) > 16 or not all(map(is_count, numbers)) or math.prod(numbers) >= 1 << 62:
         raise ValueError(f"{name}: {str(value)[:100]} are not sizes of a tensor")
     return tuple(numbers)
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalith.data.causal import SampleRows
+from megalith.data.split import sum_in_order
 
 MARGIN = 1.005  # each data set is asked for so much more than its share
 MOST_DATASETS = 65535
@@ -60,9 +61,7 @@ def normalize(weights: Sequence[float]) -> list[float]:
     """The weights, divided by their sum."""
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not sum(weights) > 0:
         raise ValueError(f"weights={list(weights)} must be numbers of 0 or more, not all 0")
-    total = 0.0
-    for weight in weights:
-        total += weight
+    total = sum_in_order(weights)
     return [weight / total for weight in weights]
 
 

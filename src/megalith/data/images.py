@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalith.data.mock import mix_words
+from megalith.files import open_at_once
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -140,9 +141,7 @@ def read_image(path: Path) -> "Image.Image":
     from PIL import Image
 
     try:
-        # Without O_NONBLOCK opening a named pipe would wait for its writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file, Image.open(file, formats=FORMATS) as image:
+        with open(open_at_once(path), "rb") as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS}")
             if image.mode in WIDE_MODES:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalith.data.survey import Survey
+from megalith.files import open_at_once
 
 DType: TypeAlias = np.dtype[Any]
 
@@ -95,8 +96,7 @@ def read_index(
 
 def map_file(path: Path) -> mmap.mmap | bytes:
     """A regular file's bytes, mapped read-only."""
-    # Without O_NONBLOCK opening a named pipe would wait for its writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = open_at_once(path)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):

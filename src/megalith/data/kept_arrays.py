@@ -31,6 +31,7 @@ from megalith.files import (
     Location,
     Written,
     digest_of_bytes,
+    open_at_once,
     write_parts,
     write_whole,
 )
@@ -154,8 +155,7 @@ def _load(wanted: Wanted, survey: Survey) -> dict[str, NDArray[Any]]:
 def _recorded_files(wanted: Wanted) -> dict[str, Written]:
     """What the record says of the arrays; _UnfitError unless they were made from what is asked for."""
     try:
-        # Without O_NONBLOCK opening a named pipe would wait for its writer.
-        with open(os.open(wanted.record, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        with open(open_at_once(wanted.record), "rb") as file:
             text = file.read(LARGEST_RECORD)
         record = json.loads(text)
     except FileNotFoundError as error:

@@ -1,6 +1,7 @@
 """Which documents are for training, validation and test, by Megatron-LM's rule."""
 
 import math
+from collections.abc import Iterable
 
 PARTS = ("train", "valid", "test")
 
@@ -18,13 +19,19 @@ def parse_split(split: str) -> tuple[float, float, float]:
         raise ValueError(f"must be up to three numbers with commas between them ({error})") from error
     if not all(math.isfinite(number) and number >= 0 for number in numbers):
         raise ValueError("has a share that is no number of 0 or more")
-    total = 0.0
-    for number in numbers:  # not by sum, which from Python 3.12 on rounds less, so that a bound would be another one
-        total += number
+    total = sum_in_order(numbers)
     if not 0 < total < math.inf:
         raise ValueError("has shares that do not add up to more than 0")
     train, valid, test = [number / total for number in [*numbers, 0.0, 0.0][:3]]
     return train, valid, test
+
+
+def sum_in_order(numbers: Iterable[float]) -> float:
+    """The sum that every Python gives: from 3.12 on sum() rounds less, which would move bounds and change orders."""
+    total = 0.0
+    for number in numbers:
+        total += number
+    return total
 
 
 def split_documents(split: str, num_documents: int) -> dict[str, range]:
