@@ -86,11 +86,16 @@ def test_what_a_signal_cuts_short_is_made_when_the_run_goes_on(
     assert "the run is finished" in (save / "log.jsonl").read_text().splitlines()[-1]
 
 
-def test_a_signal_to_one_rank_cuts_the_evaluation_of_all_short(data: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_cuts_the_evaluation_of_all_short(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert run_on(2, WORDS, tmp_path / "whole", data) == 0
     save = tmp_path / "run"
     assert run_on(2, WORDS, save, data, before=signal_at(BATCHES + 2, rank=1)) == STOPPED_BY_SIGNAL
+    assert not capfd.readouterr().err, "rank 0 speaks for all, and got no signal"
     assert len(evaluated(save)) == 1
+    assert run_on(2, WORDS, save, data, before=signal_at(BATCHES + 2)) == STOPPED_BY_SIGNAL
+    assert "cuts this evaluation short, saves and ends" in capfd.readouterr().err
     assert run_on(2, WORDS, save, data) == 0
     assert evaluated(save) == evaluated(tmp_path / "whole")
     assert_same(save, tmp_path / "whole")
@@ -130,12 +135,13 @@ def test_a_run_that_is_made_longer_owes_nothing_at_its_former_end(data: Path, tm
 
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint_names_no_command_that_needs_one(
-    data: Path, tmp_path: Path
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The signal comes in the evaluation before the first step, which it cuts short."""
     save = tmp_path / "a run"
     words = ["--train-iters", "20", "--eval-first", "--eval-iters", "2", "--split", "60,20,20"]
     assert run_on(1, words, save, data, before=signal_at(1)) == STOPPED_BY_SIGNAL
+    assert "SIGTERM: the run cuts this evaluation short and ends; a second signal" in capfd.readouterr().err
     told = [line["text"] for line in events_of(save, "line")]
     assert f"the run lies in {save}; it has no checkpoint yet" in told
     assert "  begin:    the same command again" in told and not any("megalith " in text for text in told)

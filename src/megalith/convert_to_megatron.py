@@ -55,6 +55,8 @@ def to_megatron(
         yield "note: the checkpoint holds no optimizer state: load it with --finetune or --no-load-optim"
     if tokenizer.name not in TOKENIZERS:
         yield f"note: Megatron-LM has no {tokenizer.name}; it knows {', '.join(TOKENIZERS)}"
+    if grid.chunks > 1 and grid.stages <= 2:
+        yield f"note: Megatron-LM of 2021 interleaves more than two stages, not {grid.stages}; later versions may"
     yield f"its tokenizer: {Path(run_dir) / 'tokenizer'}"
     per_chunk = run.parallel.num_layers_per_virtual_pipeline_stage
     interleaved = "" if per_chunk is None else f"--num-layers-per-virtual-pipeline-stage {per_chunk} "

@@ -40,10 +40,16 @@ def evaluate_if_owed(job: Job, signals: StopSignals) -> str | None:
     if progress.owes is None:
         return None
     owed = OWED[progress.owes]
-    cut = evaluate(job, owed.part, signals, final=owed.final)
+    with signals.doing(f"the run cuts this evaluation short{', saves' if _has_more_to_save(job) else ''} and ends"):
+        cut = evaluate(job, owed.part, signals, final=owed.final)
     if cut is None:
         progress.owes = owed.then
     return cut
+
+
+def _has_more_to_save(job: Job) -> bool:
+    """Whether steps were taken since the run started or went on, and it keeps them."""
+    return job.run.checkpoint.save is not None and job.progress.step != job.first_step
 
 
 def evaluate(job: Job, part: str, signals: StopSignals, *, final: bool) -> str | None:

@@ -1,5 +1,6 @@
 """The kernels of attention with dropout: their numbers by Triton's interpreter, and that they compile for GPUs."""
 
+import math
 import os
 import subprocess
 import sys
@@ -109,6 +110,13 @@ def test_what_lies_far_apart_in_memory_is_found() -> None:
         chosen = [far(x) if number == of_them else x for number, x in enumerate([*near, visible])]
         for found, want in zip(run(chosen), expected, strict=True):
             assert torch.equal(found, want)
+
+
+def test_many_samples_of_many_heads_are_a_grid_that_cuda_takes() -> None:
+    q = torch.empty(8192, 16, 40, 64, device="meta")
+    grid = attend_fused._grid(q, 40, 16)
+    assert math.prod(grid) == 3 * 16 * 8192
+    assert max(grid[1:]) <= 65_535  # CUDA C++ Programming Guide, compute capabilities
 
 
 @runs_kernels

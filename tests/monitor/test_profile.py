@@ -1,6 +1,7 @@
 """--profile writes a trace, a memory snapshot and what costs most."""
 
 import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +58,24 @@ def test_a_kernel_of_a_device_counts_once() -> None:
         event("## Call CompiledFxGraph ##", "CUDA", is_user_annotation=True),
     ]
     assert costs_of(averages, on_device=True) == [Cost("gemm", 3.0, 2, 0)]
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_memory_of_a_device_is_what_the_viewer_of_torch_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's own functions where they need no device; what a device would have taken is empty."""
+    history: list[dict[str, Any]] = []
+    empty: dict[str, Any] = {"segments": [], "device_traces": [[]]}
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **given: history.append(given))
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda *args, **kwargs: empty)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    told: list[str] = []
+    profile = Profile(tmp_path / "profile", torch.device("cuda"), first=1, last=1, tell=told.append)
+    profile.before_step(1)
+    profile.after_step(1)
+    assert {path.name for path in (tmp_path / "profile").iterdir()} == {"trace.json", "memory.pickle", "summary.txt"}
+    assert (tmp_path / "profile" / "memory.pickle").read_bytes() == pickle.dumps(empty)
+    assert history == [{"stacks": "python", "max_entries": 100_000}, {"enabled": None}]
+    assert any("memory.pickle" in line for line in told)
 
 
 def test_a_run_is_profiled_into_its_directory(tmp_path: Path) -> None:

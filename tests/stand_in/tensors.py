@@ -9,6 +9,7 @@ it would free, and torch's profiler hangs.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -280,7 +281,7 @@ def stand_in() -> Iterator[None]:
     cuda.Event, cuda.Stream = _Event, _Stream
     cuda.stream = cuda.device = lambda chosen: nullcontext()
     cuda.memory._record_memory_history = lambda *args, **kwargs: None
-    cuda.memory._snapshot = lambda *args: {"segments": []}
+    cuda.memory._dump_snapshot = lambda path: Path(path).write_bytes(b"")
     changed: Any = torch
     changed.compile = _uncompiled
     changed.tensor, changed.as_tensor = _on_cpu_first(torch.tensor), _on_cpu_first(torch.as_tensor)

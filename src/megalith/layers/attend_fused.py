@@ -103,7 +103,7 @@ def _attend(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHTK, k_BHSK, v_BHSK))
     o, sums_BHT = _made_by_forward(q, rows_BHT)
     blocks = forward_blocks(q.shape[-1])
-    grid = (triton.cdiv(q.shape[2], blocks.queries), q.shape[0] * q.shape[1])
+    grid = _grid(q, q.shape[2], blocks.queries)
     attend_forward[grid](
         q, k, v, o, sums_BHT, rows_BHT, words_S, *_visible(visible_B1TS, q),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
@@ -139,13 +139,13 @@ def _attend_backward(
     """The gradients of queries, keys and values."""
     grad_o, q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_o_BHTK, q_BHTK, k_BHSK, v_BHSK))
     grad_q, grad_k, grad_v = (_heads_inside(x) for x in (q, k, v))
-    batch, heads, num_queries, width = q.shape
+    _, heads, num_queries, width = q.shape
     for_keys, for_queries = (
         _sizes(q, k, visible_B1TS, causal, scale, probability, blocks)
         for blocks in (backward_blocks(width), queries_blocks(width))
     )
-    by_queries = (triton.cdiv(num_queries, for_queries["BLOCK_T"]), batch * heads)
-    by_keys = (triton.cdiv(k.shape[2], for_keys["BLOCK_S"]), batch * heads)
+    by_queries = _grid(q, num_queries, for_queries["BLOCK_T"])
+    by_keys = _grid(q, k.shape[2], for_keys["BLOCK_S"])
     products_BHT = torch.empty_like(sums_BHT)
     attend_row_products[by_queries](
         o_BHTK, grad_o, products_BHT, *o_BHTK.stride()[:3], *grad_o.stride()[:3], heads, num_queries,
@@ -175,6 +175,14 @@ def _differentiate(ctx: Any, grad_o: Tensor, _: Tensor) -> tuple[Tensor | None, 
 
 
 _attend.register_autograd(_differentiate, setup_context=_keep_for_backward)
+
+
+def _grid(q_BHTK: Tensor, count: int, block: int) -> tuple[int, int, int]:
+    """A program for each block of so many queries or keys, each head and each sample.
+
+    Heads and samples have an axis each, for CUDA takes no more than 65,535 of any but the first.
+    """
+    return triton.cdiv(count, block), q_BHTK.shape[1], q_BHTK.shape[0]
 
 
 def _heads_inside(x_BHTK: Tensor) -> Tensor:

@@ -70,9 +70,9 @@ def _put_rows(x, value, stride_b, stride_h, stride_n, b, h, n, count, WIDTH, PAD
 
 
 @triton.jit
-def _sample_and_head(heads):
+def _sample_and_head():
     """Those of this program, in 64 bits: strides times them may be more than 32 hold."""
-    return (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    return tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def attend_forward(
 ):  # fmt: skip
     """Some queries of one head over all keys that they may see; sums gets log2 of each query's sum of exponentials."""
     first = _first_query(BLOCK_T)
-    b, h = _sample_and_head(heads)
+    b, h = _sample_and_head()
     t = first + tl.arange(0, BLOCK_T)
     q_TK = _rows_at(q, stride_qb, stride_qh, stride_qt, b, h, t, num_queries, WIDTH, PADDED)
     row_words = tl.load(rows + (b * heads + h) * num_queries + t, mask=t < num_queries, other=0)
@@ -133,7 +133,7 @@ def attend_row_products(
     WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """o . grad_o of each query, which is sum_s p_s grad_p_s, also under dropout (Dao et al. 2022, appendix B.4)."""
-    b, h = _sample_and_head(heads)
+    b, h = _sample_and_head()
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_TK = _rows_at(o, stride_ob, stride_oh, stride_ot, b, h, t, num_queries, WIDTH, PADDED)
     g_TK = _rows_at(grad_o, stride_gb, stride_gh, stride_gt, b, h, t, num_queries, WIDTH, PADDED)
@@ -166,7 +166,7 @@ def attend_backward_keys(
 ):  # fmt: skip
     """The gradients of some keys and values of one head, from all queries that see them."""
     first = tl.program_id(0) * BLOCK_S
-    b, h = _sample_and_head(heads)
+    b, h = _sample_and_head()
     s = first + tl.arange(0, BLOCK_S)
     k_SK = _rows_at(k, stride_kb, stride_kh, stride_ks, b, h, s, num_keys, WIDTH, PADDED)
     v_SK = _rows_at(v, stride_vb, stride_vh, stride_vs, b, h, s, num_keys, WIDTH, PADDED)
@@ -213,7 +213,7 @@ def attend_backward_queries(
 ):  # fmt: skip
     """The gradients of some queries of one head, over all keys that they see."""
     first = _first_query(BLOCK_T)
-    b, h = _sample_and_head(heads)
+    b, h = _sample_and_head()
     t = first + tl.arange(0, BLOCK_T)
     row = (b * heads + h) * num_queries + t
     q_TK = _rows_at(q, stride_qb, stride_qh, stride_qt, b, h, t, num_queries, WIDTH, PADDED)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 COSTLIEST = 10  # rows of the summary
 TRACE = "trace.json"
-MEMORY = "memory.json"
+MEMORY = "memory.json"  # of the CPU's operations
+SNAPSHOT = "memory.pickle"  # of a CUDA device
 SUMMARY = "summary.txt"
 
 
@@ -73,7 +74,7 @@ class Profile:
             import torch
 
             activities.append(ProfilerActivity.CUDA)
-            torch.cuda.memory._record_memory_history(max_entries=100_000)
+            torch.cuda.memory._record_memory_history(stacks="python", max_entries=100_000)
         self._synchronize()
         # acc_events: torch 2.11 and 2.12 warn without it, though there is one cycle only.
         self._tracer = profile(activities=activities, profile_memory=True, acc_events=True)
@@ -90,7 +91,7 @@ class Profile:
         unfinished = self.folder / f".{TRACE}"
         tracer.export_chrome_trace(str(unfinished))
         unfinished.replace(self.folder / TRACE)
-        write_whole(self.folder / MEMORY, json.dumps(self._memory(tracer)))
+        self._write_memory(tracer)
         costs = costs_of(tracer.key_averages(), on_device=self._device.type == "cuda")
         text = summary(costs, first=self._first, last=self._last)
         write_whole(self.folder / SUMMARY, text + "\n")
@@ -98,18 +99,22 @@ class Profile:
             self._tell(line)
         self._tell(f"the trace lies in {self.folder / TRACE} (open it at chrome://tracing or ui.perfetto.dev)")
 
-    def _memory(self, tracer: Any) -> dict[str, Any]:
-        """What is held, as JSON: of a CUDA device every block and where it was taken; else the bytes by operation."""
+    def _write_memory(self, tracer: Any) -> None:
+        """Of a CUDA device every block and when and where it was taken, as torch's viewer wants it (memory_viz), which
+        takes pickles alone; else the bytes by operation.
+        """
         if self._device.type == "cuda":
             import torch
 
-            snapshot: dict[str, Any] = torch.cuda.memory._snapshot(self._device)
+            unfinished = self.folder / f".{SNAPSHOT}"
+            torch.cuda.memory._dump_snapshot(str(unfinished))
             torch.cuda.memory._record_memory_history(enabled=None)
-            return {"segments": snapshot["segments"]}
+            unfinished.replace(self.folder / SNAPSHOT)
+            self._tell(f"memory lies in {self.folder / SNAPSHOT} (open it at pytorch.org/memory_viz)")
+            return
         taken = {cost.name: cost.bytes_taken for cost in costs_of(tracer.key_averages(), on_device=False)}
-        return {
-            "bytes_taken": {name: count for name, count in sorted(taken.items(), key=lambda item: -item[1]) if count}
-        }
+        by_bytes = {name: count for name, count in sorted(taken.items(), key=lambda item: -item[1]) if count}
+        write_whole(self.folder / MEMORY, json.dumps({"bytes_taken": by_bytes}))
 
 
 def costs_of(averages: Iterable[Any], *, on_device: bool) -> list[Cost]:

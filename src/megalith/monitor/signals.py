@@ -74,6 +74,15 @@ class StopSignals:
             self._before[number] = signal.signal(number, self._note)
         return self
 
+    @contextmanager
+    def doing(self, effect: str) -> Iterator[None]:
+        """While entered, a signal has this effect."""
+        before, self.effect = self.effect, effect
+        try:
+            yield
+        finally:
+            self.effect = before
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
