@@ -108,8 +108,11 @@ def made_for_measuring(run: Run, *, steps: int) -> Run:
             optimizer,
             lr=LEARNING_RATE if optimizer.lr is None else optimizer.lr,
             # A schedule made for another length; and a batch that is constant, or steps could not be compared.
+            lr_decay_style="constant" if optimizer.lr_decay_style == "WSD" else optimizer.lr_decay_style,
             lr_decay_iters=None,
             lr_decay_samples=None,
+            lr_wsd_decay_iters=None,
+            lr_wsd_decay_samples=None,
             lr_warmup_iters=0,
             lr_warmup_samples=0,
             lr_warmup_fraction=None,

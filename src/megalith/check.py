@@ -212,9 +212,17 @@ def _length(run: Run) -> Iterator[Fault]:
         yield fault("train_samples", train.train_samples, "stands beside --train-iters", "Give only one of them")
     by_steps = train.train_iters is not None
     other = (
-        {"lr_decay_samples": optimizer.lr_decay_samples, "lr_warmup_samples": optimizer.lr_warmup_samples or None}
+        {
+            "lr_decay_samples": optimizer.lr_decay_samples,
+            "lr_warmup_samples": optimizer.lr_warmup_samples or None,
+            "lr_wsd_decay_samples": optimizer.lr_wsd_decay_samples,
+        }
         if by_steps
-        else {"lr_decay_iters": optimizer.lr_decay_iters, "lr_warmup_iters": optimizer.lr_warmup_iters or None}
+        else {
+            "lr_decay_iters": optimizer.lr_decay_iters,
+            "lr_warmup_iters": optimizer.lr_warmup_iters or None,
+            "lr_wsd_decay_iters": optimizer.lr_wsd_decay_iters,
+        }
     )
     counted, wanted = ("steps", "iters") if by_steps else ("samples", "samples")
     for name, value in other.items():
@@ -248,6 +256,15 @@ def _schedule(run: Run) -> Iterator[Fault]:
         warmup, name = optimizer.lr_warmup_samples, "lr_warmup_samples"
     if warmup >= decay > 0:
         yield fault(name, warmup, f"is not shorter than the decay, {decay}", "Shorten it")
+    elif optimizer.lr_decay_style == "WSD":
+        ends = "lr_wsd_decay_samples" if train.train_iters is None else "lr_wsd_decay_iters"
+        end: int | None = getattr(optimizer, ends)
+        room = decay - max(warmup, (optimizer.lr_warmup_fraction or 0) * decay)
+        if end is None:
+            yield fault(ends, None, "is required by --lr-decay-style WSD and was not given", f"Add {flag_of(ends)}")
+        elif not 0 < end <= room:
+            rule = f"must be above 0 and at most the {room:g} that the warm-up leaves of the decay length"
+            yield fault(ends, end, rule, "Give such a number")
     if optimizer.override_lr_scheduler and optimizer.use_checkpoint_lr_scheduler:
         yield fault("override_lr_scheduler", None, "contradicts --use-checkpoint-lr-scheduler", "Give only one of them")
 

@@ -149,8 +149,9 @@ def fault(name: str, value: object, rule: str, remedy: str) -> Fault:
 
 def nearest(name: str, among: Iterable[str]) -> str:
     """A remedy for a name that is none of those that were listed: the nearest one, if any is near."""
-    close = difflib.get_close_matches(name, list(among), n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else "give one of them"
+    known = {word.lower(): word for word in among}
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
+    return f"did you mean {known[close[0]]}?" if close else "give one of them"
 
 
 def meant(name: str, spellings: Iterable[str]) -> str:
@@ -228,6 +229,7 @@ OFF_AT_ZERO = ("loss_scale", "exit_interval", "exit_duration_in_mins")
 RIVALS = (
     ("train_iters", "train_samples"),
     ("lr_decay_iters", "lr_decay_samples"),
+    ("lr_wsd_decay_iters", "lr_wsd_decay_samples"),
     ("lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples"),
     ("override_lr_scheduler", "use_checkpoint_lr_scheduler"),
     ("seq_length", "encoder_seq_length"),

@@ -14,6 +14,7 @@ from megalith.data.tokenizer import load_saved_tokenizer, padded_vocab_size
 from megalith.derived import compute_dtype, reference_arguments
 from megalith.files import make_directories, open_whole, write_whole
 from megalith.models.shape import options_of, shape_of
+from megalith.optim.schedule import LATER_STYLES
 from megalith.parallel.mesh import Layout
 from megalith.trained import load_tensors, refuse_another_tokenizer, run_of
 
@@ -55,6 +56,9 @@ def to_megatron(
         yield "note: the checkpoint holds no optimizer state: load it with --finetune or --no-load-optim"
     if tokenizer.name not in TOKENIZERS:
         yield f"note: Megatron-LM has no {tokenizer.name}; it knows {', '.join(TOKENIZERS)}"
+    if run.optimizer.lr_decay_style in LATER_STYLES:
+        style = run.optimizer.lr_decay_style
+        yield f"note: Megatron-LM of 2021 has no --lr-decay-style {style}: load it with --override-lr-scheduler"
     if grid.chunks > 1 and grid.stages <= 2:
         yield f"note: Megatron-LM of 2021 interleaves more than two stages, not {grid.stages}; later versions may"
     yield f"its tokenizer: {Path(run_dir) / 'tokenizer'}"

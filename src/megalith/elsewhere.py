@@ -28,6 +28,7 @@ _NAMES: dict[str, str] = {
     "min_lr": "min_learning_rate lr_min final_lr",
     "lr_decay_style": "lr_scheduler lr_scheduler_type lr_schedule scheduler decay_lr decay_type",
     "lr_decay_iters": "decay_steps lr_decay_steps",
+    "lr_wsd_decay_iters": "decay_ratio wsd_decay_steps num_decay_steps cooldown_steps cooldown_iters warmdown_iters",
     "lr_warmup_iters": "warmup_steps warmup_iters num_warmup_steps lr_warmup_steps",
     "lr_warmup_fraction": "warmup_ratio warmup_fraction",
     "optimizer": "optim adamw",

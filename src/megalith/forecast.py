@@ -83,7 +83,8 @@ def completed(run: Run) -> Run:
     """
     measured, optimizer, train = made_for_measuring(run, steps=1), run.optimizer, run.train
     if train.train_iters is None and train.train_samples is None:
-        by_samples = any((optimizer.rampup_batch_size, optimizer.lr_decay_samples, optimizer.lr_warmup_samples))
+        of_samples = (optimizer.lr_decay_samples, optimizer.lr_warmup_samples, optimizer.lr_wsd_decay_samples)
+        by_samples = optimizer.rampup_batch_size is not None or any(of_samples)
         iters, samples = (None, MOST) if by_samples else (MOST, None)
         train = dataclasses.replace(train, train_iters=iters, train_samples=samples)
     interval = 1 if run.checkpoint.save_interval is None else run.checkpoint.save_interval

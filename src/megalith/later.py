@@ -126,7 +126,7 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     ),
     (
         "Megalith has nothing of the kind; the training without it is another one",
-        "--decoupled-lr --decoupled-min-lr --lr-wsd-decay-style --lr-wsd-decay-iters --lr-wsd-decay-samples "
+        "--decoupled-lr --decoupled-min-lr "
         "--lr-warmup-init --start-weight-decay --end-weight-decay --weight-decay-incr-style --first-last-layers-bf16 "
         "--num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16",
     ),

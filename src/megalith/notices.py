@@ -91,6 +91,9 @@ def idle(run: Run) -> Iterator[tuple[str, str]]:
             yield name, "only --fp16 without --loss-scale has a loss scale that moves"
     if optimizer.lr_decay_style == "constant":
         yield "min_lr", "a constant rate does not fall"
+    if optimizer.lr_decay_style != "WSD":
+        for name in ("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"):
+            yield name, "only --lr-decay-style WSD falls at its end alone"
     if not optimizer.spike_threshold:
         yield "spike_window", "nothing is a spike without --spike-threshold"
     if run.monitor.tensorboard_dir is None and run.checkpoint.save is None:

@@ -6,8 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from megalith.optim.schedule import Schedule, learning_rate, make_schedule, resumed_schedule, schedule_to_json
-from megalith.optim.settings import OptimizerConfig
+from megalith.optim.schedule import (
+    WSD_STYLES,
+    Schedule,
+    learning_rate,
+    make_schedule,
+    resumed_schedule,
+    schedule_to_json,
+)
+from megalith.optim.settings import WSD_DECAY_STYLES, OptimizerConfig
 
 CONFIG = OptimizerConfig(lr=1.5e-4, min_lr=1e-5, lr_decay_style="cosine", lr_warmup_fraction=0.01)
 SCHEDULE = make_schedule(
@@ -53,6 +60,64 @@ def test_the_rate_rises_to_the_peak_and_falls_to_the_minimum(style: str) -> None
     assert rates[0] == 0 and rates[100] == 1.0 and rates[1000] == pytest.approx(0.1) and set(rates[1001:]) == {0.1}
     assert rates[:101] == sorted(rates[:101])
     assert rates[100:] == sorted(rates[100:], reverse=True)
+
+
+def test_wsd_rises_stays_and_falls_at_its_end_alone() -> None:
+    assert set(WSD_STYLES) == set(WSD_DECAY_STYLES)
+    halfway = {"exponential": 2 / 2**0.5 - 1, "linear": 0.5, "cosine": 0.5, "minus_sqrt": 1 - 0.5**0.5}
+    for style, share in halfway.items():
+        schedule = Schedule(1.0, 0.1, 100, 1000, "WSD", 200, style)
+        assert learning_rate(500, replace(schedule, max_lr=1e-2, min_lr=1e-3)) == 1e-2  # to the bit
+        rates = [learning_rate(n, schedule) for n in range(0, 1200)]
+        assert rates[:101] == [n / 100 for n in range(101)]
+        assert set(rates[100:801]) == {1.0} and rates[801] < 1.0
+        assert rates[900] == pytest.approx(0.1 + 0.9 * share) and rates[1000] == pytest.approx(0.1)
+        assert rates[100:] == sorted(rates[100:], reverse=True) and set(rates[1001:]) == {0.1}
+
+
+def test_the_inverse_root_falls_from_the_peak_to_the_minimum() -> None:
+    schedule = Schedule(1.0, 0.1, 4, 1000, "inverse-square-root")
+    rates = [learning_rate(n, schedule) for n in (0, 2, 4, 16, 64, 400, 900, 1001)]
+    assert rates == pytest.approx([0, 0.5, 1, 0.5, 0.25, 0.1, 0.1, 0.1])
+    assert learning_rate(0, replace(schedule, warmup=0)) == 1.0
+
+
+def test_the_end_of_wsd_is_counted_as_the_training_is() -> None:
+    config = replace(CONFIG, lr_decay_style="WSD", lr_wsd_decay_style="linear")
+    by_steps = make_schedule(
+        replace(config, lr_wsd_decay_iters=2), global_batch_size=64, train_iters=10, train_samples=None
+    )
+    assert by_steps == Schedule(1.5e-4, 1e-5, 6.4, 640, "WSD", 128, "linear")
+    by_samples = make_schedule(
+        replace(config, lr_wsd_decay_samples=100), global_batch_size=64, train_iters=None, train_samples=640
+    )
+    assert by_samples == replace(by_steps, wsd_decay=100)
+    for end in (None, 10):
+        with pytest.raises(ValueError, match="--lr-wsd-decay-iters"):
+            make_schedule(
+                replace(config, lr_wsd_decay_iters=end), global_batch_size=64, train_iters=10, train_samples=None
+            )
+
+
+def test_wsd_goes_on_with_its_own_end_and_branches_off_with_another() -> None:
+    stable = Schedule(1.5e-4, 1e-5, 0, 640, "WSD", 64, "linear")
+    saved = json.loads(json.dumps(schedule_to_json(stable)))
+    schedule, lines = resumed_schedule(stable, saved)
+    assert schedule == stable
+    assert lines[5:] == [
+        " > using checkpoint value 64 for iterations of the WSD decay",
+        " > using checkpoint value linear for WSD decay style",
+    ]
+    branch = replace(stable, decay=320, wsd_decay=128)
+    with pytest.raises(ValueError, match=r"iterations of the WSD decay is 2 steps .* and 1 steps .* in the checkpoint"):
+        resumed_schedule(branch, saved, step_samples=64)
+    assert resumed_schedule(branch, saved, override_lr_scheduler=True)[0] == branch
+    # From another style only that is told.
+    with pytest.raises(ValueError, match=r"^decay style is WSD") as caught:
+        resumed_schedule(stable, schedule_to_json(replace(stable, style="constant")))
+    assert "of the WSD" not in str(caught.value)
+    with pytest.raises(ValueError, match="wsd_decay=None"):
+        resumed_schedule(stable, {name: value for name, value in saved.items() if name != "wsd_decay"})
 
 
 def test_equal_settings_resume_through_json() -> None:

@@ -1,25 +1,36 @@
 """The learning rate, counted in samples.
 
 The rate is a pure function of the number of samples that successful steps have consumed, so that one integer in the
-checkpoint restores it. The rules are Megatron-LM's, among them that a warm-up makes the very first step run at rate 0.
+checkpoint restores it. The rules are Megatron-LM's, among them that a warm-up makes the very first step run at rate 0;
+those of the styles inverse-square-root and WSD are of its later versions.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megalith.optim.settings import OptimizerConfig
+from megalith.optim.settings import LR_DECAY_STYLES, OptimizerConfig
 
-STYLES = ("constant", "linear", "cosine")
-# The settings that a checkpoint fixes, with the names that Megatron-LM prints for them, in its order.
+LATER_STYLES = ("inverse-square-root", "WSD")  # which Megatron-LM of 2021 does not have
+# How WSD falls: the share of the peak that is left above the minimum, by the share of its end that is over.
+WSD_STYLES: dict[str, Callable[[float], float]] = {
+    "exponential": lambda ratio: 2.0 * 0.5**ratio - 1.0,
+    "linear": lambda ratio: 1.0 - ratio,
+    "cosine": lambda ratio: 0.5 * (math.cos(math.pi * ratio) + 1.0),
+    "minus_sqrt": lambda ratio: 1.0 - math.sqrt(ratio),
+}
+# The settings that a checkpoint fixes, with the names that Megatron-LM prints for them, in its order; then WSD's.
 SPOKEN_NAMES = {
     "max_lr": "learning rate",
     "min_lr": "minimum learning rate",
     "warmup": "warmup iterations",
     "decay": "total number of iterations",
     "style": "decay style",
+    "wsd_decay": "iterations of the WSD decay",
+    "wsd_style": "WSD decay style",
 }
+OF_WSD = ("wsd_decay", "wsd_style")
 # The flags that set them, to say where a difference can be removed.
 FLAGS = {
     "max_lr": "--lr",
@@ -27,15 +38,17 @@ FLAGS = {
     "warmup": "--lr-warmup-fraction, --lr-warmup-iters or --lr-warmup-samples",
     "decay": "--lr-decay-iters or --lr-decay-samples; without them the length of the run",
     "style": "--lr-decay-style",
+    "wsd_decay": "--lr-wsd-decay-iters or --lr-wsd-decay-samples",
+    "wsd_style": "--lr-wsd-decay-style",
 }
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The five settings of a learning-rate schedule.
+    """The settings of a learning-rate schedule: five, and two of the style WSD.
 
-    Raises ValueError if the style is unknown, the lengths are not 0 <= warmup < decay, or the rates not
-    0 <= min_lr <= max_lr.
+    Raises ValueError if a style is unknown, the lengths are not 0 <= warmup < decay and, with WSD, 0 < wsd_decay <=
+    decay - warmup, or the rates not 0 <= min_lr <= max_lr.
     """
 
     max_lr: float
@@ -43,10 +56,14 @@ class Schedule:
     warmup: float  # samples; a fraction of the decay length need not be a whole number
     decay: int  # samples, counted from the start of the training
     style: str
+    wsd_decay: int = 0  # samples, the last of the decay length, in which WSD falls
+    wsd_style: str = "exponential"
 
     def __post_init__(self) -> None:
-        if self.style not in STYLES:
-            raise ValueError(f"style={self.style!r} must be one of {', '.join(STYLES)}: change {FLAGS['style']}")
+        if self.style not in LR_DECAY_STYLES:
+            raise ValueError(
+                f"style={self.style!r} must be one of {', '.join(LR_DECAY_STYLES)}: change {FLAGS['style']}"
+            )
         if not 0 <= self.min_lr <= self.max_lr < math.inf:
             raise ValueError(
                 f"min_lr={self.min_lr} must be at least 0 and at most max_lr={self.max_lr}: "
@@ -59,6 +76,16 @@ class Schedule:
                 f"warmup={self.warmup} samples must be at least 0 and below decay={self.decay}: "
                 f"change {FLAGS['warmup']}"
             )
+        if self.style == "WSD":
+            if self.wsd_style not in WSD_STYLES:
+                raise ValueError(
+                    f"wsd_style={self.wsd_style!r} must be one of {', '.join(WSD_STYLES)}: change {FLAGS['wsd_style']}"
+                )
+            if not 0 < self.wsd_decay <= self.decay - self.warmup:
+                raise ValueError(
+                    f"wsd_decay={self.wsd_decay} samples must be greater than 0 and fit between warmup={self.warmup} "
+                    f"and decay={self.decay}: change {FLAGS['wsd_decay']}"
+                )
 
 
 def make_schedule(
@@ -71,9 +98,11 @@ def make_schedule(
     if train_iters:
         decay = (config.lr_decay_iters or train_iters) * global_batch_size
         warmup: float = config.lr_warmup_iters * global_batch_size
+        wsd_decay = (config.lr_wsd_decay_iters or 0) * global_batch_size
     elif train_samples:
         decay = config.lr_decay_samples or train_samples
         warmup = config.lr_warmup_samples
+        wsd_decay = config.lr_wsd_decay_samples or 0
     else:
         raise ValueError(
             f"train_iters={train_iters} and train_samples={train_samples}: one must be given and above 0. "
@@ -83,25 +112,45 @@ def make_schedule(
         warmup = config.lr_warmup_fraction * decay
     if config.lr is None:
         raise ValueError("lr=None: the peak learning rate must be given. Use --lr")
-    return Schedule(config.lr, config.min_lr, warmup, decay, config.lr_decay_style)
+    if config.lr_decay_style != "WSD":
+        return Schedule(config.lr, config.min_lr, warmup, decay, config.lr_decay_style)
+    return Schedule(config.lr, config.min_lr, warmup, decay, "WSD", wsd_decay, config.lr_wsd_decay_style)
 
 
 def learning_rate(num_samples: int, schedule: Schedule) -> float:
-    """The rate of the step that follows num_samples samples of successful steps (skipped ones do not count)."""
+    """The rate of the step that follows num_samples samples of successful steps (skipped ones do not count).
+
+    inverse-square-root: the peak times the root of warmup over num_samples, at least the minimum (Vaswani et al. 2017,
+    section 5.3). WSD: warm-up, a stable rate, a decay at the end (Hu et al. 2024, arXiv:2404.06395).
+    """
     if schedule.warmup > 0 and num_samples <= schedule.warmup:
         return schedule.max_lr * num_samples / schedule.warmup
     if schedule.style == "constant":
         return schedule.max_lr
     if num_samples > schedule.decay:
         return schedule.min_lr
-    ratio = (num_samples - schedule.warmup) / (schedule.decay - schedule.warmup)
-    share = 1.0 - ratio if schedule.style == "linear" else 0.5 * (math.cos(math.pi * ratio) + 1.0)
+    if schedule.style == "inverse-square-root":
+        rate = schedule.max_lr * math.sqrt(max(schedule.warmup, 1.0) / max(num_samples, 1))
+        return max(schedule.min_lr, rate)
+    if schedule.style == "WSD":
+        begun = num_samples - (schedule.decay - schedule.wsd_decay)
+        if begun <= 0:
+            return schedule.max_lr
+        share = WSD_STYLES[schedule.wsd_style](begun / schedule.wsd_decay)
+    else:
+        ratio = (num_samples - schedule.warmup) / (schedule.decay - schedule.warmup)
+        share = 1.0 - ratio if schedule.style == "linear" else 0.5 * (math.cos(math.pi * ratio) + 1.0)
     return schedule.min_lr + share * (schedule.max_lr - schedule.min_lr)
 
 
 def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
-    """The five settings as a checkpoint keeps them."""
-    return {name: getattr(schedule, name) for name in SPOKEN_NAMES}
+    """The settings as a checkpoint keeps them, those of WSD only with it."""
+    return {name: getattr(schedule, name) for name in _names_of(schedule.style)}
+
+
+def _names_of(style: object) -> list[str]:
+    """The settings of a schedule of this style."""
+    return [name for name in SPOKEN_NAMES if style == "WSD" or name not in OF_WSD]
 
 
 def resumed_schedule(
@@ -115,7 +164,7 @@ def resumed_schedule(
 ) -> tuple[Schedule, list[str]]:
     """The schedule to go on with, and a line to print for each of its settings.
 
-    wanted: of the command line. saved: `schedule_to_json` of the checkpoint. Without a switch all five must be equal;
+    wanted: of the command line. saved: `schedule_to_json` of the checkpoint. Without a switch all must be equal;
     with override_lr_scheduler the command line wins, with use_checkpoint_lr_scheduler the checkpoint. length_flag: by
     which the length was given; step_samples: samples of a step where it was given in steps, to tell both in these.
 
@@ -134,7 +183,7 @@ def resumed_schedule(
         f"{SPOKEN_NAMES[name]} is {_told(name, given[name], step_samples)} on the command line ({flags[name]}) "
         f"and {_told(name, kept_values[name], step_samples)} in the checkpoint"
         for name in SPOKEN_NAMES
-        if given[name] != kept_values[name]
+        if name in given and name in kept_values and given[name] != kept_values[name]
     ]
     if differences and not use_checkpoint_lr_scheduler:
         raise ValueError(
@@ -146,7 +195,7 @@ def resumed_schedule(
 
 def _told(name: str, value: object, step_samples: int | None) -> str:
     """A setting for people: lengths, which are kept in samples, in steps too where they are whole ones."""
-    if name not in ("warmup", "decay") or not isinstance(value, int | float):
+    if name not in ("warmup", "decay", "wsd_decay") or not isinstance(value, int | float):
         return str(value)
     if step_samples and value % step_samples == 0:
         return f"{value // step_samples:g} steps ({value:g} samples)"
@@ -161,12 +210,17 @@ def length_flag(config: OptimizerConfig, *, train_iters: int | None) -> str:
 
 
 def _schedule_from_json(saved: Mapping[str, Any]) -> Schedule:
-    for name in SPOKEN_NAMES:
-        kinds: tuple[type, ...] = (str,) if name == "style" else (int,) if name == "decay" else (int, float)
+    names = _names_of(saved.get("style"))
+    for name in names:
+        kinds: tuple[type, ...] = (int, float)
+        if name in ("style", "wsd_style"):
+            kinds = (str,)
+        elif name in ("decay", "wsd_decay"):
+            kinds = (int,)
         value = saved.get(name)
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise ValueError(
                 f"the checkpoint's learning-rate setting {name}={value!r} must be "
                 f"{' or '.join(k.__name__ for k in kinds)}: use --override-lr-scheduler to take the command line's"
             )
-    return Schedule(**{name: saved[name] for name in SPOKEN_NAMES})
+    return Schedule(**{name: saved[name] for name in names})

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from megalith.fields import setting
 
+LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
+WSD_DECAY_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -15,13 +18,28 @@ class OptimizerConfig:
     )
     lr: float | None = setting(None, "peak learning rate", section="learning rate")
     lr_decay_style: str = setting(
-        "linear", "constant, linear or cosine", section="learning rate", choices=("constant", "linear", "cosine")
+        "linear",
+        "constant, linear, cosine, inverse-square-root, or WSD, which is constant but for its end",
+        section="learning rate",
+        choices=LR_DECAY_STYLES,
     )
     lr_decay_iters: int | None = setting(
         None, "decay length in iterations", section="learning rate", usual="the whole training", unit="steps"
     )
     lr_decay_samples: int | None = setting(
         None, "decay length in samples", section="learning rate", usual="the whole training", unit="sequences"
+    )
+    lr_wsd_decay_style: str = setting(
+        "exponential",
+        "how WSD falls at its end: exponential, linear, cosine or minus_sqrt",
+        section="learning rate",
+        choices=WSD_DECAY_STYLES,
+    )
+    lr_wsd_decay_iters: int | None = setting(
+        None, "length of the end in which WSD falls, in iterations", section="learning rate", unit="steps"
+    )
+    lr_wsd_decay_samples: int | None = setting(
+        None, "length of the end in which WSD falls, in samples", section="learning rate", unit="sequences"
     )
     lr_warmup_fraction: float | None = setting(
         None, "warm-up as a fraction of the decay length", section="learning rate", unit="of the decay length"
