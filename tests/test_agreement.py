@@ -103,11 +103,20 @@ def other_data(folder: Path, change: int) -> Path:
     return prefix
 
 
-def test_a_rank_with_other_data_is_named_and_none_starts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["train", "valid"])
+def test_a_rank_with_other_data_is_named_and_none_starts(part: str, tmp_path: Path) -> None:
     here, there = other_data(tmp_path / "a", 0), other_data(tmp_path / "b", 1)
-    statuses, said = command_on_ranks(tmp_path, lambda rank: words_of(tmp_path, there if rank else here), 2)
+
+    def words(rank: int) -> list[str]:
+        own = there if rank else here
+        if part == "train":
+            return words_of(tmp_path, own)
+        return [*words_of(tmp_path, here), "--valid-data-path", str(own)]
+
+    statuses, said = command_on_ranks(tmp_path, words, 2)
     assert statuses == [NOT_STARTED] * 2
-    assert said[0].startswith("megalith: data set 1 = idx_sha256 ") and said[1] == ""
+    number = 1 if part == "train" else 2
+    assert said[0].startswith(f"megalith: data set {number} = idx_sha256 ") and said[1] == ""
     assert f" on rank 0 (host {HOST}) and idx_sha256 " in said[0] and f" on rank 1 (host {HOST}): " in said[0]
     assert said[0].endswith("all ranks must read the same data. Copy it to every node anew, or share it.\n")
 

@@ -46,6 +46,7 @@ LEVELS = [
         "datasets",
         "sentence_datasets",
         "corpora",
+        "data_sets",
         "task",
         "task_rows",
         "tasks",

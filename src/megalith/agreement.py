@@ -24,7 +24,7 @@ from megalith.terminal import say
 MAY_DIFFER = (
     "local_rank nproc max_restarts stop_grace join_timeout num_workers data_impl mmap_warmup data_cache_path "
     "tensorboard_dir profile_dir log_format "
-    "save data_path titles_data_path vocab_file merge_file tokenizer_model train_data"
+    "save data_path valid_data_path test_data_path titles_data_path vocab_file merge_file tokenizer_model train_data"
 ).split()
 ABSENT = "not given"
 MOST_DIFFERENCES = 5  # that are named

@@ -103,7 +103,15 @@ def made_for_measuring(run: Run, *, steps: int) -> Run:
     return dataclasses.replace(
         run,
         model=dataclasses.replace(model, max_position_embeddings=model.max_position_embeddings or places),
-        data=dataclasses.replace(run.data, mock_data=True, data_path=None, corpus=None, vocab_size=vocab_size),
+        data=dataclasses.replace(
+            run.data,
+            mock_data=True,
+            data_path=None,
+            valid_data_path=None,
+            test_data_path=None,
+            corpus=None,
+            vocab_size=vocab_size,
+        ),
         optimizer=dataclasses.replace(
             optimizer,
             lr=LEARNING_RATE if optimizer.lr is None else optimizer.lr,

@@ -14,6 +14,7 @@ from megalith.checkpoint.settings import TRACKER
 from megalith.config import Fault, Run, fault, flag_of, known_settings
 from megalith.data.split import parse_split
 from megalith.data.tokenizer import KINDS
+from megalith.data_sets import OWN, is_blend, own_data_paths, split_of
 from megalith.derived import compute_dtype, global_batch_size, tokenizer_type
 from megalith.optim.batch_size import make_batch_sizes
 
@@ -316,12 +317,12 @@ def _data(run: Run) -> Iterator[Fault]:
         remedy = "Leave it out: the tokenizer says how many ids there are"
         yield fault("vocab_size", data.vocab_size, "is for --mock-data alone", remedy)
     if data.mock_data:
-        for name in ("data_path", "corpus"):
+        for name in ("data_path", "corpus", *OWN.values()):
             if getattr(data, name):
                 yield fault(name, getattr(data, name), "contradicts --mock-data", "Leave one out")
         return
     if data.corpus is not None:
-        for name in ("data_path", "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type"):
+        for name in ("data_path", *OWN.values(), "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type"):
             if getattr(data, name):
                 yield fault(name, getattr(data, name), "contradicts --corpus, which brings its own", "Leave one out")
         if run.checkpoint.save is None:
@@ -332,19 +333,27 @@ def _data(run: Run) -> Iterator[Fault]:
     elif not data.data_path:
         given = "FOLDER, or --corpus shapes" if run.task == "vit" else "PREFIX, or --corpus python"
         yield fault("data_path", None, "is required and was not given", f"Add --data-path {given}")
-    elif run.task != "vit" and len(data.data_path) > 1 and len(data.data_path) % 2:
-        yield fault(
-            "data_path",
-            " ".join(data.data_path),
-            f"has {len(data.data_path)} words",
-            "Give one prefix, or WEIGHT PREFIX WEIGHT PREFIX ...",
-        )
     if run.task != "vit":
+        for name in ("data_path", *OWN.values()):
+            if (words := getattr(data, name)) and not is_blend(words):
+                remedy = "Give one prefix, or WEIGHT PREFIX WEIGHT PREFIX ..."
+                yield fault(name, " ".join(words), f"has {len(words)} words", remedy)
         try:
             parse_split(data.split)
         except ValueError as error:
             yield fault("split", data.split, str(error), "Give shares such as 969,30,1")
+        else:
+            yield from _split_beside_own(run)
         yield from _tokenizer(run)
+
+
+def _split_beside_own(run: Run) -> Iterator[Fault]:
+    try:
+        parse_split(split_of(run))
+    except ValueError:
+        others = " and ".join(flag_of(OWN[part]) for part in own_data_paths(run))
+        rule = f"leaves nothing of --data-path for training beside {others}"
+        yield fault("split", run.data.split, rule, "Give the first share more")
 
 
 def _tokenizer(run: Run) -> Iterator[Fault]:

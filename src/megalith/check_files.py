@@ -6,28 +6,29 @@ from pathlib import Path
 from megalith.config import Fault, Run, fault, flag_of
 from megalith.data.blend import parse_data_path
 from megalith.data.indexed import find_prefix
+from megalith.data_sets import data_sets, is_blend
 
 # Tasks whose data path names token files.
 READ_TOKENS = ("gpt", "bert", "t5", "ict")
 
 
 def file_faults(run: Run) -> Iterator[Fault]:
-    """A fault for each prefix of the data path without its .bin and .idx, and one for a path that is no blend."""
-    data = run.data
-    if run.task not in READ_TOKENS or data.mock_data or data.corpus is not None or not data.data_path:
+    """A fault for each prefix of a data path without its .bin and .idx, and one for a path that is no blend."""
+    if run.task not in READ_TOKENS or run.data.mock_data or run.data.corpus is not None:
         return
-    if len(data.data_path) > 1 and len(data.data_path) % 2:
-        return  # a fault of check.py
-    try:
-        prefixes, _ = parse_data_path(data.data_path)
-    except ValueError as error:
-        yield fault("data_path", " ".join(data.data_path), str(error), "Give WEIGHT PREFIX WEIGHT PREFIX ...")
-        return
-    for prefix in prefixes:
+    for sets in data_sets(run):
+        if not is_blend(sets.data_path):
+            continue  # a fault of check.py, or not given
         try:
-            find_prefix(prefix)
+            prefixes, _ = parse_data_path(sets.data_path)
         except ValueError as error:
-            yield fault("data_path", None, str(error), "Name what megalith preprocess wrote")
+            yield fault(sets.setting, " ".join(sets.data_path), str(error), "Give WEIGHT PREFIX WEIGHT PREFIX ...")
+            continue
+        for prefix in prefixes:
+            try:
+                find_prefix(prefix)
+            except ValueError as error:
+                yield fault(sets.setting, None, str(error), "Name what megalith preprocess wrote")
 
 
 def named_file_faults(run: Run) -> Iterator[Fault]:

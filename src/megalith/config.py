@@ -244,8 +244,11 @@ RIVALS = (
 # number of ids, and to recompute all is more than to recompute the attention core.
 DISPLACED: dict[str | tuple[str, object], tuple[str, ...]] = {
     "data_path": ("vocab_size",),
-    "corpus": ("vocab_size", "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type", "titles_data_path"),
-    "mock_data": ("titles_data_path",),
+    "corpus": (
+        *("vocab_size", "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type"),
+        *("titles_data_path", "valid_data_path", "test_data_path"),
+    ),
+    "mock_data": ("titles_data_path", "valid_data_path", "test_data_path"),
     "checkpoint_activations": ("recompute_granularity",),
     ("recompute_granularity", "selective"): ("checkpoint_activations",),
 }

@@ -15,6 +15,7 @@ from megalith.data.indexed import find_prefix
 from megalith.data.inspect import inspect
 from megalith.data.record import same_file
 from megalith.data.tokenizer import Tokenizer
+from megalith.data_sets import data_sets, split_of
 from megalith.derived import dataloader_type
 from megalith.fields import describe
 from megalith.monitor.events import Warned
@@ -53,7 +54,7 @@ def verify_data(run: Run, vocab_size: int, log: RunLog) -> None:
     ranks = Ranks()
 
     def share() -> list[Any]:
-        prefixes, _ = parse_data_path(run.data.data_path or ())
+        prefixes = [prefix for sets in data_sets(run) for prefix in parse_data_path(sets.data_path)[0]]
         own = [inspect(find_prefix(prefix), vocab_size=vocab_size) for prefix in prefixes[ranks.rank :: ranks.size]]
         faults = [fault for found in own for fault in found.faults]
         if faults:
@@ -77,6 +78,8 @@ def decisive(run: Run, *, contrasted: int | None) -> dict[str, Any]:
     known = known_settings()
     concerned = (name for name in DECIDE_SAMPLES if known[name].concerns(run.task))
     values = {name: getattr(getattr(run, known[name].part), name) for name in concerned}
+    if "split" in values:
+        values["split"] = split_of(run)
     compared = {} if contrasted is None else {CONTRASTED: contrasted}
     return {**values, "dataloader_type": dataloader_type(run), **compared}
 
@@ -116,6 +119,8 @@ def _other_samples(data: list[dict[str, Any]], samples: Mapping[str, Any], state
 def _data_differences(data: list[dict[str, Any]], saved: object) -> list[str]:
     if not isinstance(saved, list) or not all(isinstance(entry, dict) for entry in saved):
         return []
+    # What a part has of its own is not trained on; another one is told as a setting that differs.
+    saved, data = ([entry for entry in entries if "part" not in entry] for entries in (saved, data))
     if len(saved) != len(data):
         return [f"it was trained on {len(saved)} data sets and this run has {len(data)}"]
     differences = []

@@ -17,6 +17,7 @@ from megalith.data.record import check_tokenizer, identify, read_record
 from megalith.data.split import PARTS, parse_split, split_documents
 from megalith.data.survey import Survey
 from megalith.data.tokenizer import Tokenizer, load_tokenizer
+from megalith.data_sets import DataSets, data_sets
 from megalith.derived import sequence_length, tokenizer_type
 from megalith.monitor.events import (
     BlendBuilt,
@@ -58,27 +59,32 @@ def open_tokenizer(run: Run) -> Tokenizer:
 
 
 def identify_token_files(run: Run, tokenizer: Tokenizer, *, vocab_size: int, report: Report) -> list[dict[str, Any]]:
-    """What tells each token file from others, and its weight; held against what preprocessing recorded of it.
+    """What tells each token file from others, its weight, and the part that it alone serves, if it does; held against
+    what preprocessing recorded of it.
 
     vocab_size: ids that the model has. Raises ValueError naming the file for one that is missing, was changed, has
     tokens that the model lacks, or was made with another tokenizer (a warning with --allow-changed-data).
     """
 
-    def identify_all(survey: Survey) -> list[dict[str, Any]]:
-        identities = []
-        for given, weight in zip(*parse_data_path(run.data.data_path or ()), strict=True):
-            prefix = find_prefix(given)
-            record = read_record(prefix)
-            identities.append({**identify(prefix, record, vocab_size=vocab_size, survey=survey), "weight": weight})
-            if record is None:
-                continue
+    def identify_one(sets: DataSets, given: str, weight: float, survey: Survey) -> dict[str, Any]:
+        prefix = find_prefix(given)
+        record = read_record(prefix)
+        identity = {**identify(prefix, record, vocab_size=vocab_size, survey=survey), "weight": weight}
+        if record is not None:
             try:
                 check_tokenizer(prefix, record, tokenizer.digests)
             except ValueError as error:
                 if not run.checkpoint.allow_changed_data:
                     raise ValueError(f"{error}; or give --allow-changed-data if both give the same tokens") from error
                 report(Warned(f"--allow-changed-data: {error}"))
-        return identities
+        return identity if sets.own is None else {**identity, "part": sets.own}
+
+    def identify_all(survey: Survey) -> list[dict[str, Any]]:
+        return [
+            identify_one(sets, given, weight, survey)
+            for sets in data_sets(run)
+            for given, weight in zip(*parse_data_path(sets.data_path), strict=True)
+        ]
 
     return in_turns(identify_all)
 
@@ -93,7 +99,9 @@ def identify_training_files(run: Run, tokenizer: Tokenizer, *, vocab_size: int, 
     return in_turns(identify_all)
 
 
-def open_corpus(prefix: str, run: Run, survey: Survey, report: Report, *, sentences: bool = False) -> Corpus:
+def open_corpus(
+    prefix: str, run: Run, survey: Survey, report: Report, *, split: str, sentences: bool = False
+) -> Corpus:
     """Open a token file and split its documents. sentences: a document has an item for each; else it is an item."""
     started = time.perf_counter()
     indexed = open_indexed(prefix, run.data.data_impl, merged=not sentences, survey=survey)
@@ -109,7 +117,7 @@ def open_corpus(prefix: str, run: Run, survey: Survey, report: Report, *, senten
             indexed.num_documents if sentences else indexed.num_items, seconds, run.data.mmap_warmup, num_sentences
         )
     )
-    parts = split_documents(run.data.split, indexed.num_documents if sentences else indexed.num_items)
+    parts = split_documents(split, indexed.num_documents if sentences else indexed.num_items)
     index = indexed.document_index
     report(
         CorpusSplit(
@@ -147,38 +155,62 @@ def build_causal_parts(
 def _causal_parts(
     run: Run, tokenizer: Tokenizer, vocab_size: int, targets: Mapping[str, int], report: Report, survey: Survey
 ) -> dict[str, CausalBatches]:
-    prefixes, weights = parse_data_path(run.data.data_path or ())
-    corpora = [open_corpus(prefix, run, survey, report) for prefix in prefixes]
-    batches: dict[str, CausalBatches] = {}
-    for name in PARTS:
-        wanted = samples_wanted(run, corpora, weights, name, targets[name], report)
-        rows = [
-            _rows(corpus, name, num_samples, run, vocab_size, survey, report)
-            if corpus.parts[name] and num_samples
-            else None
-            for corpus, num_samples in zip(corpora, wanted, strict=True)
+    def rows_of(corpus: Corpus, name: str, num_samples: int, sets: DataSets) -> CausalDataset:
+        return _rows(corpus, name, num_samples, sets, run, vocab_size, survey, report)
+
+    parts = build_parts(run, targets, survey, report, rows_of)
+    return {
+        name: CausalBatches(
+            rows,
+            eod=_eod(run, tokenizer),
+            reset_position_ids=run.data.reset_position_ids,
+            reset_attention_mask=run.data.reset_attention_mask,
+            eod_mask_loss=run.data.eod_mask_loss,
+        )
+        for name, rows in parts.items()
+    }
+
+
+def build_parts(
+    run: Run,
+    targets: Mapping[str, int],
+    survey: Survey,
+    report: Report,
+    rows_of: Callable[[Corpus, str, int, DataSets], SampleRows],
+    *,
+    sentences: bool = False,
+) -> dict[str, SampleRows]:
+    """The samples of every part that is asked for some and has documents, blended.
+
+    rows_of: the samples of a corpus for a part, so many, of the data sets that it is one of.
+    """
+    parts: dict[str, SampleRows] = {}
+    for sets in data_sets(run):
+        prefixes, weights = parse_data_path(sets.data_path)
+        corpora = [
+            open_corpus(prefix, run, survey, report, split=sets.split, sentences=sentences) for prefix in prefixes
         ]
-        if any(row is not None for row in rows):
-            batches[name] = CausalBatches(
-                blend_rows(rows, weights, corpora, run, survey, report),
-                eod=_eod(run, tokenizer),
-                reset_position_ids=run.data.reset_position_ids,
-                reset_attention_mask=run.data.reset_attention_mask,
-                eod_mask_loss=run.data.eod_mask_loss,
-            )
-        elif targets[name]:
-            no_documents(name, run, report)
-    return batches
+        for name in sets.makes(run):
+            wanted = samples_wanted(sets, corpora, weights, name, targets[name], report)
+            rows = [
+                rows_of(corpus, name, num_samples, sets) if corpus.parts[name] and num_samples else None
+                for corpus, num_samples in zip(corpora, wanted, strict=True)
+            ]
+            if any(row is not None for row in rows):
+                parts[name] = blend_rows(rows, weights, corpora, run, survey, report)
+            elif targets[name]:
+                no_documents(name, sets, report)
+    return parts
 
 
 def samples_wanted(
-    run: Run, corpora: Sequence[Corpus], weights: Sequence[float], name: str, target: int, report: Report
+    sets: DataSets, corpora: Sequence[Corpus], weights: Sequence[float], name: str, target: int, report: Report
 ) -> list[int]:
     """How many samples of a part each data set is asked for; one without documents leaves its share to the others.
 
     Where a weight is given it is a blend, even of one (spec 5.5).
     """
-    if len(run.data.data_path or ()) == 1:
+    if len(sets.data_path) == 1:
         return [target]
     has_some = [bool(corpus.parts[name]) for corpus in corpora]
     shares = [weight if has else 0.0 for weight, has in zip(weights, has_some, strict=True)]
@@ -191,12 +223,14 @@ def samples_wanted(
     return samples_of_each(shares if all(has_some) else normalize(shares), target)
 
 
-def no_documents(name: str, run: Run, report: Report) -> None:
-    """Refuse a training without documents, and warn of another part that was to have some."""
+def no_documents(name: str, sets: DataSets, report: Report) -> None:
+    """Refuse a training without documents, and a part's own data sets; warn of another part that was to have some."""
     if name == "train":
-        raise ValueError(f"--split = {run.data.split}: leaves no document for training. Give the first share more.")
-    if parse_split(run.data.split)[PARTS.index(name)] > 0:
-        text = f"--split = {run.data.split}: the share for {SPOKEN[name]} is less than one document: there is none"
+        raise ValueError(f"{sets.said}: leaves no document for training. Give the first share more.")
+    if sets.own is not None:
+        raise ValueError(f"{sets.said} {' '.join(sets.data_path)}: holds no document. Name data sets that do.")
+    if parse_split(sets.split)[PARTS.index(name)] > 0:
+        text = f"{sets.said}: the share for {SPOKEN[name]} is less than one document: there is none"
         report(Warned(f"{text}. Give it more, or make more documents of the text."))
 
 
@@ -205,14 +239,14 @@ def _eod(run: Run, tokenizer: Tokenizer) -> int | None:
     return tokenizer.eod if needed else None
 
 
-def _check_amount(corpus: Corpus, name: str, num_samples: int, run: Run, survey: Survey) -> None:
+def _check_amount(corpus: Corpus, name: str, num_samples: int, sets: DataSets, run: Run, survey: Survey) -> None:
     """Raise ValueError if a part has no token, or would be read too often; nothing is built yet."""
     part, prefix = corpus.parts[name], corpus.indexed.prefix
     num_tokens = tokens_of(prefix, part, corpus.indexed.lengths, survey)
     if not num_tokens:
         raise ValueError(
-            f"{prefix}: the {len(part)} documents that --split = {run.data.split} leaves for {SPOKEN[name]} hold no "
-            "token. Change the split, or prepare the text anew."
+            f"{prefix}: the {len(part)} documents that {sets.said} leaves for {SPOKEN[name]} hold no token. "
+            f"{'Change the split, or prepare' if sets.own is None else 'Prepare'} the text anew."
         )
     plan = plan_epochs(num_tokens, num_samples=num_samples, sequence_length=sequence_length(run))
     if plan.epochs > run.data.max_epochs:
@@ -223,9 +257,16 @@ def _check_amount(corpus: Corpus, name: str, num_samples: int, run: Run, survey:
 
 
 def _rows(
-    corpus: Corpus, name: str, num_samples: int, run: Run, vocab_size: int, survey: Survey, report: Report
+    corpus: Corpus,
+    name: str,
+    num_samples: int,
+    sets: DataSets,
+    run: Run,
+    vocab_size: int,
+    survey: Survey,
+    report: Report,
 ) -> CausalDataset:
-    _check_amount(corpus, name, num_samples, run, survey)
+    _check_amount(corpus, name, num_samples, sets, run, survey)
     maps, made = load_or_build_index_maps(
         corpus.indexed.prefix,
         name,

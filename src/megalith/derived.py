@@ -198,6 +198,8 @@ OURS = (
     "fp8_format",
     "compile",
     "activation_memory_budget",
+    "valid_data_path",
+    "test_data_path",
     "lr_wsd_decay_style",
     "lr_wsd_decay_iters",
     "lr_wsd_decay_samples",

@@ -64,6 +64,7 @@ _NAMES: dict[str, str] = {
     "tensorboard_dir": "logging_dir log_dir logdir",
     "eval_interval": "eval_steps eval_every eval_freq val_interval val_check_interval",
     "eval_iters": "eval_batches limit_val_batches val_steps",
+    "valid_data_path": "val_data_path validation_data_path val_data eval_data val_file validation_file eval_dataset",
     "device": "accelerator cuda gpu no_cuda use_cpu cpu",
     "tensor_model_parallel_size": "tp tp_size tensor_parallel tensor_parallel_size tensor_parallel_degree",
     "pipeline_model_parallel_size": "pp pp_size pipeline_parallel pipeline_parallel_size pipeline_parallel_degree",

@@ -80,8 +80,8 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     ("use --optimizer-state-dtype", "--exp-avg-dtype --exp-avg-sq-dtype --use-precision-aware-optimizer"),
     ("leave it out: weights and gradients are fp32", "--main-grads-dtype --main-params-dtype --grad-reduce-in-bf16"),
     (
-        "use --data-path with --split",
-        "--train-data-path --valid-data-path --test-data-path --per-split-data-args-path --data-args-path",
+        "use --data-path, --valid-data-path and --test-data-path",
+        "--per-split-data-args-path --data-args-path",
     ),
     (
         "leave it out: rank 0 makes the index maps, all map them, and no mask is sent",

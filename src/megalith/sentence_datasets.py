@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalith.config import Run
-from megalith.data.blend import parse_data_path
 from megalith.data.causal import SampleRows
 from megalith.data.index_cache import digest_of_lengths, load_or_build_sentence_map
 from megalith.data.indexed import IndexedDataset, idx_path
@@ -20,9 +19,9 @@ from megalith.data.sentence_maps import (
     document_use,
 )
 from megalith.data.sentence_rows import SentenceRows
-from megalith.data.split import PARTS
 from megalith.data.survey import Survey
-from megalith.datasets import SPOKEN, Corpus, Report, blend_rows, no_documents, open_corpus, samples_wanted
+from megalith.data_sets import DataSets
+from megalith.datasets import SPOKEN, Corpus, Report, build_parts
 from megalith.monitor.events import SentenceMapLoaded, Warned
 from megalith.turns import in_turns
 
@@ -50,22 +49,10 @@ def build_sentence_rows(
     plan = SentencePlan(longest, least, run.data.short_seq_prob, run.train.seed)
 
     def build(survey: Survey) -> dict[str, SampleRows]:
-        prefixes, weights = parse_data_path(run.data.data_path or ())
-        corpora = [open_corpus(prefix, run, survey, report, sentences=True) for prefix in prefixes]
-        parts: dict[str, SampleRows] = {}
-        for name in PARTS:
-            wanted = samples_wanted(run, corpora, weights, name, targets[name], report)
-            rows = [
-                make_rows(_sentences(corpus, name, num_samples, plan, run, vocab_size, survey, report))
-                if corpus.parts[name] and num_samples
-                else None
-                for corpus, num_samples in zip(corpora, wanted, strict=True)
-            ]
-            if any(row is not None for row in rows):
-                parts[name] = blend_rows(rows, weights, corpora, run, survey, report)
-            elif targets[name]:
-                no_documents(name, run, report)
-        return parts
+        def rows_of(corpus: Corpus, name: str, num_samples: int, sets: DataSets) -> SampleRows:
+            return make_rows(_sentences(corpus, name, num_samples, plan, run, vocab_size, survey, report))
+
+        return build_parts(run, targets, survey, report, rows_of, sentences=True)
 
     return in_turns(build, moved=moved)
 

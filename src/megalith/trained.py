@@ -1,5 +1,6 @@
 """A trained model from its run directory, and what can be asked of it: text, and the loss of other text."""
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from megalith.data.input_files import find_sources
 from megalith.data.record import check_prepared
 from megalith.data.split import split_documents
 from megalith.data.tokenizer import Tokenizer, load_saved_tokenizer
+from megalith.data_sets import data_sets
 from megalith.derived import compute_dtype, sequence_length
 from megalith.evaluate.generate import Sampling, tokens_held
 from megalith.evaluate.loss import StreamLoss, stream_loss
@@ -206,18 +208,20 @@ def split_tokens(trained: TrainedModel, split: str) -> Iterator[tuple[str, float
     run = trained.run
     if run.data.corpus is None and not run.data.data_path:
         raise ValueError(f"--split = {split}: the run has no data of its own. Name files: --file FILE.")
-    data_path = (run.data.data_path or ()) if run.data.corpus is None else (str(corpus_prefix(run)),)
+    if run.data.corpus is not None:
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, data_path=(str(corpus_prefix(run)),)))
+    sets = next(sets for sets in data_sets(run) if split in sets.makes(run))
     has_documents = False
-    for prefix, weight in zip(*parse_data_path(data_path), strict=True):
+    for prefix, weight in zip(*parse_data_path(sets.data_path), strict=True):
         if not weight:
             continue
         indexed = open_indexed(prefix, run.data.data_impl, merged=True)
         check_prepared(indexed.prefix, trained.tokenizer.digests)
-        if documents := split_documents(run.data.split, indexed.num_items)[split]:
+        if documents := split_documents(sets.split, indexed.num_items)[split]:
             has_documents = True
             yield prefix, weight, np.concatenate([indexed.read(item) for item in documents]).astype(np.int64)
     if not has_documents:
-        raise ValueError(f"--split = {split}: has no documents in this run (--split {run.data.split}).")
+        raise ValueError(f"--split = {split}: has no documents in this run ({sets.said}).")
 
 
 def _prefix_of(name: str) -> Path | None:

@@ -53,7 +53,7 @@ def parse_data_path(data_path: Sequence[str]) -> tuple[list[str], list[float]]:
         try:
             weights.append(float(text))
         except ValueError as error:
-            raise ValueError(f"data_path: {text!r} stands where a weight must be: weight prefix ...") from error
+            raise ValueError(f"{text!r} stands where a weight must be: weight prefix ...") from error
     return prefixes, normalize(weights)
 
 

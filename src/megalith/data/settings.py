@@ -10,7 +10,27 @@ class DataConfig:
     """Where the data is and how samples are cut from it."""
 
     data_path: tuple[str, ...] | None = setting(
-        None, "one prefix, or weight prefix weight prefix ...", section="data and dataloader", repeat="*"
+        None,
+        "one prefix, or weight prefix weight prefix ...",
+        section="data and dataloader",
+        repeat="*",
+        also=("--train-data-path",),
+    )
+    valid_data_path: tuple[str, ...] | None = setting(
+        None,
+        "data sets of which all documents are for validation, given as --data-path is",
+        section="data and dataloader",
+        repeat="*",
+        usual="a share of --data-path, by --split",
+        task="gpt, bert, t5",
+    )
+    test_data_path: tuple[str, ...] | None = setting(
+        None,
+        "data sets of which all documents are for the test, given as --data-path is",
+        section="data and dataloader",
+        repeat="*",
+        usual="a share of --data-path, by --split",
+        task="gpt, bert, t5",
     )
     mock_data: bool = setting(
         False, "train on made-up tokens, for measuring; needs no files", section="data and dataloader", switch="on"

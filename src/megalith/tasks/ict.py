@@ -24,6 +24,7 @@ from megalith.data.marked import Marks
 from megalith.data.mock import MockRows
 from megalith.data.survey import Survey
 from megalith.data.tokenizer import Tokenizer
+from megalith.data_sets import data_sets
 from megalith.datasets import SPOKEN, Report, identify_token_files, no_documents, open_corpus
 from megalith.derived import sequence_length
 from megalith.launch import ranks_in
@@ -75,13 +76,14 @@ def _cloze_parts(
     run: Run, tokenizer: Tokenizer, vocab_size: int, targets: Mapping[str, int], report: Report, survey: Survey
 ) -> dict[str, ClozeBatches]:
     assert run.data.data_path is not None and run.data.titles_data_path is not None, "check_ict.py saw to it"
-    corpus = open_corpus(run.data.data_path[0], run, survey, report, sentences=True)
+    sets = next(data_sets(run))
+    corpus = open_corpus(run.data.data_path[0], run, survey, report, split=sets.split, sentences=True)
     sentences, documents = corpus.indexed, corpus.parts
     titles = open_indexed(run.data.titles_data_path, run.data.data_impl, survey=survey)
     lengths = title_lengths(titles, title_bounds(sentences, titles))
     for name, num_samples in targets.items():
         if num_samples and not documents[name]:
-            no_documents(name, run, report)
+            no_documents(name, sets, report)
     marks = Marks.of(tokenizer, sequence_length(run))
     return {
         name: ClozeBatches(
