@@ -141,7 +141,8 @@ class PrepareReport:
         if any(made.documents == 1 for made in self.sets):
             yield (
                 "all text is one document, and documents are what a split divides; for validation data prepare a "
-                "second file, or cut the text: into several JSON objects, or plain text with --text-documents paragraph"
+                "second file (pretrain takes it as --valid-data-path), or cut the text: into several JSON objects, or "
+                "plain text with --text-documents paragraph"
             )
 
 
