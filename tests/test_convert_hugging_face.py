@@ -48,6 +48,19 @@ KINDS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
     },
+    "llama, angles for long texts": {
+        "model_type": "llama",
+        **LLAMA,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1e9,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
 }
 TRAINED = {
     "gpt2": [],
@@ -210,7 +223,11 @@ def test_a_directory_of_links_as_the_hubs_cache_has_it_can_be_read(tmp_path: Pat
             "quantization_config is {'quant_method': 'fp8'}; None",
         ),
         ("llama", {"is_causal": False}, "config.json: is_causal is False; True can be converted"),
-        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'; default can be"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "rope_type is 'linear'; default and llama3 can be",
+        ),
         ("llama", {"rope_scaling": [2.0]}, "rope_scaling or rope_parameters is [2.0]; it must be an object"),
         (
             "llama, biases and a tied table",
@@ -219,7 +236,12 @@ def test_a_directory_of_links_as_the_hubs_cache_has_it_can_be_read(tmp_path: Pat
         ),
         ("llama", {"hidden_act": "gelu"}, "config.json: hidden_act is 'gelu'; silu can be converted"),
         ("llama", {"mlp_bias": True}, "config.json: mlp_bias is True; False can be converted"),
-        ("llama", {"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": None}, "rope_type is 'llama3'; default"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": None}, "factor is 0, of a rope_type"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 2.0}},
+            "high_freq_factor is 2.0; 4.0 can be converted",
+        ),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads = 3 does not divide num_attention_heads = 4"),
         ("llama", {"num_attention_heads": 1, "num_key_value_heads": 1}, "layers.0.attention.qkv.weight are (48, 24)"),
         ("llama", {"intermediate_size": 27}, "the weights for layers.0.feedforward.up.weight are (28, 24)"),

@@ -28,6 +28,7 @@ OPTIONS = {
     "biases": "--disable-bias-linear",
     "gelu gate": "--activation-function gated-gelu",
     "rope": "--position-embedding-type rope --rotary-percent 0.5",
+    "long": "--position-embedding-type rope --use-rope-scaling --rope-scaling-factor 32",
     "groups": "--group-query-attention --num-query-groups 2",
     "all": "--normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights "
     "--position-embedding-type rope --rotary-base 500000 --group-query-attention",
@@ -74,6 +75,14 @@ def test_positions_that_fit_no_head_or_task_are_refused() -> None:
         "--rotary-base = 0.0: must be above 1. Give such a number; 10000 is usual.",
         "--rotary-percent = 0.4: gives 3 of a head's 8 features, and they turn in pairs. "
         "Change it, or --kv-channels, to an even number.",
+    ]
+    assert faults_of("--use-rope-scaling") == [
+        "--use-rope-scaling: is of --position-embedding-type rope, not of learned_absolute. "
+        "Add that, or leave this out."
+    ]
+    assert faults_of(*rope, "--rope-scaling-factor", "0.5") == [
+        "--rope-scaling-factor = 0.5: needs --use-rope-scaling. Add that.",
+        "--rope-scaling-factor = 0.5: must be at least 1. 8 is usual, or 32.",
     ]
     assert faults_of(*rope, "--rotary-percent", "1.5") == [
         "--rotary-percent = 1.5: must be above 0 and at most 1. 1 is usual."

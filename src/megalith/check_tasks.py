@@ -1,5 +1,6 @@
 """What a task needs of a run beside what all need: every fault at once."""
 
+import math
 from collections.abc import Callable, Iterator
 
 from megalith.check_bert import bert_faults
@@ -59,13 +60,17 @@ def _positions(run: Run) -> Iterator[Fault]:
         known = " or ".join(POSITIONS[run.task])
         yield fault("position_embedding_type", kind, f"is an option of {', '.join(others)}", f"Use {known}")
     if kind != "rope":
-        for name in ("rotary_base", "rotary_percent"):
+        for name in ("rotary_base", "rotary_percent", "use_rope_scaling", "rope_scaling_factor"):
             if name in options_of(model) and run.task == "gpt":
-                rule = f"is of --position-embedding-type rope, not of {kind}"
-                yield fault(name, getattr(model, name), rule, "Add that, or leave this out")
+                rule, value = f"is of --position-embedding-type rope, not of {kind}", getattr(model, name)
+                yield fault(name, None if value is True else value, rule, "Add that, or leave this out")
         return
     if not model.rotary_base > 1:
         yield fault("rotary_base", model.rotary_base, "must be above 1", "Give such a number; 10000 is usual")
+    if not model.use_rope_scaling and "rope_scaling_factor" in options_of(model):
+        yield fault("rope_scaling_factor", model.rope_scaling_factor, "needs --use-rope-scaling", "Add that")
+    if not 1 <= model.rope_scaling_factor < math.inf:
+        yield fault("rope_scaling_factor", model.rope_scaling_factor, "must be at least 1", "8 is usual, or 32")
     heads, width = model.num_attention_heads, model.kv_channels
     if width is None and heads and model.hidden_size and model.hidden_size % heads == 0:
         width = model.hidden_size // heads

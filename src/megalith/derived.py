@@ -143,6 +143,8 @@ OURS = (
     "position_embedding_type",
     "rotary_base",
     "rotary_percent",
+    "use_rope_scaling",
+    "rope_scaling_factor",
     "group_query_attention",
     "num_query_groups",
     "relative_attention_num_buckets",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megalith.config import Run, flag_of
 from megalith.hugging_face_config import count, number, refuse_others
+from megalith.layers.rotary import FEW_TURNS, FIRST_LENGTH, MANY_TURNS
 from megalith.models.shape import key_heads, shape_of
 
 # Places of an encoder and a decoder; what T5s are usually trained with.
@@ -228,6 +229,14 @@ def _llama_names(run: Run) -> Names:
     )
 
 
+# What theirs may have with angles for long texts: as Llama 3.1, 3.2 and 3.3 do.
+STRETCHED = {
+    "low_freq_factor": FEW_TURNS,
+    "high_freq_factor": MANY_TURNS,
+    "original_max_position_embeddings": FIRST_LENGTH,
+}
+
+
 def _llama_settings(config: Mapping[str, Any], where: Path, own_output: bool) -> dict[str, Any]:
     fits: dict[str, tuple[object, ...]] = {
         "hidden_act": ("silu",),
@@ -239,7 +248,11 @@ def _llama_settings(config: Mapping[str, Any], where: Path, own_output: bool) ->
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"{where}: rope_scaling or rope_parameters is {rope!r:.60}; it must be an object")
-    refuse_others(rope, where, {name: ("default",) for name in ("rope_type", "type")})
+    kinds = {name: ("default", "llama3") for name in ("rope_type", "type")}
+    refuse_others(rope, where, kinds)
+    is_stretched = "llama3" in (rope.get("rope_type"), rope.get("type"))
+    if is_stretched:
+        refuse_others(rope, where, {name: (value,) for name, value in STRETCHED.items()})
     refuse_others({**config, **rope}, where, {"partial_rotary_factor": (1, None)})
     width, heads = count(config, "hidden_size", where), count(config, "num_attention_heads", where)
     groups = count(config, "num_key_value_heads", where, default=heads)
@@ -264,12 +277,23 @@ def _llama_settings(config: Mapping[str, Any], where: Path, own_output: bool) ->
         "add_bias_linear": bool(config.get("attention_bias", False)),
         "position_embedding_type": "rope",
         "rotary_base": number({**config, **rope}, "rope_theta", where, default=10000.0),
+        **({"use_rope_scaling": True, "rope_scaling_factor": _factor(rope, where)} if is_stretched else {}),
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
     }
 
 
+def _factor(rope: Mapping[str, Any], where: Path) -> float:
+    factor = number(rope, "factor", where, default=0.0)
+    if factor < 1:
+        raise ValueError(f"{where}: factor is {factor:g}, of a rope_type llama3; it must be a number of 1 or more")
+    return factor
+
+
 def _llama_config(run: Run, vocab_size: int) -> dict[str, Any]:
     shape, model = shape_of(run.model), run.model
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if model.use_rope_scaling:
+        rope = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **STRETCHED}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -283,9 +307,10 @@ def _llama_config(run: Run, vocab_size: int) -> dict[str, Any]:
         "hidden_act": "silu",
         "max_position_embeddings": shape.num_positions,
         "rms_norm_eps": model.layernorm_epsilon,
-        # Versions of the library before 5 read the first, later ones the second.
+        # Versions of the library before 5 read rope_theta and rope_scaling, later ones rope_parameters.
         "rope_theta": model.rotary_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
+        **({"rope_scaling": {**rope, "rope_theta": model.rotary_base}} if model.use_rope_scaling else {}),
+        "rope_parameters": {**rope, "rope_theta": model.rotary_base},
         "attention_bias": model.add_bias_linear,
         "mlp_bias": model.add_bias_linear,
         "attention_dropout": model.attention_dropout,

@@ -21,6 +21,21 @@ ROUNDING = 4e-6
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "another base": ({"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}, {"rotary_base": 50.0}),
+    # Of its three pairs of features one turns as before, one is between, one is slower.
+    "angles for long texts": (
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e9,
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+            "max_position_embeddings": 131072,
+        },
+        {"rotary_base": 1e9, "use_rope_scaling": True, "rope_scaling_factor": 32.0, "max_position_embeddings": 131072},
+    ),
     "wide heads": ({"head_dim": 10}, {"kv_channels": 10}),
     "grouped": ({"num_key_value_heads": 2}, {"group_query_attention": True, "num_query_groups": 2}),
     "one group, biases": (

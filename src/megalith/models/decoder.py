@@ -110,7 +110,8 @@ class Decoder(LanguageModel):
             mask = self.mask_for(num_tokens, causal=True, query_documents_BT=documents, dense=dense)
         rotation = None
         if self.rotary:
-            rotation = rotation_at(positions_BT, width=self.rotary, base=self.config.rotary_base)
+            stretch = self.config.rope_scaling_factor if self.config.use_rope_scaling else 1.0
+            rotation = rotation_at(positions_BT, width=self.rotary, base=self.config.rotary_base, stretch=stretch)
         return self.run_blocks(list(self.layers.values()), x_BTD, mask, rows, cache=cache, rotation=rotation)
 
     def embed(self, tokens_BT: Tensor, positions_BT: Tensor, rows_BT: Tensor | None) -> Tensor:

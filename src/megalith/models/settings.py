@@ -83,6 +83,16 @@ class ModelConfig:
     rotary_percent: float = setting(
         1.0, "share of a head's features that rope turns", section="network size", task="gpt"
     )
+    use_rope_scaling: bool = setting(
+        False,
+        "slower angles of rope for long texts, as in Llama 3.1",
+        section="network size",
+        switch="on",
+        task="gpt",
+    )
+    rope_scaling_factor: float = setting(
+        8.0, "how much slower the slowest angles are with --use-rope-scaling", section="network size", task="gpt"
+    )
     group_query_attention: bool = setting(
         False,
         "heads share keys and values in --num-query-groups groups",

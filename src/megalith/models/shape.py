@@ -21,6 +21,8 @@ OPTIONS = (
     "position_embedding_type",
     "rotary_base",
     "rotary_percent",
+    "use_rope_scaling",
+    "rope_scaling_factor",
     "group_query_attention",
     "num_query_groups",
 )
