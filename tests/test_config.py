@@ -101,6 +101,23 @@ def test_all_faults_of_a_command_line_are_reported_at_once() -> None:
     assert len(error.value.faults) == 5
 
 
+def test_a_flag_without_its_value_hides_no_other_fault() -> None:
+    with pytest.raises(ConfigError) as error:
+        read_command_line("--vocab-file --num-layer 3 --seq-length 2.5 --lr".split())
+    assert str(error.value).splitlines() == [
+        "--vocab-file: expected one argument. See megalith pretrain --help.",
+        "--lr: expected one argument. See megalith pretrain --help.",
+        "--num-layer: is not a known flag. Did you mean --num-layers?",
+        "--seq-length = 2.5: must be a whole number. Write its digits alone, as in 64000.",
+    ]
+
+
+@pytest.mark.parametrize("word", ["small.toml", "bert"])
+def test_a_run_file_or_a_task_behind_a_flag_is_sent_to_the_front(word: str) -> None:
+    with pytest.raises(ConfigError, match=f"{word}: is not expected here. Name it in front of all flags."):
+        read_command_line(["--preset", "quickstart", word])
+
+
 def test_abbreviated_flags_are_not_accepted() -> None:
     with pytest.raises(ConfigError, match="--num-attention: is not a known flag"):
         read_command_line([*SMALL, "--num-attention", "4"])
@@ -172,11 +189,16 @@ def test_rivals_from_one_source_are_refused(tmp_path: Path) -> None:
 
 def test_unknown_names_in_a_run_file_name_the_nearest_known_one(tmp_path: Path) -> None:
     run_file = tmp_path / "run.toml"
-    run_file.write_text('task = "gtp"\n[optimiser]\nlr = 1\n[model]\nnum_layer = 2\nhidden_size = "wide"\n')
+    run_file.write_text(
+        'task = "gtp"\npreset = "quickstart"\n[optimiser]\nlr = 1\n[job]\nlr = 1\n[model]\nnum_layer = 2\n'
+        'hidden_size = "wide"\n'
+    )
     with pytest.raises(ConfigError) as error:
         read_command_line([str(run_file)])
     text = str(error.value)
     assert "Did you mean optimizer?" in text
+    assert "[job]: is not one of the sections model, data, optimizer, parallel, checkpoint, monitor, " in text
+    assert 'preset = "quickstart": stands on the command line only. Give --preset NAME behind the file.' in text
     assert "Did you mean num_layers?" in text
     assert 'hidden_size = "wide": must be a whole number' in text
     assert 'task = "gtp": must be one of gpt' in text

@@ -80,13 +80,14 @@ def settings_of_toml(text: str, source: str) -> tuple[dict[str, Any], list[Fault
         # ValueError itself: of a number with more digits than Python reads.
         return {}, [Fault(source, None, f"is not valid TOML: {error}", "Correct the file")]
     known, values, faults = known_settings(), dict[str, Any](), list[Fault]()
-    sections = {"model", "data", "optimizer", "parallel", "checkpoint", "monitor", "evaluate", "train"}
+    sections = ("model", "data", "optimizer", "parallel", "checkpoint", "monitor", "evaluate", "train")
     flat: list[tuple[str, Any]] = []
     for key, entry in document.items():
         if isinstance(entry, dict) and key in sections:
             flat += entry.items()
         elif isinstance(entry, dict):
-            faults.append(Fault(f"{source} [{key}]", None, "is not a known section", nearest(key, sections)))
+            rule = f"is not one of the sections {', '.join(sections)}"
+            faults.append(Fault(f"{source} [{key}]", None, rule, nearest(key, sections)))
         else:
             flat.append((key, entry))
     for key, entry in flat:
@@ -97,6 +98,9 @@ def settings_of_toml(text: str, source: str) -> tuple[dict[str, Any], list[Fault
             faults.append(
                 Fault(f"{source} task", _as_written(entry), f"must be one of {', '.join(TASKS)}", "Change it")
             )
+        elif name == "preset":
+            remedy = "Give --preset NAME behind the file"
+            faults.append(Fault(f"{source} {key}", _as_written(entry), "stands on the command line only", remedy))
         elif name not in known:
             faults.append(Fault(f"{source} {key}", None, "is not a known setting", meant(name, known)))
         else:
@@ -164,6 +168,7 @@ def flag_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=as_wide_as_the_terminal(44),
         argument_default=argparse.SUPPRESS,
+        exit_on_error=False,
     )
     parser.add_argument("--preset", metavar="NAME", help=f"start from a preset: {', '.join(preset_names())}")
     groups: dict[str, Any] = {}
@@ -209,10 +214,18 @@ def read_flags(words: Sequence[str]) -> tuple[dict[str, Any], list[Fault]]:
     words = [w for w in words if w.split("=", 1)[0] not in REMOVED]
     words, found = _without_values_of_switches(words)
     faults += found
-    try:
-        parsed, rest = parser.parse_known_args(words)
-    except ValueError as error:
-        return {}, [*faults, Fault("the command line", None, str(error), "See megalith pretrain --help")]
+    while True:
+        try:
+            parsed, rest = parser.parse_known_args(words)
+            break
+        except argparse.ArgumentError as error:
+            # Left out, so that the other words can be read.
+            spellings = (error.argument_name or "").split("/")
+            given = [word for word in words if word.split("=", 1)[0] in spellings]
+            if not given:
+                return {}, [*faults, Fault("the command line", None, str(error), "See megalith pretrain --help")]
+            faults.append(Fault(given[-1], None, error.message, "See megalith pretrain --help"))
+            words = [word for word in words if word not in given]
     flags = [flag for entry in known.values() for flag in entry.flags] + ["--preset"]
     unknown_before = bool(faults)
     for word in rest:
@@ -224,7 +237,9 @@ def read_flags(words: Sequence[str]) -> tuple[dict[str, Any], list[Fault]]:
                 faults.append(Fault(flag, None, "is not a known flag", meant(flag, flags)))
             unknown_before = True
         elif not unknown_before:
-            faults.append(Fault(word, None, "is not expected here", "Flags begin with --"))
+            stands_in_front = word in TASKS or word.endswith(".toml")
+            remedy = "Name it in front of all flags" if stands_in_front else "Flags begin with --"
+            faults.append(Fault(word, None, "is not expected here", remedy))
     values: dict[str, Any] = {}
     for name, given in vars(parsed).items():
         if name == "preset":
