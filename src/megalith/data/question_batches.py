@@ -37,6 +37,11 @@ class Negatives:
     def count(self) -> int:
         return self.hard + self.others
 
+    def held(self, question: TrainingQuestion) -> int:
+        """How many there are of one question."""
+        hard, others = min(self.hard, len(question.hard)), self.others
+        return hard + min(others + (self.hard - hard if self.filled else 0), len(question.others))
+
     def choose(self, question: TrainingQuestion, random: np.random.RandomState) -> list[Evidence]:
         """Those of one question, hard ones first."""
         hard, others = list(question.hard), list(question.others)

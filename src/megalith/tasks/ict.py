@@ -226,10 +226,10 @@ def step_flops(run: Run, vocab_size: int, batch: int, *, length: int | None = No
     return (1 + contexts) * (one_text + projection)
 
 
-def chance_baseline(run: Run, source: BatchSource, *, contexts: int = 1) -> Baseline:
-    """What guessing among all passages of a microbatch costs."""
+def chance_baseline(run: Run, source: BatchSource, *, contexts: float = 1) -> Baseline:
+    """What guessing among all passages of a microbatch costs. contexts: passages of a question, on average."""
     replicas = num_replicas(run, ranks_in(os.environ)[1]) or 1
-    count = num_candidates(run.optimizer.micro_batch_size or 1, replicas, contexts)
+    count = round(num_candidates(run.optimizer.micro_batch_size or 1, replicas) * contexts)
     meaning = f"the loss of guessing among the {count} passages of a microbatch"
     return Baseline("loss", math.log(count), "chance", meaning)
 

@@ -84,8 +84,10 @@ def step_flops(run: Run, vocab_size: int, batch: int) -> float:
 
 
 def chance_baseline(run: Run, source: BatchSource) -> Baseline:
-    """What guessing among all passages of a validation's microbatch costs, if none is missing."""
-    return ict.chance_baseline(run, source, contexts=1 + validation_negatives(run).count)
+    """What guessing among all passages of a validation's microbatch costs; of a question as many as on average."""
+    assert isinstance(source, QuestionBatches)
+    held = sum(1 + source.negatives.held(question) for question in source.questions)
+    return ict.chance_baseline(run, source, contexts=held / len(source.questions))
 
 
 TASK: Task = dataclasses.replace(
