@@ -225,7 +225,8 @@ def test_every_warning_is_one_sentence_or_two_on_one_line() -> None:
         (
             None,
             None,
-            "a kill would cost 25.0 hours on average and up to 50.0: the run takes that long, and there is no",
+            "a kill would cost 25.0 hours on average and up to 50.0: the run takes that long, and there is no --save. "
+            "Give --save DIR and --save-interval",
         ),
         ("run", 200_000, "and --save-interval = 200000 is longer. Save more often"),
         ("run", 1000, None),

@@ -65,10 +65,12 @@ def expected_loss(checkpoint: CheckpointConfig, num_steps: int, seconds: float) 
     hours = num_steps * seconds / 3600
     if hours < SHORTEST_RISK or (checkpoint.save is not None and (checkpoint.save_interval or 0) <= num_steps):
         return None
-    why = "there is no --save" if checkpoint.save is None else f"--save-interval = {checkpoint.save_interval} is longer"
+    why, remedy = f"--save-interval = {checkpoint.save_interval} is longer", "Save more often"
+    if checkpoint.save is None:
+        why, remedy = "there is no --save", "Give --save DIR and --save-interval"
     return (
         f"a kill would cost {hours / 2:.1f} hours on average and up to {hours:.1f}: the run takes that long, and "
-        f"{why}. Save more often"
+        f"{why}. {remedy}"
     )
 
 
