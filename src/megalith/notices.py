@@ -30,7 +30,7 @@ REPLACED = {
     "local_rank": "the launcher's environment (LOCAL_RANK) tells the local rank",
     "distributed_backend": "the backend follows the device: NCCL with GPUs, gloo without",
     "DDP_impl": "one reduction of gradients serves all layouts",
-    "data_impl": "lazy and cached name the same older format, and every file is memory-mapped",
+    "data_impl": "every file is memory-mapped; one that is not of the named format is refused; lazy and cached are one",
     "num_workers": "one background thread makes samples, which no step waits for; images are decoded by so many",
     "ict_load": "megalith index takes the run directory of the bi-encoder as its first word",
     "ict_head_size": "no program reads it, in Megatron-LM neither; --biencoder-projection-dim narrows embeddings",

@@ -105,7 +105,7 @@ def test_only_regular_files_are_opened(prefix: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize(("name", "impl"), [("tiny_int32", "lazy"), ("tiny_int32", "cached"), ("lazy_int32", "mmap")])
 def test_the_other_format_is_refused_where_one_is_asked_for(golden: Path, name: str, impl: str) -> None:
-    with pytest.raises(ValueError, match=f"magic: expected .* for impl {impl}"):
+    with pytest.raises(ValueError, match=f"magic: expected .* for --data-impl {impl} .leave that out."):
         open_indexed(golden / name, impl)
 
 

@@ -82,7 +82,11 @@ def read_index(
     old = found.startswith(OLD_MAGIC) if impl == "infer" else impl != "mmap"
     expected = OLD_MAGIC if old else MAGIC
     if not found.startswith(expected):
-        wanted = "MMIDIDX or TNTIDX, each with two zero bytes" if impl == "infer" else f"{expected!r} for impl {impl}"
+        wanted = (
+            "MMIDIDX or TNTIDX, each with two zero bytes"
+            if impl == "infer"
+            else f"{expected!r} for --data-impl {impl} (leave that out)"
+        )
         refuse(path, "magic", wanted, repr(found))
     index = (_read_old if old else _read_mmap)(path, content)
 
