@@ -70,6 +70,16 @@ def test_without_words_the_commands_are_listed() -> None:
     assert megalith("--help").returncode == 0
 
 
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_what_nobody_reads_ends_without_a_traceback(word: str) -> None:
+    done = subprocess.Popen(
+        [sys.executable, "-m", "megalith", word], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert done.stdout is not None
+    done.stdout.close()
+    assert (done.communicate()[1], done.returncode) == ("", 141)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -47,13 +47,11 @@ def main(words: Sequence[str] | None = None) -> int:
     os.umask(os.umask(0o022) | 0o002)
     words = list(sys.argv[1:] if words is None else words)
     if not words or words[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if words else FAULT
+        return _say(usage(), 0 if words else FAULT)
     if words[0] == "--version":
         from megalith import __version__
 
-        print(f"megalith {__version__}")
-        return 0
+        return _say(f"megalith {__version__}", 0)
     command = COMMANDS.get(words[0])
     if command is None:
         print(f"megalith: {printable(words[0])} is not a command. {_meant(words[0])}", file=sys.stderr)
@@ -74,9 +72,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print("megalith: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output went away; a second write at exit must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return _without_reader()
     except PeerLostError as error:
         if text := str(error):  # else another rank says it
             print(f"megalith: rank {os.environ.get('RANK', '0')} ends: {printable(text)}", file=sys.stderr)
@@ -101,6 +97,21 @@ def main(words: Sequence[str] | None = None) -> int:
         return OUT_OF_MEMORY
     except (ValueError, OSError) as error:
         return _tell(error)
+
+
+def _say(text: str, status: int) -> int:
+    """Print the text; give the status, or that of an output whose reader went away."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        return _without_reader()
+    return status
+
+
+def _without_reader() -> int:
+    """The exit status where the reader of our output went away; a second write at exit does not complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
 
 
 def _tell(error: Exception) -> int:
@@ -230,14 +241,14 @@ def index(words: Sequence[str], started: float) -> int:
 
 
 def finetune(words: Sequence[str], started: float) -> int:
-    """Fine-tune a trained BERT to class pairs of sentences (MNLI, QQP); the flags of pretrain may follow."""
+    """Fine-tune a trained BERT to class pairs of sentences, or an ict to answer questions; with pretrain's flags."""
     from megalith.finetune import main as finetune_main
 
     return finetune_main(words, started=started, pretrain=pretrain)
 
 
 def convert(words: Sequence[str], started: float) -> int:
-    """Turn a Megatron-LM checkpoint into a run directory, or a run directory into a Megatron-LM checkpoint."""
+    """Turn a checkpoint of Megatron-LM or Hugging Face into a run directory, or a run directory into one."""
     from megalith.convert import main as convert_main
 
     return convert_main(words)

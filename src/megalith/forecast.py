@@ -66,7 +66,7 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--on",
         choices=(*MACHINES, "cpu"),
         default="h100",
-        help="what the ranks compute on, in nodes of eight; cpu: this machine's, measured for two seconds [h100]",
+        help="what the ranks compute on, in nodes of eight; cpu: this machine's, measured for three seconds [h100]",
     )
     parser.add_argument("--search", action="store_true", help=f"the {SHOWN} fastest layouts that fit")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -94,7 +94,7 @@ def _add_zeroshot_flags(parser: argparse.ArgumentParser) -> list[str]:
     )
     add("--overlapping-eval", type=int, default=32, metavar="N", help="new tokens in each window [32]")
     add("--strict-lambada", action="store_true", help="the whole last word is to be told, not its last token")
-    add("--detokenize", choices=("wikitext", "ptb", "none"), help="tokenization to undo [by the file's name]")
+    add("--detokenize", choices=("wikitext", "ptb", "none"), help="tokenization to undo [by the file's path]")
     return [action.dest for action in group._group_actions]
 
 
