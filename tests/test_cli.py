@@ -260,6 +260,8 @@ def test_evaluate_gives_loss_and_perplexity_of_a_split_and_of_files(
     assert lost[0] == lost[1]
     assert main(["evaluate", str(trained), "--file", str(prefix), "--file", str(text), "--device", "cpu"]) == 2
     assert "Give files of one kind" in capsys.readouterr().err
+    assert main(["evaluate", str(trained), "--file", str(text), str(text), "--device", "cpu"]) == 0
+    assert f"data: {text}, {text}\n" in capsys.readouterr().out
     gone = megalith("evaluate", str(trained), "--file", str(tmp_path / "other.txt"))
     assert gone.returncode == 2
     assert gone.stderr.startswith(f"megalith: --file {tmp_path / 'other.txt'}: ")

@@ -30,6 +30,7 @@ def test_a_plan_tells_memory_time_and_traffic(capsys: pytest.CaptureFixture[str]
     shown = printed(capsys, "--ranks", "8", *XL, "--micro-batch-size", "8", "--compile", "on")
     for word in ("peak memory of a rank", "fits into 79 GiB of NVIDIA H100", "time of a step", "tokens/s", "replicas"):
         assert word in shown
+    assert "65,536 tokens in 1 microbatch of a rank" in shown
     figures = json.loads(printed(capsys, "--json", "--ranks", "8", *XL, "--micro-batch-size", "8"))
     assert figures["step_seconds"] == pytest.approx(sum(figures["seconds"].values()))
     assert figures["tokens_per_second"] == pytest.approx(65536 / figures["step_seconds"])

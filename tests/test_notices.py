@@ -57,7 +57,7 @@ def test_what_changes_nothing_is_told(words: str) -> None:
 @pytest.mark.parametrize("interval", ["log", "save", "eval"])
 def test_an_interval_longer_than_the_run_is_warned_of(interval: str) -> None:
     (line,) = warned(f"--{interval}-interval 2001")
-    assert line.startswith(f"--{interval}-interval = 2001 is longer than the run of 2000 steps: ")
+    assert line.startswith(f"--{interval}-interval = 2001 is longer than the run of 2,000 steps: ")
     assert warned(f"--{interval}-interval 2000") == []
 
 

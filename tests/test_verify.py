@@ -12,7 +12,7 @@ import pytest
 from megalith.cli import main
 from megalith.data.prepare import PrepareConfig, prepare
 from megalith.files import Disk
-from megalith.verify import check_checkpoint
+from megalith.verify import Finding, check_checkpoint
 from tests.layouts.runs import run_on, write_data
 
 
@@ -104,6 +104,8 @@ def test_people_are_told_in_lines_that_do_nothing_to_a_terminal(
     assert main(["verify", str(folder / "bytes_document")]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\\x1b[31m name/bytes_document: 60 documents" in out
+    (line,) = Finding("checkpoint", folder, facts={"files": 1, "tensors": 2}).lines()
+    assert line.endswith(": 1 file, 2 tensors")
     assert "nothing was recorded of it" in out
 
 

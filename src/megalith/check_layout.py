@@ -9,6 +9,7 @@ from megalith.config import Fault, Run, fault
 from megalith.derived import given_length, global_batch_size, num_layers, recompute_granularity
 from megalith.models.shape import inner_width
 from megalith.parallel.settings import SPLIT_BACKWARD
+from megalith.terminal import counted
 
 # Schedules that hold several parts of the model on a rank.
 OF_SEVERAL_PARTS = ("interleaved", SPLIT_BACKWARD)
@@ -211,10 +212,11 @@ def _microbatches(run: Run, world_size: int) -> Iterator[Fault]:
     several = several or run.parallel.pipeline_schedule in OF_SEVERAL_PARTS
     for size in sorted({size for size in sizes if size > 0 and size % group == 0}):
         count = size // group
+        made = counted(count, "microbatch", "microbatches")
         if several and count % stages:
-            rule = f"gives {count} microbatches, not divisible by the {stages} stages of an interleaved schedule"
+            rule = f"gives {made}, not divisible by the {stages} stages of an interleaved schedule"
         elif count < stages:
-            rule = f"gives {count} microbatches, fewer than the {stages} pipeline stages"
+            rule = f"gives {made}, fewer than the {stages} pipeline stages"
         else:
             continue
         name = "global_batch_size" if size == sizes[0] else "rampup_batch_size"

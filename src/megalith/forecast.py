@@ -21,6 +21,7 @@ from megalith.plan.traffic import transfers
 from megalith.planned import padded_vocabulary, planned, vocabulary_of, without_layout
 from megalith.sources import read_command_line
 from megalith.task_rows import TASK_ROWS
+from megalith.terminal import counted
 
 DESCRIPTION = """What a GPT job of any size will need on each rank, how long a step will take there, and what ranks send
 each other. Needs no data, no GPU and no other rank. With --search: the fastest layouts that fit into memory; settings
@@ -160,12 +161,13 @@ def table(figures: dict[str, Any]) -> str:
     seconds = [(f"  {name}", f"{value:8.3f} s") for name, value in figures["seconds"].items() if value >= 5e-4]
     speed = f"{figures['tokens_per_second']:,.0f} tokens/s, MFU {100 * figures['mfu']:.1f} %"
     sent = [(f"  {name}", f"{value / GIGA:8.3f} GB") for name, value in figures["sent_bytes"].items()]
+    microbatches = counted(figures["microbatches"], "microbatch", "microbatches")
     rows = [
         ("parameters", f"{figures['parameters']:,.0f}"),
         ("  vocabulary", f"{figures['vocabulary']:,} rows ({figures['vocabulary_of']})"),
         ("layout", layout),
         ("  parameters of a rank", f"{figures['parameters_on_a_rank']:,.0f}"),
-        ("step", f"{figures['tokens_per_step']:,} tokens in {figures['microbatches']} microbatches of a rank"),
+        ("step", f"{figures['tokens_per_step']:,} tokens in {microbatches} of a rank"),
         ("  operations", f"{figures['step_tflop']:,.1f} TFLOP, {figures['step_tflop_per_rank']:,.2f} a rank"),
         ("peak memory of a rank", f"{figures['peak_bytes'] / GIB:8.2f} GiB, {room}"),
         *memory,

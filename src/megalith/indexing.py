@@ -28,6 +28,7 @@ from megalith.launch import as_program, end_with_parent, launch
 from megalith.parallel.mesh import Layout, choose_device, joined, make_layout
 from megalith.parallel.settings import ParallelConfig
 from megalith.ranks import Ranks
+from megalith.terminal import counted
 from megalith.trained import run_of
 from megalith.trained_retrieval import TrainedRetriever, digest_of_weights, embed, open_retriever
 from megalith.turns import in_turns
@@ -177,7 +178,7 @@ def make_index(work: Work, layout: Layout, *, disk: Disk = DISK) -> None:
     if layout.rank == 0:
         join_spans(work, count, disk=disk)
         share = f", chosen by --sample-rate {work.sample_rate:g}," if work.sample_rate < 1 else ""
-        _say(layout, f"{count} passages{share} are embedded in {work.path}")
+        _say(layout, f"{counted(count, 'passage')}{share} {'is' if count == 1 else 'are'} embedded in {work.path}")
     _wait(layout)
 
 

@@ -63,7 +63,9 @@ def main(words: Sequence[str]) -> int:
     sets = report.pop("data_sets", ())
     for figures in (report, *sets):
         for name, value in figures.items():
-            print(f"{name:>14}: {value:,.4f}" if isinstance(value, float) else f"{name:>14}: {printable(str(value))}")
+            text = f"{value:,.4f}" if isinstance(value, float) else str(value)
+            text = ", ".join(value) if isinstance(value, list) else text
+            print(f"{name:>14}: {printable(text)}")
     return 0
 
 

@@ -15,6 +15,7 @@ from megalith.data.tokenizer import KINDS
 from megalith.derived import TASK_DEFAULTS, compute_dtype, recompute_granularity, tokenizer_type
 from megalith.fields import describe
 from megalith.layers.products import has_instructions_for
+from megalith.terminal import counted
 
 # Accepted, and done by something else: setting -> what does its job now. Answered when it is given a value of its own.
 REPLACED = {
@@ -158,7 +159,7 @@ def warnings_of(run: Run, *, num_steps: int, device_type: str) -> Iterator[str]:
     ]
     for flag, interval, is_used, consequence in intervals:
         if is_used and interval is not None and interval > num_steps:
-            yield f"{flag} = {interval} is longer than the run of {num_steps} steps: {consequence}."
+            yield f"{flag} = {interval} is longer than the run of {counted(num_steps, 'step')}: {consequence}."
     if optimizer.fp16 and optimizer.loss_scale is None and optimizer.initial_loss_scale > USUAL_LOSS_SCALE:
         halvings = math.ceil(math.log2(optimizer.initial_loss_scale / USUAL_LOSS_SCALE))
         yield (

@@ -50,6 +50,11 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """1 step, 2 steps; plural if that is not the noun with an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def say(text: str) -> None:
     """A line on the error stream, from any rank; whether it arrives is not looked at.
 

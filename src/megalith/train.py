@@ -144,7 +144,8 @@ def said_of_finished(job: Job) -> str:
     step = job.progress.step
     more = f"{flags_of_a_longer_run(job)} goes on"
     if step == job.last_step:
-        return f"the run is finished: all {step} steps were taken; {more}"
+        taken = "the one step was" if step == 1 else f"all {step} steps were"
+        return f"the run is finished: {taken} taken; {more}"
     below = f"{told_length(job)} lies below step {step}, of which the newest checkpoint is"
     return f"nothing is trained: {below}, and its weights stay; {more}"
 

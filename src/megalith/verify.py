@@ -18,7 +18,7 @@ from megalith.data.indexed import bin_path, find_prefix, idx_path
 from megalith.data.inspect import inspect
 from megalith.data.tokenizer import load_saved_tokenizer
 from megalith.sources import read_run_file
-from megalith.terminal import printable
+from megalith.terminal import counted, printable
 
 SHOWN = ("documents", "files", "tensors", "tokens", "bytes")  # facts that are told to people
 DAMAGED = 1  # exit status if anything is not as it should be
@@ -40,7 +40,7 @@ class Finding:
 
     def lines(self) -> Iterator[str]:
         """The finding for people."""
-        told = ", ".join(f"{self.facts[name]:,} {name}" for name in SHOWN if name in self.facts)
+        told = ", ".join(counted(self.facts[name], name.removesuffix("s")) for name in SHOWN if name in self.facts)
         found = "UNREAD" if self.unread else "DAMAGED" if self.faults else "sound"
         yield f"{found:<8} {self.kind} {self.path}{f': {told}' if told else ''}"
         yield from (f"         {line}" for fault in self.faults for line in fault.splitlines())

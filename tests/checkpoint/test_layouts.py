@@ -147,7 +147,7 @@ def test_a_damaged_file_of_any_rank_sends_all_to_the_checkpoint_before(tmp_path:
 
     for step, said in run_ranks(on_rank, 3):
         assert step == 1
-        assert "rank-00001.safetensors was changed" in said[0] and "1 steps are lost" in said[1]
+        assert "rank-00001.safetensors was changed" in said[0] and "1 step is lost" in said[1]
 
 
 def test_no_rank_needs_memory_for_the_whole(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_a_newest_checkpoint_that_is_a_link_is_not_passed_over_in_silence(tmp_pa
     assert loaded is not None and loaded.index.step == 1
     assert loaded.messages() == [
         f"{newest} is damaged and was not used: rank 0: {newest} is a link, which is not followed",
-        "going on from step 1 instead: 1 steps are lost and done again",
+        "going on from step 1 instead: 1 step is lost and done again",
     ]
 
 

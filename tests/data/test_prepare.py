@@ -472,7 +472,7 @@ def test_the_command_reads_the_references_flags(tmp_path: Path, capsys: pytest.C
     words += f" --append-eod --output-prefix {tmp_path}/out --dataset-impl mmap --workers 1 --log-interval 100"
     assert main(words.split()) == 0
     assert documents_in(tmp_path / "out_text_sentence") == [[list(b"One. "), [*b"Two.", EOD]]]
-    assert f"{tmp_path}/out_text_sentence: 1 documents, 2 sentences, 10 tokens" in capsys.readouterr().out
+    assert f"{tmp_path}/out_text_sentence: 1 document, 2 sentences, 10 tokens" in capsys.readouterr().out
 
 
 def peak_memory(source: str, folder: Path) -> int:
@@ -525,6 +525,7 @@ def test_a_single_document_comes_with_advice(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("One paragraph.\n\nAnother.")
     report = prepare(config_for(tmp_path, str(tmp_path / "in.txt")))
     assert any("--text-documents paragraph" in line for line in report.lines())
+    assert [line.split(",")[0].split(": ")[-1] for line in report.lines()][:2] == ["1 document"] * 2
     report = prepare(config_for(tmp_path, str(tmp_path / "in.txt"), text_documents="paragraph", overwrite=True))
     assert report.sets[0].documents == 2
     assert not any("--text-documents" in line for line in report.lines())

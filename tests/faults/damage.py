@@ -287,7 +287,9 @@ class Tensors:
             told = step == scene.step and not loaded.messages()
             return Outcome(name, "finished-identical") if told else Outcome(name, "failure", str(loaded.messages()))
         messages = loaded.messages()
-        told = any(file in text and "was not used" in text for text in messages) and "steps are lost" in messages[-1]
+        told = (
+            any(file in text and "was not used" in text for text in messages) and "lost and done again" in messages[-1]
+        )
         if step != scene.step - SAVE_INTERVAL or not told:
             return Outcome(name, "failure", f"step {step} was loaded, with the words {messages}")
         return Outcome(name, "recovered")

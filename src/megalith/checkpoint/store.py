@@ -35,6 +35,7 @@ from megalith.checkpoint.verify import check_together, index_together, verify, w
 from megalith.checkpoint.writers import Plan, plan
 from megalith.files import DISK, Disk, Location, Written, make_directories, sync_directory, write_whole
 from megalith.ranks import Ranks, RanksError
+from megalith.terminal import counted
 
 NOTHING_BEFORE = "there is none before it: a kill loses everything"
 
@@ -206,7 +207,8 @@ class Loaded:
         if not self.refused:
             return []
         lost = int(self.refused[0].path.name.removeprefix("step-")) - self.index.step
-        instead = f"going on from step {self.index.step} instead: {lost} steps are lost and done again"
+        steps = f"{counted(lost, 'step')} {'is' if lost == 1 else 'are'}"
+        instead = f"going on from step {self.index.step} instead: {steps} lost and done again"
         return [
             *(f"{path} is damaged and was not used: {reason}" for path, reason in self.refused),
             instead if goes_on else f"step {self.index.step} is used instead",

@@ -84,7 +84,8 @@ def read_pairs(paths: Sequence[str], layout: Layout, *, warn: Callable[[str], ob
             count = len(numbered) - 1
             if len(left_out) == count:
                 raise ValueError(f"{path}: none of its {count} lines is a pair, the first is {left_out[0]}")
-            warn(f"{path}: {len(left_out)} of {count} lines are left out, the first is {left_out[0]}.")
+            verb = "is" if len(left_out) == 1 else "are"
+            warn(f"{path}: {len(left_out)} of {count} lines {verb} left out, the first is {left_out[0]}.")
     return pairs
 
 

@@ -27,6 +27,7 @@ from megalith.data.tokenizer import KINDS, Tokenizer, load_tokenizer
 from megalith.data.worker_pool import WorkerPool
 from megalith.fields import setting
 from megalith.files import TEMPORARY_SUFFIX, Written
+from megalith.terminal import counted
 
 MOST_FAULTS_SHOWN = 10
 
@@ -128,15 +129,17 @@ class PrepareReport:
     def lines(self) -> Iterator[str]:
         """The report for people."""
         rate = self.num_bytes / max(self.seconds, 1e-9) / 1e6
-        yield f"{self.documents:,} documents, {self.num_bytes:,} bytes in {self.seconds:.1f} s ({rate:.1f} MB/s)"
+        taken = f"{self.num_bytes:,} bytes in {self.seconds:.1f} s ({rate:.1f} MB/s)"
+        yield f"{counted(self.documents, 'document')}, {taken}"
         for made in self.sets:
             left_out = self.documents - made.documents
             lacking = "without tokens" if len(self.sets) == 1 else "that have not a token under each key"
-            note = f"; {left_out:,} documents {lacking} left out" if left_out else ""
-            items = f"{made.sentences:,} sentences, " if made.sentences != made.documents else ""
-            yield f"{made.prefix}: {made.documents:,} documents, {items}{made.tokens:,} tokens{note}"
+            note = f"; {counted(left_out, 'document')} {lacking} left out" if left_out else ""
+            items = f"{counted(made.sentences, 'sentence')}, " if made.sentences != made.documents else ""
+            held = f"{counted(made.documents, 'document')}, {items}{counted(made.tokens, 'token')}"
+            yield f"{made.prefix}: {held}{note}"
         if self.skipped:
-            yield f"skipped {self.skipped:,} documents that cannot be used (--skip-bad), the first of them:"
+            yield f"skipped {counted(self.skipped, 'document')} that cannot be used (--skip-bad), the first of them:"
             yield from (f"  {fault}" for fault in self.faults)
         if any(made.documents == 1 for made in self.sets):
             yield (

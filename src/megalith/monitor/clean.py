@@ -6,6 +6,7 @@ from typing import Any
 from megalith.monitor import events
 from megalith.monitor.lines import perplexity
 from megalith.monitor.troubles import TROUBLES
+from megalith.terminal import counted
 
 
 def clean_lines(event: events.Event) -> list[str]:
@@ -104,11 +105,6 @@ def run_ended(event: events.RunEnded) -> list[str]:
         "exit-duration": "stopped by --exit-duration-in-mins",
     }.get(event.reason, f"stopped by {event.reason}")
     return [f"{why} at step {event.step:,} after {duration(60.0 * event.minutes)}"]
-
-
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """1 step, 2 steps; plural if that is not the noun with an s."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def duration(seconds: float) -> str:

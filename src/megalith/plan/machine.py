@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from megalith.monitor.flops import TERA
 from megalith.plan.ceiling import measure_layer, measure_libraries
 from megalith.plan.products import operations_with_waste
+from megalith.terminal import counted
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +145,7 @@ def this_cpu(ranks: int, dtype: "torch.dtype") -> Machine:
     target = torch.empty_like(numbers)
     fastest = min(_seconds_of_copy(numbers, target) for _ in range(5))
     return Machine(
-        name=f"this machine's CPU, {torch.get_num_threads()} threads",
+        name=f"this machine's CPU, {counted(torch.get_num_threads(), 'thread')}",
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks,
         flops=flops,
         flops_8_bit=flops,
