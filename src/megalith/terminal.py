@@ -12,7 +12,8 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\
 
 
 # Who asks is named in an address: https://name:password@host; or a key stands before its value: api_key=...
-USER_INFORMATION = re.compile(r"(?<=://)[^/\s@\"']+(?=@)")
+# A path has one slash left of an address's two.
+USER_INFORMATION = re.compile(r"(?<=://)[^/\s@\"']+(?=@)|(?<=:/)[^/\s@\"':]+:[^/\s@\"']+(?=@)")
 SECRET_VALUE = re.compile(
     r"((?:token|secret|password|passwd|api[_-]?key|access[_-]?key)=)[^\s&;,\"']{8,}", re.IGNORECASE
 )
@@ -36,7 +37,7 @@ def why_no_text(word: str) -> tuple[str, str] | None:
 
 def redacted(text: str) -> str:
     """The text without what opens doors: who asks in an address, and values after keys that are named so."""
-    if "://" in text:
+    if ":/" in text:
         text = USER_INFORMATION.sub("***", text)
     return SECRET_VALUE.sub(r"\1***", text) if "=" in text else text
 

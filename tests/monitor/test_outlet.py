@@ -269,3 +269,9 @@ def test_a_json_line_is_one_line_of_plain_ascii_that_reads_back(text: str) -> No
     line = json_line({"text": text})
     assert all(32 <= ord(letter) < 127 for letter in line)
     assert json.loads(line) == {"text": text}
+
+
+def test_a_path_that_was_an_address_gives_no_password_away() -> None:
+    assert printable(f"{Path('https://me:secret@host/x')} is read") == "https:/***@host/x is read"
+    for text in ("host:/data@2024/x", "C:/a@b", "https://host/a:b@c"):
+        assert printable(text) == text
