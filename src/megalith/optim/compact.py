@@ -79,7 +79,7 @@ class InInt8:
         return values.view(-1)[: span.stop - span.start]
 
     def _decode(self, codes: Tensor) -> Tensor:
-        shares = (codes / self.largest).abs_()
+        shares = codes / self.largest
         for _ in range(int(math.log2(self.power))):
             shares = shares.square_()
         return shares.copysign_(codes) if self.is_signed else shares
