@@ -23,7 +23,8 @@ def test_the_norm_is_that_of_double_precision() -> None:
     assert float(global_norm(tensors(), device=CPU)) == pytest.approx(norm_in_double(tensors()), rel=1e-7)
     positive = [torch.rand(3_000_000, generator=torch.Generator().manual_seed(1))]
     assert float(global_norm(positive, device=CPU)) == pytest.approx(norm_in_double(positive), rel=1e-8)
-    assert float(global_norm([], device=CPU)) == 0
+    nothing = global_norm([], device=CPU)
+    assert nothing == 0 and nothing.dtype == torch.float64, "ranks add numbers of one type"
 
 
 def test_the_norm_does_not_depend_on_strides() -> None:
@@ -43,6 +44,16 @@ def test_clipping_gives_the_norm_before_and_at_most_the_limit(max_norm: float) -
         torch.testing.assert_close(clipped, original * factor, rtol=1e-6, atol=0)
         if factor == 1.0:
             assert torch.equal(clipped, original)
+
+
+def test_small_norms_are_clipped_as_torch_does() -> None:
+    parameter = torch.zeros(2, requires_grad=True)
+    parameter.grad = torch.tensor([3e-6, 4e-6])
+    gradient = parameter.grad.clone()
+    clip_gradients([gradient], global_norm([gradient], device=CPU), 2e-6)
+    torch.nn.utils.clip_grad_norm_(parameter, 2e-6)
+    torch.testing.assert_close(gradient, parameter.grad, rtol=1e-6, atol=0)
+    assert [is_clipped(norm, 2e-6) for norm in (0.9e-6, 1.1e-6)] == [False, True]
 
 
 def test_a_zero_gradient_is_left_alone() -> None:

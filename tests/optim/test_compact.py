@@ -127,6 +127,7 @@ def test_rounding_is_fair_on_average(kind: str) -> None:
 def test_what_is_read_back_is_bit_for_bit_what_was_kept(kind: str) -> None:
     whole, saved = odd(), odd()
     straight, first = optimizer_of(whole, kind), optimizer_of(saved, kind)
+    assert num_updates(whole, straight) == 0
     train(whole, straight, range(12))
     train(saved, first, range(6))
     resumed = odd(seed=1)

@@ -143,3 +143,10 @@ def test_at_first_only_the_bad_steps_are_passed_over_then_all_that_led_to_them()
 def test_a_run_that_cannot_get_past_a_step_gives_up() -> None:
     assert rewinds_until(1, 23, 10**6, every=5, limit=1, steps=10**4) == [20, 20, 15, -1]
     assert rewinds_until(1, 23, 10**6, every=50, limit=1, steps=10**4) == [-1]  # there is no checkpoint yet
+
+
+def test_a_good_step_beyond_all_that_are_passed_over_ends_the_count_of_rewinds() -> None:
+    bad_steps = BadSteps(passed_over=[(6, 7)], rewinds=1)
+    for step, rewinds in ((5, 1), (8, 0)):
+        bad_steps.note(step, bad=False)
+        assert bad_steps.rewinds == rewinds

@@ -27,16 +27,16 @@ RATES = [0.0, 1e-2, 2e-2, 1e-2, 5e-3, 1e-3]
 
 
 class Small(nn.Module):
-    """A table, a norm, a linear map that shares the table's weight, and a frozen map."""
+    """A frozen map, a table, a norm, and a linear map that shares the table's weight."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
         self.table = nn.Embedding(7, 12)
         self.norm = nn.LayerNorm(12)
         self.head = nn.Linear(12, 7)
         self.head.weight = self.table.weight
         self.experts_bias = nn.Parameter(torch.randn(3, 4))
-        self.frozen = nn.Linear(2, 2).requires_grad_(False)
 
 
 def small(seed: int = 0) -> Small:
@@ -145,8 +145,10 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(config: OptimizerConfig, saved
     set_num_updates(again, restored, updates)
     assert not saved
     train(again, restored, range(saved_at, len(RATES)))
-    for one, other in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.equal(one, other)
+    unread = small()
+    train(unread, build_optimizer(unread, config), range(len(RATES)))
+    for one, other, third in zip(model.parameters(), again.parameters(), unread.parameters(), strict=True):
+        assert torch.equal(one, other) and torch.equal(one, third)
 
 
 def test_state_has_the_parameters_names_and_shapes() -> None:
