@@ -1,6 +1,7 @@
 """Blocks and their attentions: options, seams, and dropout that does not depend on how the model is cut."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -172,13 +173,16 @@ def test_a_block_compiles_whole_without_dropout() -> None:
     torch.testing.assert_close(grad, expected)
 
 
-@pytest.mark.parametrize("residual_after_norm", [False, True])
+@pytest.mark.parametrize(
+    "differing", [{}, {"residual_after_norm": True}, {"normalization": "RMSNorm"}], ids=["plain", "residual", "rms"]
+)
 def test_what_is_made_again_in_the_backward_pass_has_the_same_bits(
-    residual_after_norm: bool, monkeypatch: pytest.MonkeyPatch
+    differing: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attention = AttentionShape(128, 4, 32, NORMAL, NORMAL)
-    wide = dataclasses.replace(SHAPE, attention=attention, inner=512, residual_after_norm=residual_after_norm)
+    wide = dataclasses.replace(SHAPE, attention=attention, inner=512, **differing)
     block, causal = block_of(wide), make_mask(128, causal=True)
+    nn.init.normal_(block.get_parameter("attention_norm.weight"))
     x = torch.randn(1, 128, 128, generator=torch.Generator().manual_seed(4), requires_grad=True)
     leaves = [x, *block.parameters()]
 

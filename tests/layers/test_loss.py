@@ -92,6 +92,19 @@ def test_the_logits_never_exist_whole() -> None:
     assert chunked.elements == table.numel() < whole / 2
 
 
+@pytest.mark.parametrize("vocabulary", [40, 4000])
+@pytest.mark.parametrize("softmax_in_16_bit", [False, True])
+def test_losses_are_rounded_to_16_bits_only_if_the_softmax_is_in_16_bits(
+    vocabulary: int, softmax_in_16_bit: bool
+) -> None:
+    generator = torch.Generator().manual_seed(11)
+    hidden = torch.randn(3, 7, 200, generator=generator).bfloat16()
+    table = torch.randn(vocabulary, 200, generator=generator)
+    labels = torch.randint(vocabulary, (3, 7), generator=generator)
+    losses = per_token_losses(hidden, table, labels, softmax_in_16_bit=softmax_in_16_bit)
+    assert torch.equal(losses, losses.bfloat16().float()) == softmax_in_16_bit
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("softmax_in_16_bit", [False, True])
 def test_16_bit_activations_give_fp32_losses_near_those_of_fp32(dtype: torch.dtype, softmax_in_16_bit: bool) -> None:

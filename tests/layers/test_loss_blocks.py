@@ -57,7 +57,7 @@ def either_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("biased", [True, False], ids=["biased", "unbiased"])
 @pytest.mark.usefixtures("either_library")
 def test_loss_and_gradients_are_those_of_float64(
-    chunk: int, scale: float, off: float, biased: bool, counted: list[int]
+    chunk: int, scale: float, off: float, biased: bool, counted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hidden, table = draw(2, 32, WIDTH).requires_grad_(), (draw(VOCABULARY, WIDTH, seed=2) * scale).requires_grad_()
     bias = draw(VOCABULARY, seed=5).requires_grad_() if biased else None
@@ -74,6 +74,7 @@ def test_loss_and_gradients_are_those_of_float64(
     torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
     for found, right in zip(gradients, expected, strict=True):
         torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=off)
+    monkeypatch.setattr(loss_module, "CPU_ROWS", chunk)
     alone = per_token_losses(hidden, table, labels, bias_V=bias)
     torch.testing.assert_close(alone.double().flatten(), losses, rtol=1e-6, atol=off)
 

@@ -120,6 +120,17 @@ def test_rows_depend_on_sample_and_place_alone() -> None:
     assert rows.unique().numel() == rows.numel()
 
 
+def test_no_two_of_many_samples_share_their_masks() -> None:
+    rows = rows_for(dropout_rows(1234, torch.arange(1 << 16), 1), key("layer", 0, "attention"))
+    assert rows.unique().numel() == 1 << 16
+
+
+def test_masks_have_the_bits_that_they_always_had() -> None:
+    rows = rows_for(dropout_rows(1234, torch.tensor([5, 2**40 + 5]), 64, first_place=3), key("layers", 2, "attention"))
+    mask = keep_mask(rows, number_words(96), 0.1)
+    assert [zlib.crc32(tensor.numpy().tobytes()) for tensor in (rows, mask)] == [1918006115, 1232170877]
+
+
 def test_a_probability_of_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"probability 1.0 is not in \[0, 1\)"):
         keep_mask(torch.zeros(1, dtype=torch.int32), number_words(1), 1.0)
