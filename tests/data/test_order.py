@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalith.data.order import CyclicOrder, OnceOrder, Order, SingleOrder, deal, sample_counts
+from megalith.data.order import CyclicOrder, OnceOrder, Order, RoundOrder, SingleOrder, deal, sample_counts
 
 
 @given(
@@ -33,6 +33,10 @@ def test_the_order_does_not_depend_on_how_it_is_cut_into_steps(
 def test_all_samples_are_measured_once_and_places_behind_them_have_none() -> None:
     order = OnceOrder(5)
     assert [order.global_indices(first, 4).tolist() for first in (0, 4, 8)] == [[0, 1, 2, 3], [4, -1, -1, -1], [-1] * 4]
+
+
+def test_an_evaluation_begins_anew_after_the_last_sample() -> None:
+    assert [RoundOrder(5).global_indices(first, 4).tolist() for first in (0, 4)] == [[0, 1, 2, 3], [4, 0, 1, 2]]
 
 
 @given(total=st.integers(1, 50), micro=st.integers(1, 3), replicas=st.integers(1, 3))

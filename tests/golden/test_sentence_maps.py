@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megalith.data import sentence_maps
 from megalith.data.block_maps import build_block_map
 from megalith.data.masking import Pieces, SpanRule, choose_spans, random_of
 from megalith.data.pairs import PairRule, make_pair
@@ -33,6 +34,15 @@ def test_maps_are_bit_identical(case: dict[str, Any]) -> None:
     assert rows.dtype == case["dtype"] and list(rows.shape) == case["shape"]
     assert rows[:20].tolist() == case["first20"] and rows[-20:].tolist() == case["last20"]
     assert hashlib.sha256(rows.tobytes()).hexdigest() == case["sha256"]
+
+
+def test_a_map_of_a_later_part_in_small_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    index, lengths = np.array(RECORDED["doc_idx"], np.int64), np.array(RECORDED["sentence_sizes"], np.int32)
+    plan = SentencePlan(60, 2, 0.3, 7)
+    whole = build_sentence_map(index, lengths, num_samples=100, plan=plan)
+    monkeypatch.setattr(sentence_maps, "BLOCK", 7)
+    later = build_sentence_map(index + 5, np.append(np.full(5, 9, np.int32), lengths), num_samples=100, plan=plan)
+    assert (later == whole + np.array([5, 5, 0], np.uint32)).all()
 
 
 @pytest.mark.parametrize(
