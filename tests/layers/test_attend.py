@@ -255,17 +255,17 @@ def test_flex_attention_by_blocks_sees_what_the_dense_mask_shows() -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("length", [128, 1000, 1280])
+@pytest.mark.parametrize(("length", "ahead"), [(128, 0), (1000, 0), (1280, 0), (1000, 300)])
 @pytest.mark.parametrize("numbering", ["one after the other", "at random"])
-def test_blocks_are_those_of_the_dense_mask(numbering: str, length: int, causal: bool) -> None:
+def test_blocks_are_those_of_the_dense_mask(numbering: str, length: int, ahead: int, causal: bool) -> None:
     from torch.nn.attention.flex_attention import create_block_mask
 
     generator = torch.Generator().manual_seed(length)
     numbers = (torch.rand(3, length, generator=generator) < torch.tensor([[0.0], [0.003], [0.03]])).cumsum(1)
     if numbering == "at random":
         numbers = torch.randint(-9, 9, (1000,), generator=generator)[numbers]
-    found = document_blocks(numbers, numbers, causal=causal)
-    expected = create_block_mask(found.mask_mod, 3, None, length, length, device="cpu")
+    found = document_blocks(numbers[:, ahead:], numbers, causal=causal)
+    expected = create_block_mask(found.mask_mod, 3, None, length - ahead, length, device="cpu")
     assert found.shape == expected.shape and found.BLOCK_SIZE == expected.BLOCK_SIZE
     for blocks, dense in zip(pieces_of(found), pieces_of(expected), strict=True):
         if numbering == "one after the other":

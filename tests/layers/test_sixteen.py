@@ -43,6 +43,18 @@ def test_a_products_gradients_are_those_of_autograd_and_not_rounded(with_bias: b
         assert found.dtype == torch.float32 and not torch.equal(found, found.to(SIXTEEN).float())
 
 
+@pytest.mark.parametrize("tanh", [True, False])
+@pytest.mark.parametrize("is_compiling", [True, False])
+@pytest.mark.parametrize("dtype", [SIXTEEN, torch.float32])
+def test_gelu_is_its_formula_for_the_compiler_too(
+    dtype: torch.dtype, is_compiling: bool, tanh: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)
+    x = torch.linspace(-6, 6, 4001).to(DEVICE, dtype)
+    expected = F.gelu(x.double(), approximate="tanh" if tanh else "none")
+    torch.testing.assert_close(sixteen.gelu_of(x, tanh).double(), expected, rtol=torch.finfo(dtype).eps, atol=2e-6)
+
+
 @runs_kernels
 @pytest.mark.parametrize("tanh", [True, False])
 @pytest.mark.parametrize("shape", [(3, 70, 200), (1, 5, 16)])
@@ -61,13 +73,14 @@ def test_gelus_slopes_are_added_up_on_the_way(tanh: bool, shape: tuple[int, int,
 
 
 @runs_kernels
+@pytest.mark.parametrize("other", range(3))
 @pytest.mark.parametrize(("tokens", "heads", "width"), [(70, 3, 24), (9, 2, 16)])
-def test_heads_come_together_and_are_added_up(tokens: int, heads: int, width: int) -> None:
+def test_heads_come_together_and_are_added_up(tokens: int, heads: int, width: int, other: int) -> None:
     from megalith.layers.columns import join_heads
 
     # As attention's backward pass leaves them, and one of them otherwise.
     parts = [numbers(2, tokens, heads, width, seed=seed).detach() for seed in (1, 2, 3)]
-    parts[1] = parts[1].transpose(1, 2).contiguous().transpose(1, 2)
+    parts[other] = parts[other].transpose(1, 2).contiguous().transpose(1, 2)
     joined, sums, largest = join_heads(*parts)
     assert torch.equal(joined, torch.stack(parts, 3).flatten(2))
     torch.testing.assert_close(sums, joined.float().sum((0, 1)), rtol=1e-5, atol=1e-4)
@@ -75,11 +88,13 @@ def test_heads_come_together_and_are_added_up(tokens: int, heads: int, width: in
 
 
 @runs_kernels
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(2, 70, 200), (1, 5, 16)])
-def test_a_matrix_is_looked_at_in_one_pass(shape: tuple[int, int, int]) -> None:
+def test_a_matrix_is_looked_at_in_one_pass(shape: tuple[int, int, int], transposed: bool) -> None:
     from megalith.layers.columns import look_at
 
     x = numbers(*shape, seed=1).detach() - 1
+    x = x.transpose(1, 2) if transposed else x
     matrix, sums, largest = look_at(x)
     assert matrix is x and float(largest.max()) == float(x.abs().max())
     torch.testing.assert_close(sums, x.float().sum((0, 1)), rtol=1e-5, atol=1e-4)
