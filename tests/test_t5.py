@@ -8,12 +8,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megalith.check import check
 from megalith.cli import main
+from megalith.data.indexed import open_indexed
+from megalith.data.masking import Pieces, SpanRule, random_of
+from megalith.data.sentence_rows import SentenceRows
+from megalith.data.spans import MockSpanRows, SpanBatches, SpanCutRule, SpanRows, cut_spans
 from megalith.derived import num_layers
 from megalith.models.t5 import T5, num_layers_of
 from megalith.sources import read_command_line
@@ -148,6 +153,29 @@ def test_blended_files_train_and_another_inner_width_is_another_model(
     capfd.readouterr()
     assert main(["pretrain", *words, "--ffn-hidden-size", "64"]) == 2
     assert "ffn_hidden_size is 128 in the checkpoint and 64 in this run" in capfd.readouterr().err
+
+
+def test_a_batch_says_what_both_streams_are_and_which_places_count(tmp_path: Path) -> None:
+    pieces = Pieces(60, np.ones(60, bool), np.zeros(60, bool))
+    rule = SpanCutRule(
+        encoder_length=20, decoder_length=12, pieces=pieces, bos=50, eos=51, pad=4, sentinels=range(4),
+        masking=SpanRule(0.3, longest=3, geometric=True),
+    )  # fmt: skip
+    map_rows = np.array([[0, 2, 18], [2, 5, 9], [7, 8, 3]], np.uint32)
+    sentences = SentenceRows(open_indexed(write_sentences(tmp_path)), map_rows, seed=3, vocab_size=60)
+    batch = SpanBatches(SpanRows(sentences, rule), 20, rule.pad).read(np.array([2, 1, 0]), np.array([7, 8, 9]))
+    for number, index in enumerate((2, 1, 0)):
+        sample = cut_spans(*sentences.read(index), rule, random_of(3, index))
+        assert batch["tokens"][number].tolist() == [*sample.encoder, *sample.decoder]
+        assert batch["padding"][number].tolist() == (sample.encoder == rule.pad).tolist()
+        assert batch["labels"][number].tolist() == sample.labels.tolist()
+        assert batch["loss_mask"][number].tolist() == (sample.labels >= 0).tolist()
+    assert batch["samples"].tolist() == [7, 8, 9]
+
+
+def test_made_up_samples_have_no_padding() -> None:
+    rows = MockSpanRows(400, encoder_length=20, decoder_length=10, vocab_size=30, seed=3).batch(np.arange(400))
+    assert rows.shape == (400, 40) and rows.min() == 1 and rows.max() == 29
 
 
 def test_a_vocabulary_that_does_not_fit_the_data_is_said(

@@ -73,17 +73,18 @@ def test_samples_that_do_not_exist_are_refused(tmp_path: Path, indices: list[int
         dataset.batch(np.array(indices))
 
 
+@pytest.mark.parametrize("position", [0, 5])
 @pytest.mark.parametrize(("token", "dtype"), [(100, "uint16"), (65535, "uint16"), (-1, "int32"), (2**31 - 1, "int32")])
 def test_a_token_that_is_not_in_the_vocabulary_is_named_by_document_and_position(
-    tmp_path: Path, token: int, dtype: str
+    tmp_path: Path, token: int, dtype: str, position: int
 ) -> None:
     lengths = [7, 0, 12, 9]
     tokens = np.arange(28)
-    tokens[7 + 5] = token
+    tokens[7 + position] = token
     indexed = corpus(tmp_path / "corpus", lengths, tokens, dtype)
     maps = maps_of(lengths, 6, 4)
     dataset = CausalDataset(indexed, maps, vocab_size=100)
-    message = rf"corpus\.bin: token {token} at position 5 of document 2 is not in the vocabulary \(0 to 99\)"
+    message = rf"corpus\.bin: token {token} at position {position} of document 2 is not in the vocabulary \(0 to 99\)"
     num_refused = 0
     for index in range(len(dataset)):
         try:

@@ -17,10 +17,11 @@ DOCUMENTS = [[[1, 2, 3], [4]], [], [[5], [], [6, 7]]]
 INTEGERS = ["uint8", "int8", "int16", "int32", "int64", "uint16"]
 
 
-def write(prefix: Path, documents: list[list[list[int]]], dtype: str = "uint16") -> None:
+def write(prefix: Path, documents: list[list[list[int]]], dtype: str = "uint16") -> IndexedWriter:
     with IndexedWriter(prefix, dtype) as writer:
         for document in documents:
             writer.add_document(document)
+    return writer
 
 
 def documents_in(prefix: Path) -> list[list[list[int]]]:
@@ -38,9 +39,12 @@ def test_documents_are_read_back_in_every_dtype(
     tmp_path_factory: pytest.TempPathFactory, documents: list[list[list[int]]], dtype: str
 ) -> None:
     prefix = tmp_path_factory.mktemp("any") / "corpus"
-    write(prefix, documents, dtype)
+    writer = write(prefix, documents, dtype)
     assert documents_in(prefix) == documents
     assert IndexedDataset(prefix).dtype == np.dtype(dtype)
+    tokens = [token for document in documents for item in document for token in item]
+    largest = None if dtype == "float64" else max(tokens, default=None)
+    assert (writer.num_tokens, writer.largest_token) == (len(tokens), largest)
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)

@@ -91,14 +91,32 @@ def test_spans_without_a_sentinel_or_room_stay_where_they_are() -> None:
         assert refilled(sample) == tokens
 
 
-def refilled(sample: SpanSample) -> list[int]:
-    """The text that a sample was made of: every sentinel replaced by what the decoder says of it."""
+@pytest.mark.parametrize("room", [2, 3, 9, 17, 25, 40])
+def test_a_span_without_room_leaves_it_to_shorter_ones(room: int) -> None:
+    case = {**CASES[1], "max_seq_length_dec": 64}
+    masking = SpanRule(0.6, longest=4, geometric=True)
+    expected, held = list[list[int]](), 1
+    for span in spans_of(made(case, masking=masking)).values():
+        if held + 1 + len(span) <= room:
+            expected.append(span)
+            held += 1 + len(span)
+    assert list(spans_of(made(case, masking=masking, decoder_length=room)).values()) == expected
+
+
+def spans_of(sample: SpanSample) -> dict[int, list[int]]:
+    """What the decoder says of each sentinel."""
     spans: dict[int, list[int]] = {}
     for token in sample.decoder.tolist()[1:]:
         if token in SENTINELS:
             spans[token] = []
         elif token != PAD:
             spans[list(spans)[-1]].append(token)
+    return spans
+
+
+def refilled(sample: SpanSample) -> list[int]:
+    """The text that a sample was made of: every sentinel replaced by what the decoder says of it."""
+    spans = spans_of(sample)
     tokens: list[int] = []
     for token in sample.encoder.tolist():
         tokens += spans.get(token, [] if token == PAD else [token])
