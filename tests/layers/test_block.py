@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalith.layers.attention import AttentionShape, CrossAttention, SelfAttention
+from megalith.layers.attention import AttentionShape, CrossAttention, SelfAttention, rows_of_heads
 from megalith.layers.block import Block, BlockShape
 from megalith.layers.initial import Initial, draw_weights
 from megalith.layers.mask import make_mask
 from megalith.layers.products import Again, linear
-from megalith.layers.random import dropout_rows
+from megalith.layers.random import dropout_rows, key, rows_for
 
 B, T, D, H, K = 2, 6, 16, 4, 4
 NORMAL = Initial("normal", 0.3)
@@ -160,6 +160,11 @@ def test_a_part_of_the_stream_is_dropped_as_in_the_whole() -> None:
     block.attention.out.leave = lambda product: product[:, 2:4]
     part = block(stream()[:, 2:4], CAUSAL, rows_of([0, 1]))
     torch.testing.assert_close(part, expected[:, 2:4], rtol=0, atol=1e-6)
+
+
+def test_no_two_heads_or_tokens_share_their_masks() -> None:
+    rows = rows_of_heads(rows_for(dropout_rows(1234, torch.arange(4), 256), key("layer", 0, "attention")), 0, 4)
+    assert rows.shape == (4, 4, 256) and rows.unique().numel() == rows.numel()
 
 
 def test_a_block_compiles_whole_without_dropout() -> None:

@@ -9,6 +9,7 @@ from megalith.layers.attention import AttentionShape
 from megalith.layers.block import Block, BlockShape
 from megalith.layers.initial import Initial, Layer, Shard, draw_weights, xavier
 from megalith.layers.linear import Linear
+from megalith.layers.random import fill_normal, key
 
 
 class Two(nn.Module):
@@ -39,6 +40,9 @@ def test_each_parameter_has_its_distribution() -> None:
 def test_weights_depend_on_seed_and_name_and_not_on_what_else_the_model_holds() -> None:
     assert torch.equal(drawn(second=False)["layers.0.weight"], drawn()["layers.0.weight"])
     assert not torch.equal(drawn(1)["layers.0.weight"], drawn(2)["layers.0.weight"])
+    expected = torch.empty(6, 8)
+    fill_normal(expected, key(1, "weight", "layers.0.weight"), std=0.02)
+    assert torch.equal(drawn(1)["layers.0.weight"], expected), "a run's seed must go on to mean the same weights"
 
 
 def test_a_model_made_on_the_meta_device_gets_the_same_weights() -> None:
@@ -49,18 +53,21 @@ def test_a_model_made_on_the_meta_device_gets_the_same_weights() -> None:
         assert torch.equal(parameter.detach(), drawn()[name])
 
 
-def test_a_rank_draws_its_shard_alone() -> None:
-    half = Linear(8, 3, Initial("normal", 0.02))
+@pytest.mark.parametrize("layer", ["0", "1"])
+def test_a_rank_draws_its_shard_alone(layer: str) -> None:
     model = Two()
-    model.layers["0"] = half
+    whole = cast(Linear, model.layers[layer])
+    outputs, inputs = whole.weight.shape
+    half = Linear(inputs, outputs // 2, whole.initial["weight"])
+    model.layers[layer] = half
 
     def lower_half(parameter: nn.Parameter) -> Shard:
         if parameter is half.weight:
-            return Shard(parameter, (6, 8), (3, 0))
+            return Shard(parameter, (outputs, inputs), (outputs // 2, 0))
         return Shard(parameter, parameter.shape, [0] * parameter.dim())
 
     draw_weights(model, 1234, shard_of=lower_half)
-    assert torch.equal(half.weight.detach(), drawn()["layers.0.weight"][3:])
+    assert torch.equal(half.weight.detach(), drawn()[f"layers.{layer}.weight"][outputs // 2 :])
 
 
 def test_a_tied_weight_is_drawn_once_under_its_first_name() -> None:
@@ -68,8 +75,10 @@ def test_a_tied_weight_is_drawn_once_under_its_first_name() -> None:
     tied = Linear(8, 6, Initial("normal", 5.0))
     tied.weight = cast(Linear, model.layers["0"]).weight
     model.layers["2"] = tied
+    nn.init.ones_(tied.get_parameter("bias"))
     draw_weights(model, 1234)
     assert torch.equal(tied.weight.detach(), drawn()["layers.0.weight"])
+    assert not tied.get_parameter("bias").any()
 
 
 def test_xavier_has_the_variance_of_its_formula() -> None:

@@ -19,7 +19,7 @@ from megalith.parallel.mesh import Groups, Layout, make_groups
 from megalith.parallel.tensor import SPLITS, Cut, split_tensors
 from tests.ranks import run_ranks
 
-CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, max_position_embeddings=16)
+CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, kv_channels=12, max_position_embeddings=16)
 VOCAB = 50
 
 
