@@ -367,6 +367,18 @@ def test_a_run_given_in_samples_takes_them_all_although_its_batches_change(
     assert [step["consumed_samples"] for step in steps_of(save)[5:]] == list(range(40 + batch, 81, batch))
 
 
+@pytest.mark.parametrize("words", [[], ["--fp16", "--initial-loss-scale", str(2**20)]], ids=["fp32", "fp16"])
+def test_without_clipping_a_run_is_one_whose_limit_is_never_reached(
+    words: list[str], data: Path, tmp_path: Path
+) -> None:
+    for limit in ("0", "1e9"):
+        assert run_on(1, ["--train-iters", "6", "--clip-grad", limit, *words], tmp_path / limit, data) == 0
+    steps, others = steps_of(tmp_path / "0"), steps_of(tmp_path / "1e9")
+    assert any(step["skipped"] for step in steps) == bool(words) and not all(step["skipped"] for step in steps)
+    for name in ("losses", "skipped", "params_norm"):
+        assert [step[name] for step in steps] == [step[name] for step in others]
+
+
 # bfloat16 keeps 8 bits of a number, float16 11.
 @pytest.mark.parametrize(("precision", "within"), [("--bf16", 4e-3), ("--fp16", 5e-4)])
 def test_sixteen_bit_trainings_follow_fp32(

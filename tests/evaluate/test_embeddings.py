@@ -58,6 +58,9 @@ def test_an_id_that_stands_in_two_parts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the passage 0 was embedded twice"):
         write_joined(tmp_path / "embeddings", [*parts, parts[0]], MADE_FROM)
     assert not (tmp_path / "embeddings").exists()
+    write_block(tmp_path / "twice", np.zeros(2, np.int64), some_vectors(2), MADE_FROM, disk=DISK)
+    with pytest.raises(ValueError, match="twice: ids: expected each once, found one twice"):
+        open_embeddings(tmp_path / "twice")
 
 
 def test_every_changed_byte_is_found(joined: Path) -> None:
