@@ -57,6 +57,11 @@ def test_windows_that_do_not_overlap_give_the_plain_loss(model: Decoder) -> None
     )
 
 
+def test_perplexity_is_what_a_token_costs_and_ends_at_that_of_20_nats() -> None:
+    assert StreamLoss(total=3 * math.log(7), count=3).perplexity == pytest.approx(7)
+    assert StreamLoss(total=63.0, count=3).perplexity == math.exp(20)
+
+
 def test_perplexity_per_word_is_what_a_word_costs() -> None:
     figures = TextFigures(StreamLoss(total=60.0, count=30), num_words=13)
     assert figures.token_ratio == 30 / 12

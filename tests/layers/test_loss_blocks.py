@@ -126,6 +126,19 @@ def test_in_bf16_loss_and_gradients_are_those_of_float64_but_for_its_rounding(ch
         torch.testing.assert_close(grad.double(), expected, rtol=0, atol=2 * rounding * float(expected.abs().max()))
 
 
+def test_in_bf16_many_blocks_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_blocks, "BLOCK", 64)
+    # All entries are as likely, so that what is rounded is each block's product and their sum, the mean row.
+    hidden, table = torch.zeros(4, WIDTH).bfloat16(), (draw(4096, WIDTH) + 16).bfloat16()
+    labels, weights, found = torch.arange(4)[:, None], torch.ones(4, 1), torch.empty_like(hidden)
+    losses_and_gradients(
+        hidden, table, labels, weights, grad_hidden_CD=found, grad_table_VD=torch.empty(4096, WIDTH), first=True
+    )
+    expected = exact(hidden, table, labels[:, 0], weights[:, 0])[1]
+    # A sum of 64 blocks that is rounded to 8 bits each time is off by 0.06.
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.03)
+
+
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.usefixtures("either_library")
