@@ -99,8 +99,8 @@ class InInt8:
             codes = codes.round_()
         else:
             codes = codes.floor_()
-            below = self._decode(codes.clone()).abs_()
-            step = self._decode(codes + 1).abs_().sub_(below)
+            below = self._decode(codes)
+            step = self._decode(codes + 1).sub_(below)
             chance = torch.nn.functional.pad(words, (0, missing)).view(-1, BLOCK).float().mul_(2.0**-32).add_(0.5)
             codes += shares.sub_(below) > chance.mul_(step)
         # A second moment that is not 0 must not become 0: the weight's step is divided by its root.
