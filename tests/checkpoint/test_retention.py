@@ -7,8 +7,9 @@ import pytest
 
 from megalith.checkpoint.directory import CheckpointError, list_checkpoints
 from megalith.checkpoint.retention import delete_old
+from megalith.checkpoint.store import save
 from megalith.ranks import Ranks
-from tests.checkpoint.runs import load_newest, names_in, save_step
+from tests.checkpoint.runs import load_newest, names_in, pieces_of, save_step, tensors_at
 from tests.disks import failing_disk
 from tests.ranks import run_ranks
 
@@ -52,6 +53,16 @@ def test_checkpoints_that_do_not_look_whole_do_not_count_as_kept(tmp_path: Path)
     assert delete_old(Ranks(), tmp_path, keep_last=3) == []
     assert delete_old(Ranks(), tmp_path, keep_last=2) == [1]
     assert steps_in(tmp_path) == [2, 3, 4, 5]
+
+
+def test_a_checkpoint_of_two_files_is_not_whole_if_either_is_cut(tmp_path: Path) -> None:
+    def on_rank(rank: int) -> None:
+        for step in (1, 2, 3):
+            save(tmp_path, step, pieces_of(tensors_at(step), rank, 2), {})
+
+    run_ranks(on_rank, 2)
+    os.truncate(tmp_path / "checkpoints" / "step-0000002" / "rank-00001.safetensors", 10)
+    assert delete_old(Ranks(), tmp_path, keep_last=2) == []
 
 
 def test_a_linked_checkpoint_is_neither_counted_nor_followed(tmp_path: Path) -> None:

@@ -145,6 +145,15 @@ def test_a_run_that_cannot_get_past_a_step_gives_up() -> None:
     assert rewinds_until(1, 23, 10**6, every=50, limit=1, steps=10**4) == [-1]  # there is no checkpoint yet
 
 
+def test_a_stretch_is_passed_over_with_its_ends_and_left_behind_if_it_fails_again() -> None:
+    bad_steps = BadSteps(in_a_row=2, first=9, passed_over=[(6, 7)])
+    assert [step for step in range(12) if bad_steps.passes_over(step)] == [6, 7]
+    assert bad_steps.turns_back_below() == 9
+    again = BadSteps(in_a_row=2, first=9, passed_over=[(6, 7)], rewinds=1)
+    assert again.turns_back_below() == 5
+    assert again.rewound(10, 4) == BadSteps(passed_over=[(5, 10)], rewinds=2)
+
+
 def test_a_good_step_beyond_all_that_are_passed_over_ends_the_count_of_rewinds() -> None:
     bad_steps = BadSteps(passed_over=[(6, 7)], rewinds=1)
     for step, rewinds in ((5, 1), (8, 0)):

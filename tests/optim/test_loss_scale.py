@@ -37,7 +37,8 @@ def test_the_runs_first_17_overflows_leave_65536() -> None:
 
 
 def test_a_resume_at_any_step_continues_the_trajectory() -> None:
-    pattern = [random.Random(4).random() < 0.2 for _ in range(60)]
+    draws = random.Random(4)
+    pattern = [draws.random() < 0.2 for _ in range(60)]
     states = [FIRST]
     for found_inf in pattern:
         states.append(states[-1].updated(found_inf))
@@ -46,6 +47,7 @@ def test_a_resume_at_any_step_continues_the_trajectory() -> None:
         for found_inf, expected in zip(pattern[step:], states[step + 1 :], strict=True):
             resumed = resumed.updated(found_inf)
             assert resumed == expected
+    assert len({state.scale for state in states}) > 2 and len({state.tolerance for state in states}) > 2
 
 
 @pytest.mark.parametrize(
@@ -54,6 +56,7 @@ def test_a_resume_at_any_step_continues_the_trajectory() -> None:
         {},
         {"scale": 0, "clean_steps": 0, "tolerance": 0},
         {"scale": float("nan"), "clean_steps": 0, "tolerance": 0},
+        {"scale": float("inf"), "clean_steps": 0, "tolerance": 0},
         {"scale": True, "clean_steps": 0, "tolerance": 0},
         {"scale": 1.0, "clean_steps": -1, "tolerance": 0},
         {"scale": 1.0, "clean_steps": 0, "tolerance": "2"},

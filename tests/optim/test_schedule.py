@@ -10,6 +10,7 @@ from megalith.optim.schedule import (
     WSD_STYLES,
     Schedule,
     learning_rate,
+    length_flag,
     make_schedule,
     resumed_schedule,
     schedule_to_json,
@@ -142,8 +143,30 @@ def test_different_settings_are_refused_by_name_or_settled_by_a_switch() -> None
     schedule, lines = resumed_schedule(wanted, saved, override_lr_scheduler=True)
     assert schedule == wanted
     assert lines[0] == " > overriding learning rate value to 0.0003" and len(lines) == 5
+    longer = replace(SCHEDULE, decay=20490)
+    with pytest.raises(
+        ValueError, match=r"is 20490 samples on .*--lr-decay-iters.* and 320 steps \(20480 samples\) in"
+    ):
+        resumed_schedule(longer, saved, length_flag="--lr-decay-iters", step_samples=64)
     with pytest.raises(ValueError, match="only one"):
         resumed_schedule(wanted, saved, override_lr_scheduler=True, use_checkpoint_lr_scheduler=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "train_iters", "flag"),
+    [
+        ({}, 10, "--train-iters"),
+        ({"lr_decay_iters": 5}, 10, "--lr-decay-iters"),
+        ({}, None, "--train-samples"),
+        ({"lr_decay_samples": 5}, None, "--lr-decay-samples"),
+    ],
+)
+def test_the_flag_that_gives_the_length_is_known(changes: dict[str, int], train_iters: int | None, flag: str) -> None:
+    assert length_flag(replace(CONFIG, **changes), train_iters=train_iters) == flag  # type: ignore[arg-type]
+
+
+def test_a_rate_may_stay_where_it_is() -> None:
+    assert learning_rate(50, Schedule(1e-4, 1e-4, 0, 100, "linear")) == 1e-4
 
 
 @pytest.mark.parametrize(
