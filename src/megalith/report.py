@@ -29,6 +29,7 @@ def open_profile(job: Job) -> Profile | None:
 
 def report_interval(job: Job, last: StepDone) -> None:
     """Report the steps since the last report, which `last` ended: the line, then timers, then once the memory."""
+    num_timed = job.interval.steps_here  # a resumed run timed those since its start alone
     done = job.interval.close(last, time.perf_counter())
     job.log.report(done)
     # Megatron-LM prints the memory with the first line whose learning rate is above 0: then a step has been taken.
@@ -41,7 +42,7 @@ def report_interval(job: Job, last: StepDone) -> None:
         if text is not None:
             job.log.report(Warned(text))
     seconds = job.timers.elapsed(STEP_TIMERS)
-    job.log.report(TimersReported(seconds, num_steps=job.run.monitor.log_interval, step=last.step))
+    job.log.report(TimersReported(seconds, num_steps=num_timed, step=last.step))
 
 
 def report_saved(job: Job, saved: Saved, pace: SavePace, *, stall: float | None) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import SupportsFloat
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from megalith.monitor.events import IntervalDone, StepDone
 from megalith.monitor.interval import MOST_PENDING, Interval
 from megalith.monitor.memory import MemoryUse
+from tests.layouts.runs import events_of, run_on, write_data
 
 
 class Deferred:
@@ -138,6 +140,18 @@ def test_a_restart_between_two_lines_changes_nothing_in_the_next(restart_after: 
     assert run(losses, restart_after=restart_after) == run(losses, restart_after=None)
 
 
+def test_the_steps_that_were_timed_are_those_since_the_last_line_and_the_restart() -> None:
+    """Timers do not go into a checkpoint, so their sums are not over all steps of a line."""
+    summed = interval()
+    for number in (1, 2, 3):
+        summed.add(step(number, 1.0))
+    resumed = interval()
+    resumed.restore(json.loads(json.dumps(summed.state(1.0))), 1.0)
+    resumed.add(last := step(4, 1.0))
+    assert (summed.steps_here, resumed.steps_here) == (3, 1)
+    assert resumed.close(last, 2.0).num_steps == 4 and resumed.steps_here == 0
+
+
 def test_operations_that_are_not_counted_leave_the_speed_in_tokens() -> None:
     summed = interval()
     summed.add(step(1, 1.0))
@@ -163,3 +177,11 @@ def test_the_causal_convention_and_the_peak_of_memory_are_told_beside_the_rest()
         # 1.5e12 operations in half a second on two devices; Megatron's convention says twice as many.
         assert done.causal_tflops_per_device == pytest.approx(1.5) and done.tflops_per_device == pytest.approx(3.0)
         assert done.peak_memory_bytes == 77
+
+
+def test_the_timers_of_a_resumed_run_are_divided_by_the_steps_that_it_took(tmp_path: Path) -> None:
+    data, words = write_data(tmp_path), ["--train-iters", "4", "--log-interval", "4", "--save-interval", "3"]
+    for more in (["--exit-interval", "3"], []):
+        assert run_on(1, [*words, *more], tmp_path / "run", data) == 0
+    reported = [record for record in events_of(tmp_path / "run", "timers_reported") if record["step"] == 4]
+    assert [record["num_steps"] for record in reported] == [1]

@@ -24,6 +24,7 @@ class Interval:
         self.last_step = last_step
         self.num_devices = num_devices
         self.peak_flops = peak_flops
+        self.steps_here = 0  # that this process has added since its last close, those gone back over too
         self._clear(start)
 
     def _clear(self, start: float) -> None:
@@ -49,6 +50,7 @@ class Interval:
                 self._pending.setdefault(name, []).append(loss)
                 if len(self._pending[name]) >= MOST_PENDING:
                     self._read()
+        self.steps_here += 1
         self._num_tokens += step.num_tokens
         self._step_seconds += step.seconds
         self._model_flops = _sum(self._model_flops, step.model_flops)
@@ -102,6 +104,7 @@ class Interval:
             causal_tflops_per_device=causal.tflops_per_device,
             peak_memory_bytes=None if step.memory is None else step.memory.max_allocated,
         )
+        self.steps_here = 0
         self._clear(now)
         return done
 
