@@ -18,9 +18,9 @@ SHORTEST_RISK = 0.1  # hours; what takes less is done again without regret
 
 
 def open_profile(job: Job) -> Profile | None:
-    """What traces the steps that --profile names, on the first rank."""
+    """What traces the steps that --profile names, on the rank that says what it saw."""
     monitor, save = job.run.monitor, job.run.checkpoint.save
-    if not monitor.profile or job.layout.rank:
+    if not monitor.profile or not job.log.speaks:
         return None
     folder = Path(monitor.profile_dir) if monitor.profile_dir is not None else Path(str(save)) / "profile"
     first, last = monitor.profile_step_start, monitor.profile_step_end

@@ -29,6 +29,7 @@ from megalith.loaders import open_data
 from megalith.monitor.events import PlaceReached, RunEnded, StepDone, TrainingStarted, Warned
 from megalith.monitor.log import RunLog
 from megalith.monitor.memory import memory_use
+from megalith.monitor.profile import Profile
 from megalith.monitor.signals import StopSignals, stopped_status
 from megalith.optim.clip import clip_gradients, count_zeros, global_norm, is_clipped, unscale_gradients
 from megalith.optim.finite import GRAD_NORM, measure
@@ -173,11 +174,20 @@ def run_steps(job: Job, keeper: Keeper, signals: StopSignals) -> str | None:
     log.report(PlaceReached("before the start of training step"))
     if progress.step == 0 and run.evaluate.eval_first:
         progress.owes = "interval"
-    profile = open_profile(job)
     job.ledger.switch("other")
     job.first_step = progress.step
     if progress.owes != "interval" and progress.step < job.last_step:
         progress.owes = None  # it was the end of a run that goes on now
+    profile = open_profile(job)
+    reason = _run_on(job, keeper, signals, profile)
+    if profile is not None:
+        profile.close()
+    return reason
+
+
+def _run_on(job: Job, keeper: Keeper, signals: StopSignals, profile: Profile | None) -> str | None:
+    """The steps of `run_steps`."""
+    run, progress, log = job.run, job.progress, job.log
     while progress.step < job.last_step:
         if cut := evaluate_if_owed(job, signals):
             return cut

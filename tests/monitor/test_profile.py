@@ -11,7 +11,7 @@ import torch
 
 from megalith.config import ConfigError
 from megalith.monitor.profile import COSTLIEST, Cost, Profile, costs_of, summary
-from tests.layouts.runs import run_on, write_data
+from tests.layouts.runs import events_of, run_on, write_data
 
 
 def test_the_steps_asked_for_are_traced_and_no_others(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_the_steps_asked_for_are_traced_and_no_others(tmp_path: Path) -> None:
 
 def test_the_summary_is_one_screen_and_its_shares_add_up() -> None:
     costs = [Cost(f"operation {n}", float(20 - n), 4, 0) for n in range(20)]
-    lines = summary(costs, first=5, last=6).splitlines()
+    lines = summary(costs, steps=[5, 6]).splitlines()
     assert len(lines) == COSTLIEST + 2
     assert sum(float(line.split("%")[0]) for line in lines[1:]) == pytest.approx(100, abs=1)
     assert lines[1].split() == ["9.5", "%", "10.0000", "s", "2", "calls", "operation", "0"]
@@ -86,6 +86,46 @@ def test_a_run_is_profiled_into_its_directory(tmp_path: Path) -> None:
         "memory.json",
         "summary.txt",
     }
+
+
+def said_in(save: Path) -> str:
+    """The lines of a run's log that are no events of their own."""
+    return "\n".join(record["text"] for record in events_of(save, "line"))
+
+
+def test_the_summary_is_said_with_several_ranks(tmp_path: Path) -> None:
+    words = ["--train-iters", "3", "--profile", "--profile-step-start", "2", "--profile-step-end", "3"]
+    assert run_on(2, words, tmp_path / "run", write_data(tmp_path)) == 0
+    assert "costliest of steps 2 to 3" in said_in(tmp_path / "run")
+
+
+def test_a_run_that_ends_among_the_steps_to_trace_keeps_those_it_took_and_one_that_goes_on_among_them(
+    tmp_path: Path,
+) -> None:
+    words = ["--train-iters", "9", "--profile", "--profile-step-start", "3", "--profile-step-end", "6"]
+    run, data = tmp_path / "run", write_data(tmp_path)
+    assert run_on(1, [*words, "--exit-interval", "4"], run, data) == 0
+    assert "costliest of steps 3 to 4" in said_in(run)
+    assert run_on(1, words, run, data) == 0
+    assert "costliest of steps 5 to 6" in said_in(run)
+    text = (run / "profile" / "summary.txt").read_text()
+    assert "costliest of steps 5 to 6" in text and json.loads((run / "profile" / "trace.json").read_text())
+    assert "nothing was traced" not in said_in(run)
+
+
+def test_a_run_that_took_none_of_the_steps_to_trace_says_so(tmp_path: Path) -> None:
+    words = ["--train-iters", "6", "--profile", "--profile-step-start", "5", "--profile-step-end", "6"]
+    assert run_on(1, [*words, "--exit-interval", "2"], tmp_path / "run", write_data(tmp_path)) == 0
+    assert "nothing was traced, for no step from 5 to 6 was taken" in said_in(tmp_path / "run")
+
+
+def test_a_trace_that_cannot_be_written_costs_no_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    words = ["--train-iters", "3", "--profile", "--profile-step-start", "2", "--profile-step-end", "2"]
+    words += ["--profile-dir", str(tmp_path / "file" / "profile")]
+    assert run_on(1, words, tmp_path / "run", write_data(tmp_path)) == 0
+    assert "Not a directory: what was traced is lost" in said_in(tmp_path / "run")
+    assert len(events_of(tmp_path / "run", "step_done")) == 3
 
 
 def test_steps_that_never_come_are_refused(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ The steps are traced by torch.profiler, which slows them; nothing is traced befo
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,8 +34,9 @@ class Cost:
 class Profile:
     """Traces the steps first to last (numbered from 1) and writes what it saw into a folder.
 
-    Call before_step and after_step around every step; both return at once outside of those steps. tell: takes the lines
-    of the summary.
+    Call before_step and after_step around every step; both return at once outside of those steps. Call close when no
+    step follows: what was traced of steps that a run did not get through is written, too. tell: takes the lines of the
+    summary.
     """
 
     def __init__(
@@ -46,25 +47,42 @@ class Profile:
         self._first, self._last = first, last
         self._tell = tell
         self._tracer: Any = None
+        self._traced: list[int] = []  # the steps that were done while it ran
+        self._is_written = False
 
     def before_step(self, step: int) -> None:
-        """Begin with the first of the steps."""
-        if step == self._first:
+        """Begin with the first of the steps, or where a resumed run goes on among them."""
+        if self._tracer is None and not self._is_written and self._first <= step <= self._last:
             self._start()
 
     def after_step(self, step: int) -> None:
         """End with the last of them, and write."""
-        if self._tracer is not None and step >= self._last:
+        if self._tracer is None:
+            return
+        self._traced.append(step)
+        if step >= self._last:
             self.close()
 
     def close(self) -> None:
-        """End now, if it runs, and write what was traced."""
+        """End now and write what was traced, or say that no step was."""
         if self._tracer is None:
+            if not self._is_written:
+                self._tell(f"--profile: nothing was traced, for no step from {self._first} to {self._last} was taken")
             return
         tracer, self._tracer = self._tracer, None
         self._synchronize()
         tracer.__exit__(None, None, None)
-        self._write(tracer)
+        self._is_written = True
+        try:
+            self._write(tracer)
+        except OSError as error:
+            # The training that was looked at is worth more than what was seen.
+            self._tell(f"WARNING: {error.filename or self.folder}: {error.strerror}: what was traced is lost")
+        finally:
+            if self._device.type == "cuda":
+                import torch
+
+                torch.cuda.memory._record_memory_history(enabled=None)
 
     def _start(self) -> None:
         from torch.profiler import ProfilerActivity, profile
@@ -87,16 +105,16 @@ class Profile:
             torch.cuda.synchronize(self._device)
 
     def _write(self, tracer: Any) -> None:
+        costs = costs_of(tracer.key_averages(), on_device=self._device.type == "cuda")
+        text = summary(costs, steps=self._traced)
+        for line in text.splitlines():
+            self._tell(line)
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = self.folder / f".{TRACE}"
         tracer.export_chrome_trace(str(unfinished))
         unfinished.replace(self.folder / TRACE)
         self._write_memory(tracer)
-        costs = costs_of(tracer.key_averages(), on_device=self._device.type == "cuda")
-        text = summary(costs, first=self._first, last=self._last)
         write_whole(self.folder / SUMMARY, text + "\n")
-        for line in text.splitlines():
-            self._tell(line)
         self._tell(f"the trace lies in {self.folder / TRACE} (open it at chrome://tracing or ui.perfetto.dev)")
 
     def _write_memory(self, tracer: Any) -> None:
@@ -108,7 +126,6 @@ class Profile:
 
             unfinished = self.folder / f".{SNAPSHOT}"
             torch.cuda.memory._dump_snapshot(str(unfinished))
-            torch.cuda.memory._record_memory_history(enabled=None)
             unfinished.replace(self.folder / SNAPSHOT)
             self._tell(f"memory lies in {self.folder / SNAPSHOT} (open it at pytorch.org/memory_viz)")
             return
@@ -132,11 +149,12 @@ def costs_of(averages: Iterable[Any], *, on_device: bool) -> list[Cost]:
     return sorted(costs, key=lambda cost: -cost.seconds)
 
 
-def summary(costs: list[Cost], *, first: int, last: int) -> str:
+def summary(costs: list[Cost], *, steps: Sequence[int]) -> str:
     """The costliest operations on one screen."""
     total = sum(cost.seconds for cost in costs)
-    num_steps = last - first + 1
-    lines = [f"the {COSTLIEST} costliest of steps {first} to {last} (operations by themselves, seconds of one step):"]
+    num_steps = len(steps)
+    which = f"steps {min(steps)} to {max(steps)}"
+    lines = [f"the {COSTLIEST} costliest of {which} (operations by themselves, seconds of one step):"]
     for cost in costs[:COSTLIEST]:
         share = 100 * cost.seconds / total if total else 0.0
         lines.append(
