@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tests.early  # noqa: F401 - for its effect
-from megalith.bench import made_for_measuring, measure
+from megalith.bench import made_for_measuring, measure, table
 from megalith.check import check
 from megalith.cli import main
 from megalith.data.mock import MockRows
@@ -90,6 +90,28 @@ def test_what_a_run_file_says_of_its_start_and_end_does_not_keep_it_from_being_m
     run = made_for_measuring(read_command_line([*MODEL, *words.split()]), steps=5)
     assert check(run, 1) == []
     assert math.isfinite(measure(run, warmup=1, steps=1, started=0.0)["last_loss"])
+
+
+@pytest.mark.parametrize(("words", "skipped"), [("", 0), ("--loss-scale 1e38", 2)])
+def test_steps_that_update_nothing_are_not_measured_or_told(words: str, skipped: int) -> None:
+    """A dynamic scale begins so high that a usual model skips its first 17 steps."""
+    given = read_command_line([*MODEL, "--fp16", *words.split()])
+    figures = measure(made_for_measuring(given, steps=6), warmup=1, steps=2, started=0.0)
+    assert figures["skipped_steps"] == skipped
+    assert (f"skipped               {skipped} of 2 steps" in table(figures)) == (skipped > 0)
+
+
+def test_shares_of_the_split_add_up() -> None:
+    figures = measure(made_for_measuring(read_command_line(MODEL), steps=6), warmup=1, steps=2, started=0.0)
+    shares = [line for line in table(figures | {"step_seconds": 1e-9}).splitlines() if line.endswith("%")]
+    assert len(shares) == len(figures["split_seconds"])
+    assert sum(float(line.split()[-2]) for line in shares) == pytest.approx(100, abs=0.5)
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_built(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*MODEL, "--num-layers", "960", "--hidden-size", "12288"]
+    assert main(["bench", *words]) == 2
+    assert "weights, gradients and the optimizer of a rank take" in capsys.readouterr().err
 
 
 def test_made_up_tokens_are_the_same_for_the_same_seed_and_evenly_distributed() -> None:

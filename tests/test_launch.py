@@ -60,11 +60,11 @@ class Launched:
 
 
 @contextmanager
-def launched(program: str, num_ranks: int = 2, **settings: float) -> Iterator[Launched]:
+def launched(program: str, num_ranks: int = 2, **settings: float | str) -> Iterator[Launched]:
     """The launcher with ranks that run this program."""
     mark = uuid.uuid4().hex
     settings = {"stop_grace": 30.0, **settings}
-    words = ", ".join(f"{name}={value}" for name, value in settings.items())
+    words = ", ".join(f"{name}={value!r}" for name, value in settings.items())
     launcher = f"import sys; from megalith.launch import launch; sys.exit(launch(sys.argv[1:], {num_ranks}, {words}))"
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
@@ -144,6 +144,14 @@ def test_a_signal_to_the_launcher_reaches_every_rank(number: signal.Signals) -> 
     assert status == 75
     assert f"rank 0 got {told.name}" in said and f"rank 1 got {told.name}" in said
     assert f"{told.name}: the ranks finish their step, save and end" in said
+
+
+def test_what_ranks_do_at_a_signal_is_said_as_it_is() -> None:
+    with launched(ENDING_AT_A_SIGNAL, effect="end") as job:
+        job.wait_for_ranks(2)
+        job.process.send_signal(signal.SIGINT)
+        _, said = job.end()
+    assert "SIGINT: the ranks end; a second signal" in said and "save" not in said
 
 
 def test_a_terminal_that_goes_away_ends_nothing_under_nohup() -> None:

@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
@@ -32,9 +32,11 @@ from megalith.monitor.flops import TERA
 from megalith.monitor.log import RunLog
 from megalith.monitor.memory import memory_use
 from megalith.monitor.timers import STEP_TIMERS, Timers
+from megalith.notices import USUAL_LOSS_SCALE
 from megalith.parallel.mesh import Layout, choose_device, joined, make_layout
 from megalith.plan.ceiling import measure_matmul_flops
 from megalith.planned import vocabulary_of
+from megalith.room import refuse_what_cannot_fit
 from megalith.sources import read_command_line
 from megalith.task_rows import TASK_ROWS
 from megalith.train import take_step
@@ -62,7 +64,7 @@ def main(words: Sequence[str], *, started: float) -> int:
     run = made_for_measuring(asked, steps=options.warmup + options.steps + SPLIT_STEPS)
     if run.parallel.nproc is not None and "RANK" not in os.environ:
         command = as_program("megalith", "bench", *words)
-        return launch(command, run.parallel.nproc, stop_grace=run.parallel.stop_grace)
+        return launch(command, run.parallel.nproc, stop_grace=run.parallel.stop_grace, effect="end")
     rank, world_size, _ = ranks_in(os.environ)
     if faults := check(run, world_size):
         if rank == 0:
@@ -126,6 +128,9 @@ def made_for_measuring(run: Run, *, steps: int) -> Run:
             lr_warmup_fraction=None,
             rampup_batch_size=None,
             on_nan="skip",
+            # Steps whose gradients overflow update nothing: they are shorter than others.
+            initial_loss_scale=min(optimizer.initial_loss_scale, USUAL_LOSS_SCALE),
+            min_loss_scale=min(optimizer.min_loss_scale, USUAL_LOSS_SCALE),
         ),
         checkpoint=dataclasses.replace(
             run.checkpoint, save=None, load=None, finetune=False, save_interval=None, keep_last=None, keep_every=None
@@ -148,6 +153,7 @@ def prepared(run: Run, *, started: float) -> Iterator[tuple[Job, Keeper]]:
     )
     with ExitStack() as stack:
         device = choose_device(run.parallel.device, layout.local_rank)
+        refuse_what_cannot_fit(run, layout, device)
         if device.type == "cpu":
             keep_freed_memory()
         stack.enter_context(joined(layout, device))
@@ -165,7 +171,7 @@ def measure(run: Run, *, warmup: int, steps: int, started: float) -> dict[str, A
     with prepared(run, started=started) as (job, keeper):
         device = job.device
         synchronize = torch.cuda.synchronize if device.type == "cuda" else _nothing
-        first_losses = _step(job, keeper, synchronize)[1]
+        first_loss = _step(job, keeper, synchronize).loss
         first_step_seconds = time.monotonic() - started
         for _ in range(warmup - 1):
             _step(job, keeper, synchronize)
@@ -177,14 +183,15 @@ def measure(run: Run, *, warmup: int, steps: int, started: float) -> dict[str, A
         memory = memory_use(device)
         split = _split(job, keeper, synchronize)
         return {
-            **_speed(job, [seconds for seconds, _ in timed], device),
+            **_speed(job, [step.seconds for step in timed], device),
+            "skipped_steps": sum(step.skipped for step in timed),
             "step_cpu_seconds": busy / steps,
             "first_step_seconds": first_step_seconds,
             "split_seconds": split,
             "peak_memory_bytes": None if memory is None else memory.max_allocated,
             "parameters_on_this_rank": job.laid.num_parameters,
-            "first_loss": first_losses,
-            "last_loss": timed[-1][1],
+            "first_loss": first_loss,
+            "last_loss": timed[-1].loss,
             **_conditions(run, job.layout, device),
         }
 
@@ -193,19 +200,25 @@ def _nothing() -> None:
     """The host has done its work when it returns."""
 
 
-def _step(job: Job, keeper: Keeper, synchronize: Callable[[], None]) -> tuple[float, float]:
-    """Take a step; give its seconds, device included, and its loss."""
+class Step(NamedTuple):
+    seconds: float  # device included
+    loss: float
+    skipped: bool  # its gradients were not finite, so nothing was updated
+
+
+def _step(job: Job, keeper: Keeper, synchronize: Callable[[], None]) -> Step:
+    """Take a step."""
     began = time.perf_counter()
     done = take_step(job, keeper)
     synchronize()
     seconds = time.perf_counter() - began
-    return seconds, float(done.losses[job.task.losses(job.run)[0]])
+    return Step(seconds, float(done.losses[job.task.losses(job.run)[0]]), done.skipped)
 
 
 def _split(job: Job, keeper: Keeper, synchronize: Callable[[], None]) -> dict[str, float]:
     """Seconds of each part of a step, means over a few; what no timer covers is `other`."""
     job.timers = Timers(synchronize)
-    total = sum(_step(job, keeper, synchronize)[0] for _ in range(SPLIT_STEPS)) / SPLIT_STEPS
+    total = sum(_step(job, keeper, synchronize).seconds for _ in range(SPLIT_STEPS)) / SPLIT_STEPS
     measured = job.timers.elapsed(STEP_TIMERS)
     split = {word: measured[name] / SPLIT_STEPS for name, word in SPLIT.items() if name in measured}
     return {**split, "other": total - sum(split.values())}
@@ -270,19 +283,23 @@ def _processor() -> str:
 
 def table(figures: dict[str, Any]) -> str:
     """The figures for a person."""
-    step = figures["step_seconds"]
+    step, split = figures["step_seconds"], sum(figures["split_seconds"].values())
     low, high = figures["step_seconds_quartiles"]
     memory, datasheet = figures["peak_memory_bytes"], figures["mfu_datasheet"]
     rows = [
         ("device", f"{figures['device']}, torch {figures['torch']}"),
         ("tokens per second", f"{figures['tokens_per_second']:,.0f}"),
         ("step", f"{step:.4f} s (median of {figures['timed_steps']}; quartiles {low:.4f} to {high:.4f})"),
-        *((f"  {name}", f"{s:.4f} s  {100 * s / step:5.1f} %") for name, s in figures["split_seconds"].items()),
+        *((f"  {name}", f"{s:.4f} s  {100 * s / split:5.1f} %") for name, s in figures["split_seconds"].items()),
         ("processor's time", f"{figures['step_cpu_seconds']:.4f} s a step, all threads of this rank"),
         ("first step after", f"{figures['first_step_seconds']:.1f} s"),
         ("peak memory", "unknown" if memory is None else f"{memory / 2**20:,.0f} MiB"),
         ("model TFLOP/s", f"{figures['model_tflops']:.3f} (Megatron's convention)"),
     ]
+    if skipped := figures["skipped_steps"]:
+        rows.insert(
+            3, ("  skipped", f"{skipped} of {figures['timed_steps']} steps: they overflowed and updated nothing")
+        )
     if figures["model_tflops_causal"] is not None:
         rows.append(("", f"{figures['model_tflops_causal']:.3f} (causal)"))
     rows.append(("MFU", f"{100 * figures['mfu']:.1f} % of a measured {figures['matmul_tflops']:.3f} TFLOP/s"))

@@ -71,7 +71,7 @@ def main(words: Sequence[str]) -> int:
     options = _parser().parse_args(words)
     if options.nproc is not None and "RANK" not in os.environ:
         command = as_program("megalith", "index", *words)
-        return launch(command, options.nproc, stop_grace=ParallelConfig().stop_grace)
+        return launch(command, options.nproc, stop_grace=ParallelConfig().stop_grace, effect="end")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # torchrun leaves its ranks behind when it is killed.
         end_with_parent()

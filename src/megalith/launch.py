@@ -98,13 +98,19 @@ def as_program(module: str, *words: str) -> list[str]:
 
 
 def launch(
-    command: Sequence[str], num_ranks: int, *, stop_grace: float, max_restarts: int = 0, signals_wait: bool = False
+    command: Sequence[str],
+    num_ranks: int,
+    *,
+    stop_grace: float,
+    max_restarts: int = 0,
+    signals_wait: bool = False,
+    effect: str = "finish their step, save and end",
 ) -> int:
     """Run the command as that many ranks; return the exit status when all have ended.
 
-    A signal to stop is handed on; stop_grace: seconds that the ranks then have to end. A rank that is lost takes the
-    others with it; that is done again at most max_restarts times, unless the ranks were told to stop. signals_wait: in
-    a rank, until it unblocks them. Raises ValueError where there is nothing to start.
+    A signal to stop is handed on; effect: what the ranks then do; stop_grace: seconds that they have for it. A rank
+    that is lost takes the others with it; that is done again at most max_restarts times, unless the ranks were told to
+    stop. signals_wait: in a rank, until it unblocks them. Raises ValueError where there is nothing to start.
     """
     if num_ranks < 1:
         raise ValueError(f"--nproc = {num_ranks}: must be greater than 0. Give a positive number")
@@ -113,7 +119,7 @@ def launch(
             f"--nproc = {num_ranks}: starts ranks by what Linux alone has. Leave it out, and start the rest of the "
             f"command by torchrun --nproc-per-node {num_ranks} -m megalith ... instead of megalith ..."
         )
-    launcher = _Launcher(stop_grace, signals_wait)
+    launcher = _Launcher(stop_grace, effect, signals_wait)
     for restarts in range(max_restarts + 1):
         status = launcher.run(command, num_ranks)
         lost = status in (1, PEER_LOST, HUNG) or status > 128
@@ -128,6 +134,7 @@ class _Launcher:
     """One machine's ranks, and what has been asked of them."""
 
     stop_grace: float
+    effect: str
     signals_wait: bool = False
     stopping: signal.Signals | None = None  # the first request
     stopped_at: float = 0.0
@@ -170,7 +177,7 @@ class _Launcher:
         if self.stopping is None:
             self.stopping, self.stopped_at = number, now
             self.kill_at = now + self.stop_grace
-            say(f"{number.name}: the ranks finish their step, save and end; a second signal ends them at once")
+            say(f"{number.name}: the ranks {self.effect}; a second signal ends them at once")
         elif now - self.stopped_at > SECONDS_OF_ONE_REQUEST:
             self.kill_at = min(self.kill_at or now, now) + SECONDS_TO_FOLLOW
         for rank, process in enumerate(self.ranks):
