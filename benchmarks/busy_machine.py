@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("words", nargs="*", default=["--preset", "quickstart"], help="of megalith bench, after --")
     options = parser.parse_args()
+    if options.rounds < 1 or min(options.beside) < 0:
+        parser.error("--rounds: must be at least 1, --beside: at least 0")
     print(f"tokens/s of megalith bench {' '.join(options.words)}, {os.cpu_count()} cores")
     for row in [["beside", *WAYS], ["---"] * (1 + len(WAYS))]:
         print(f"| {' | '.join(row)} |")

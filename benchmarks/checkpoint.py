@@ -29,6 +29,8 @@ from megalith.checkpoint.verify import verify
 
 GOAL = 0.05  # of a step
 
+HEAD_WIDTH = 64
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -69,6 +71,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="on the file system to measure [the temporary one]")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if min(options.width // HEAD_WIDTH, options.layers, options.tokens, options.saves, options.interval) < 1:
+        parser.error(f"--width: must be at least {HEAD_WIDTH}; --layers, --tokens, --saves, --interval: at least 1")
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         figures = measure(options, folder)
@@ -91,7 +95,7 @@ class Training:
         self.model = torch.nn.Sequential(
             torch.nn.Embedding(8192, options.width),
             *(
-                torch.nn.TransformerEncoderLayer(options.width, options.width // 64, batch_first=True)
+                torch.nn.TransformerEncoderLayer(options.width, options.width // HEAD_WIDTH, batch_first=True)
                 for _ in range(options.layers)
             ),
             torch.nn.Linear(options.width, 8192),

@@ -39,6 +39,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256], help="processes")
     options = parser.parse_args()
+    if min(options.ranks) < 1:
+        parser.error("--ranks: must be at least 1")
     rows = []
     for size in options.ranks:
         for way, is_tree in WAYS.items():

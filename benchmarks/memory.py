@@ -6,6 +6,7 @@ Sizes are those of the small model of benchmarks/peers.py unless said. Resident 
 interpreter and PyTorch take some 350 MB of it before anything is built. One process a row, so that none sees another's.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -43,6 +44,8 @@ MIB = 2**20
 
 
 def main() -> None:
+    assert __doc__ is not None
+    argparse.ArgumentParser(prog="memory.py", description=__doc__.splitlines()[0]).parse_args()
     print(f"megalith {__version__}, torch {torch.__version__}, {os.cpu_count()} cores")
     print(f"{'':<38}{'predicted':>12}{'counted':>12}{'ratio':>8}{'resident':>12}  MiB")
     for name, words in ROWS.items():

@@ -130,7 +130,10 @@ def parse() -> argparse.Namespace:
         "--directory", type=Path, default=Path("peers-environments"), help="where environments are kept"
     )
     parser.add_argument("--json", help="write all figures to this file")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.rounds < 1 or (arguments.steps is not None and arguments.steps < 1):
+        parser.error("--rounds and --steps: must be at least 1")
+    return arguments
 
 
 def make_environment(directory: Path, name: str) -> None:

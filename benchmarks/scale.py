@@ -288,6 +288,8 @@ def main() -> int:
     parser.add_argument("--figures", type=Path, help="folder for scale.svg")
     parser.add_argument("--json", type=Path, help="file for all figures")
     options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps = {options.steps}: must be at least 1")
     keep_freed_memory()
     torch.set_num_threads(1)
     curves = []

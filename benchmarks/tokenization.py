@@ -272,6 +272,8 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="where files are made")
     parser.add_argument("--time", nargs=3, metavar=("KIND", "WHO", "THREADS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error(f"--rounds = {arguments.rounds}: must be at least 1")
     if arguments.time:
         kind, who, threads = arguments.time
         own = who == "ours"

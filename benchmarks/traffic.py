@@ -201,6 +201,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help="of these, with commas between them")
     arguments = parser.parse_args()
+    if unknown := set(arguments.layouts.split(",")) - set(LAYOUTS):
+        parser.error(f"--layouts: {', '.join(sorted(unknown))} is none of {', '.join(LAYOUTS)}")
     torch.set_num_threads(1)
     print(f"{'layout':<18} {'collective':<15} {'axis':<15} {'bytes a step':>13} {'formula':>13}")
     found = False
