@@ -86,6 +86,7 @@ def test_what_nobody_reads_ends_without_a_traceback(word: str) -> None:
         (["pretain"], "pretain is not a command. Did you mean pretrain?\n"),
         (["bert"], "bert is not a command. Did you mean megalith pretrain bert?\n"),
         (["xyzzy"], "xyzzy is not a command. megalith --help lists them.\n"),
+        (["--local-rank=0", "pretrain"], "--local-rank=0 is not a command. Did you mean torchrun, or the module "),
         (["generate", "run", "--promt", "x"], "unrecognized arguments: --promt x. Did you mean --prompt?\n"),
         (["pretrain", "--num-layer", "3"], "--num-layer: is not a known flag. Did you mean --num-layers?"),
         (["pretrain", "gptt"], "gptt: is neither a task"),

@@ -137,8 +137,8 @@ def _meant(word: str) -> str:
 
     if word in TASKS:
         return f"Did you mean megalith pretrain {word}?"
-    if word in COMMANDS_ELSEWHERE:
-        return f"Did you mean {COMMANDS_ELSEWHERE[word]}?"
+    if meant := COMMANDS_ELSEWHERE.get(word.split("=")[0]):
+        return f"Did you mean {meant}?"
     near = difflib.get_close_matches(word, COMMANDS, n=1)
     return f"Did you mean {near[0]}?" if near else "megalith --help lists them."
 

@@ -20,6 +20,8 @@ COMMANDS_ELSEWHERE = {
     "tokenize": "preprocess",
     "resume": "pretrain, which goes on where it stopped",
     "--preset": "megalith pretrain --preset NAME",
+    # torch.distributed.launch puts it in front of all words.
+    "--local-rank": "torchrun, or the module megalith.pretrain_gpt, whose words are flags alone",
 }
 
 # The setting, and its names elsewhere.
