@@ -105,7 +105,6 @@ class CyclicOrder:
     """
 
     def __init__(self, total: int, *, micro_batch_size: int = 1, data_parallel: int = 1) -> None:
-        self.total = total
         self.micro_batch_size = micro_batch_size
         self.data_parallel = data_parallel
         self._group = micro_batch_size * data_parallel
