@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from megalith.config import Run
@@ -18,6 +20,7 @@ from megalith.data.sentence_maps import (
     SentencePlan,
     build_sentence_map,
     document_use,
+    list_samples,
     usable_documents,
 )
 from megalith.data.sentence_rows import SentenceRows
@@ -155,3 +158,28 @@ def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not in the vocabulary of 10"):
         rows = build(run, vocab_size=10)["train"]
         rows.batch(np.arange(50))
+
+
+@given(
+    documents=st.lists(st.lists(st.one_of(st.integers(0, 30), st.just(600)), max_size=9), min_size=1, max_size=9),
+    longest=st.integers(2, 60),
+    least=st.integers(1, 3),
+)
+def test_samples_of_one_length_are_those_of_the_rule(documents: list[list[int]], longest: int, least: int) -> None:
+    expected: list[list[int]] = []
+    first = 0
+    for sentences in documents:
+        if len(sentences) >= least and not (len(sentences) > 1 and max(sentences) > LONGEST_SENTENCE):
+            begin = first
+            for place in range(len(sentences)):
+                stop, remaining = first + place + 1, len(sentences) - place - 1
+                is_full = sum(sentences[begin - first : place + 1]) >= longest and stop - begin >= least
+                if remaining == 0 or (is_full and remaining >= 2):
+                    expected.append([begin, stop, longest])
+                    begin = stop
+        first += len(sentences)
+    index = np.cumsum([0, *map(len, documents)])
+    lengths = np.array([length for sentences in documents for length in sentences], np.int32)
+    if expected:
+        rows = list_samples(index, lengths, num_samples=1, plan=SentencePlan(longest, least, 0.0, 1))
+        assert rows.tolist() == expected

@@ -1,10 +1,16 @@
 """The spans that are masked, against Megatron-LM's rule applied word by word."""
 
+from pathlib import Path
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalith.data.masking import Pieces, SpanRule, choose_spans, random_of
+from megalith.data.masking import Pieces, SpanRule, choose_spans, pieces_of, random_of
+from megalith.data.tokenizer import load_tokenizer
+from tests.sentences import PIECES as CONTINUING
+from tests.sentences import SPECIAL, WORDS, write_vocabulary
 
 CLS = 2
 PIECES = Pieces(12, np.arange(12) % 3 > 0, np.arange(12) == CLS)
@@ -56,3 +62,12 @@ def test_spans_are_those_of_the_rule(
     rule = SpanRule(share, longest, geometric)
     found = choose_spans(np.array(tokens), PIECES, rule, most, random_of(seed, 0))
     assert [span.tolist() for span in found] == by_the_rule(tokens, rule, most, random_of(seed, 0))
+
+
+def test_pieces_of_words_and_the_tokens_around_a_text_are_known(tmp_path: Path) -> None:
+    pieces = pieces_of(load_tokenizer("BertWordPieceLowerCase", vocab_file=str(write_vocabulary(tmp_path))))
+    words, continuing = [True] * len([*SPECIAL, *WORDS]), [False] * len(CONTINUING)
+    assert pieces.begins_word.tolist() == [*words, *continuing, True, True]  # [BOS] and [EOS] are added
+    assert np.flatnonzero(pieces.fixed).tolist() == [SPECIAL.index("[CLS]"), SPECIAL.index("[SEP]")]
+    with pytest.raises(ValueError, match="does not say which tokens begin a word"):
+        pieces_of(load_tokenizer("ByteLevelTokenizer"))

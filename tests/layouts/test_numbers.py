@@ -334,6 +334,18 @@ def test_copies_over_tensor_ranks_are_compared_and_a_warning_goes_on(data: Path,
     assert saved_steps(tmp_path / "run") == [4]
 
 
+def test_what_the_optimizer_keeps_is_compared_too(data: Path, tmp_path: Path) -> None:
+    def change(laid: Laid) -> None:
+        gradient = next(p.parameter.grad for p in laid.trained.held.values() if p.parameter.grad is not None)
+        assert gradient is not None
+        local_part(gradient).view(-1)[0] += 1.0
+
+    words = ["--train-iters", "3", "--check-replicas", "3", "--on-replica-fault", "warn"]
+    assert run_on(2, words, tmp_path / "run", data, model=SMALL, before=at_step(3, [1], change)) == 0
+    (compared,) = events_of(tmp_path / "run", "replicas_compared")
+    assert compared["differing"] == [0, 1] and "exp_avg_sq." in compared["text"]
+
+
 def test_a_slow_rank_is_named_with_its_ratio(data: Path, tmp_path: Path) -> None:
     def before(rank: int) -> None:
         run = SeenLosses.__call__
