@@ -135,3 +135,20 @@ def test_a_softmax_in_fp16_holds_more_entries_than_its_largest_number(score: str
     entries = 100_000
     losses = run_ranks(partial(loss_of_equal_scores_on_rank, entries=entries, score=score), 2)
     assert losses == pytest.approx([np.log(entries)] * 2, rel=1e-3)
+
+
+def either_softmax_on_rank(rank: int) -> list[float]:
+    groups = make_groups(Layout(RANKS, rank, 0, tensor=RANKS), timeout=60.0)
+    hidden, table, _, labels, weights = whole_tensors()
+    share = -(-V // RANKS)
+    layout: dict[str, Any] = {"first": rank * share, "group": groups.tensor, "sequence": False}
+    part = table[rank * share : (rank + 1) * share]
+    return [
+        float(cut_cross_entropy(hidden.bfloat16(), part, labels, weights, softmax_in_16_bit=in_16_bit, **layout))
+        for in_16_bit in (False, True)
+    ]
+
+
+def test_a_softmax_in_16_bits_is_near_that_of_fp32_and_another() -> None:
+    for in_fp32, in_16_bits in run_ranks(either_softmax_on_rank, RANKS):
+        assert in_fp32 != in_16_bits == pytest.approx(in_fp32, rel=1e-2)
