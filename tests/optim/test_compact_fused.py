@@ -14,7 +14,7 @@ SPAN = 2 * BLOCK
 
 def trained(kind: str, *, fused: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[Odd, CompactAdamW]:
     monkeypatch.setattr(compact, "takes_one_pass", lambda weights, gradient: fused)
-    monkeypatch.setattr(compact, "_CHUNK", {"cpu": SPAN, "cuda": SPAN})
+    monkeypatch.setattr(compact, "CHUNK", {"cpu": SPAN, "cuda": SPAN})
     model = odd().to(DEVICE)
     optimizer = optimizer_of(model, kind)
     assert isinstance(optimizer, CompactAdamW)

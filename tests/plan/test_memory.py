@@ -52,6 +52,10 @@ CASES = {
     "a table that is most of it, untied": f"{MOST_TABLE} --global-batch-size 2 --untie-embeddings-and-output-weights",
     "bf16": "--global-batch-size 8 --bf16",
     "bf16, a wide vocabulary": "--global-batch-size 8 --bf16 --vocab-size 20000",
+    "fp16": "--global-batch-size 8 --fp16",
+    "fp16, a wide vocabulary, several chunks": "--global-batch-size 24 --micro-batch-size 12 --fp16 --vocab-size 20000",
+    "moments in int8, one small microbatch": "--global-batch-size 1 --micro-batch-size 1 --optimizer-state-dtype int8",
+    "full, bf16, one microbatch": "--global-batch-size 4 --checkpoint-activations --bf16",
     "8-bit products": "--global-batch-size 8 --bf16 --fp8-format e4m3",
     "8-bit products in fp32": "--global-batch-size 8 --fp8-format hybrid",
     "as a llama": f"--global-batch-size 8 {LLAMA}",
@@ -67,6 +71,7 @@ CASES = {
 
 STAGES = {
     "gpipe": "--pipeline-schedule gpipe",
+    "gpipe, a wide vocabulary": "--pipeline-schedule gpipe --vocab-size 8000",
     "1f1b": "",
     "interleaved": "--num-layers-per-virtual-pipeline-stage 1",
     "zero-bubble": "--num-layers-per-virtual-pipeline-stage 1 --pipeline-schedule zero-bubble",
@@ -124,9 +129,20 @@ def test_the_stage_that_holds_most_holds_what_is_predicted(schedule: str) -> Non
     assert predicted == pytest.approx(measured, rel=0.05)
 
 
-@pytest.mark.parametrize("words", ["", "--distribute-checkpointed-activations"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--checkpoint-activations",
+        "--checkpoint-activations --distribute-checkpointed-activations",
+        "",
+        "--bf16 --vocab-size 8000",
+        "--fp16 --vocab-size 8000 --micro-batch-size 8 --global-batch-size 16",
+        "--vocab-size 8000 --sequence-parallel",
+        f"--bf16 --sequence-parallel {LLAMA}",
+    ],
+)
 def test_tensor_ranks_hold_what_is_predicted(words: str) -> None:
-    given = "--num-layers 8 --tensor-model-parallel-size 2 --checkpoint-activations --global-batch-size 8".split()
+    given = "--num-layers 8 --tensor-model-parallel-size 2 --global-batch-size 8".split()
 
     def on_rank(rank: int) -> tuple[int, float]:
         os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
@@ -161,6 +177,22 @@ def test_context_ranks_hold_what_is_predicted(words: str) -> None:
     found = run_ranks(on_rank, 2, timeout=120)
     measured, predicted = max(measured for measured, _ in found), found[0][1]
     assert predicted == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "words", ["--vocab-size 8000", "--bf16 --vocab-size 8000", "--recompute-granularity selective"]
+)
+@pytest.mark.parametrize("sharding", ["optimizer", "gradients", "parameters"])
+def test_ranks_that_share_states_out_hold_what_is_predicted(sharding: str, words: str) -> None:
+    given = f"--num-layers 8 --data-parallel-sharding {sharding} --global-batch-size 16 {words}".split()
+
+    def on_rank(rank: int) -> tuple[int, float]:
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+        return measured_and_predicted(given, rank, 2)
+
+    found = run_ranks(on_rank, 2, timeout=120)
+    measured, predicted = max(measured for measured, _ in found), found[0][1]
+    assert predicted == pytest.approx(measured, rel=0.05)
 
 
 def states_on_rank(rank: int, sharding: str) -> tuple[int, int]:

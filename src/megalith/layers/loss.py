@@ -163,9 +163,9 @@ def _slopes_and_losses(
     bias_V: Tensor | None,
     softmax_in_16_bit: bool,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(logits) - one_hot(labels), CV in the type of the logits, and the cross entropies, C.
+    """softmax(logits) - one_hot(labels), CV in the place of the logits, and the cross entropies, C.
 
-    On the CPU fp32 logits are overwritten in one pass over memory, and the loss is -log of the softmax at the label.
+    On the CPU fp32 logits become them in one pass over memory, and the loss is -log of the softmax at the label.
     Where that underflows the row is projected once more.
     """
     if logits_CV.is_cuda:
@@ -175,7 +175,7 @@ def _slopes_and_losses(
         logs_CV = torch.log_softmax(logits_CV, -1, dtype=logits_CV.dtype if softmax_in_16_bit else torch.float32)
         losses_C = -logs_CV.gather(1, labels_C1)[:, 0]
         slopes_CV = logs_CV.exp_().scatter_add_(1, labels_C1, minus_one.to(logs_CV.dtype))
-        return slopes_CV.to(logits_CV.dtype), losses_C
+        return logits_CV.copy_(slopes_CV), losses_C
     p_CV = torch.softmax(logits_CV, -1, out=logits_CV)
     label_p_C = p_CV.gather(1, labels_C1)[:, 0]
     losses_C = -label_p_C.log()
@@ -216,6 +216,7 @@ def _losses(
         logits = F.linear(hidden, table_VD, bias_V)
         logs = torch.log_softmax(logits, -1, dtype=logits.dtype if softmax_in_16_bit else torch.float32)
         losses_N[part] = -logs.gather(1, labels)[:, 0]
+        del logits, logs  # before the next chunk's are made
     return losses_N
 
 

@@ -24,7 +24,7 @@ from megalith.optim.local import local_part
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BLOCK = 256
 # Elements that are in fp32 at once: they fit the cache of a processor, and fill a GPU.
-_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
+CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
 _GOLDEN, _ODD = 0x9E3779B97F4A7C15, 0x21F0AAAD
 
 
@@ -240,7 +240,7 @@ def _word(where: tuple[int, ...]) -> int:
 
 
 def _chunk(device: torch.device) -> int:
-    return _CHUNK["cuda" if device.type == "cuda" else "cpu"]
+    return CHUNK["cuda" if device.type == "cuda" else "cpu"]
 
 
 def _spans(count: int, device: torch.device) -> Iterator[slice]:

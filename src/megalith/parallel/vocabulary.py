@@ -113,6 +113,7 @@ class _CutCrossEntropy(torch.autograd.Function):
                 add_product(grad_table, slopes.t(), weighted, first=False)
                 if grad_bias is not None:
                     grad_bias += slopes.t() @ weights[:, 0].to(slopes.dtype)
+            del logits, slopes  # before the next chunk's are made
         if grad_hidden is not None and grad_table is not None:
             ctx.save_for_backward(grad_hidden, grad_table, grad_bias)
         return losses_N @ weights_N
@@ -125,7 +126,7 @@ class _CutCrossEntropy(torch.autograd.Function):
 def _scored_in_place(
     logits_CS: Tensor, labels_C1: Tensor, here_C1: Tensor, dtype: torch.dtype, group: Group, *, slopes: bool
 ) -> tuple[Tensor, Tensor]:
-    """The derivatives of the losses by the logits, CS in their type, if slopes are wanted; the losses, C.
+    """The derivatives of the losses by the logits, in the place of these, if slopes are wanted; the losses, C.
 
     labels: 0 where here says that no row of this rank is the label's.
     """
@@ -137,7 +138,7 @@ def _scored_in_place(
     total, score = all_reduce(sums, group).unbind()
     if slopes:
         powers.div_(total).scatter_add_(1, labels_C1, -here_C1.to(dtype))
-    return powers.to(logits_CS.dtype), (total.log() - score)[:, 0]
+    return logits_CS.copy_(powers), (total.log() - score)[:, 0]
 
 
 def _scored_by_formulas(

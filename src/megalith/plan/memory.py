@@ -10,7 +10,17 @@ from dataclasses import dataclass
 from megalith.layers.loss import chunk_rows
 from megalith.layers.loss_blocks import BLOCK
 from megalith.layers.products import LEAST, leaves_half_to_onednn
-from megalith.plan.job import FP32, Job, kept_passes, layer_parameters, parameters_in_products, parameters_on_rank
+from megalith.optim.compact import CHUNK
+from megalith.plan.job import (
+    FP32,
+    Job,
+    kept_passes,
+    layer_matrices,
+    layer_parameters,
+    parameters_in_products,
+    parameters_on_rank,
+    table_parameters,
+)
 
 # Of an Adam moment, by --optimizer-state-dtype; int8 has 4 bytes of scale for 256 elements.
 MOMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / 256}
@@ -55,17 +65,24 @@ def predict_stage(job: Job, stage: int) -> Memory:
     moments = (2 * MOMENT_BYTES[job.moments] if job.optimizer == "adam" else FP32) * parameters / moments_by
     kept = kept_passes(job, stage) * stage_activations(job) + received_bytes(job, is_first, is_last)
     kept += delayed_bytes(job)
+    if is_last and job.schedule == "gpipe":
+        # Of all microbatches but the one whose loss is computed, what that leaves for the backward pass.
+        kept += (kept_passes(job, stage) - 1) * loss_gradients(job)
     narrow = job.layers_of_a_stage * copy_bytes(job) if is_rounded_once(job) else 0.0
     kept += narrow
     # In the first microbatch of a step the gradients come into being while the activations go.
-    before = gradients if job.num_microbatches > 1 else 0.0
+    before = gradients if job.num_microbatches > 1 and job.schedule != "gpipe" else 0.0
     # By the time of the last layer the last norm is done with.
     at_layer = kept - (end_bytes(job) if is_last else 0.0) + recomputed_activations(job)
+    # In the only microbatch of a step the gradients are there by the time of the first layer, but for its own.
+    done = gradients - FP32 * (parameters_on_rank(job) - (job.layers_of_a_stage - 1) * layer_parameters(job)) / shared
+    at_first = job.stream + (layer_activations(job) if job.recompute != "full" else recomputed_activations(job))
     moments_of_a_step = [
         Memory(weights, before, moments, kept, loss_bytes(job) if is_last else 0.0),
         Memory(weights, before, moments, at_layer, layer_working(job, with_table=is_first and is_last)),
+        Memory(weights, max(before, done), moments, narrow + at_first, layer_working(job, with_table=is_first)),
         Memory(weights, gradients, moments, narrow, look_up_bytes(job) if is_first else 0.0),
-        Memory(weights, gradients, moments, 0.0, travelling_bytes(job)),
+        Memory(weights, gradients, moments, 0.0, max(travelling_bytes(job), update_bytes(job))),
     ]
     return max(moments_of_a_step, key=lambda memory: memory.total)
 
@@ -127,7 +144,10 @@ def layer_activations(job: Job) -> float:
         kept = e * (attended + heads + inside * inner) + (0.0 if job.compiled else entering)
         copies = 0.0 if job.compiled or is_rounded_once(job) else parameters_in_products(job)
     else:
-        normed = job.width / job.cut * (_is_kept(job, heads + 2 * job.key_features) + _is_kept(job, inner))
+        normed = job.width * (_is_kept(job, heads + 2 * job.key_features) + _is_kept(job, inner))
+        if job.cut > 1:
+            # Each product that a norm enters keeps the whole sequence, as it gathered it.
+            normed = job.width * (3 if job.is_gated else 2)
         kept = e * (normed + attended + heads + (inside + (job.activation != "relu")) * inner)
         copies = 0.0 if is_rounded_once(job) or job.shares_weights else copy_bytes(job)
     masks = (2 * job.width / job.cut) if job.dropout else 0.0
@@ -254,7 +274,7 @@ def loss_bytes(job: Job) -> float:
     """A chunk of logits, the gradient by the hidden states, and that of the table."""
     tokens, vocabulary = job.tokens, job.vocab_size / job.tensor
     rows = min(chunk_rows(job.device, int(tokens)), tokens)
-    by_blocks = job.device == "cpu" and vocabulary > BLOCK and rows * job.width * BLOCK >= LEAST
+    by_blocks = job.device == "cpu" and vocabulary > BLOCK and rows * job.width * BLOCK >= LEAST and job.tensor == 1
     if job.bf16 and by_blocks:
         # The probabilities of a chunk, the logits of the last block in fp32 or of the one before, the table in bf16.
         last, e = vocabulary % BLOCK, job.compute_bytes
@@ -262,15 +282,37 @@ def loss_bytes(job: Job) -> float:
         copies = 1.0 + block / (e * vocabulary) + job.width / rows
     elif job.compute_bytes == FP32:
         # Beside the probabilities rows of labels and products, and a part of the table's gradient before it is added.
-        beside = 4 * rows if by_blocks and job.tensor == 1 else 0
+        beside = 4 * rows * job.width if by_blocks else 0.0
         if job.device == "cpu" and leaves_half_to_onednn():
-            beside += min(BLOCK, vocabulary)
-        copies = 1.0 + beside * job.width / (rows * vocabulary)
+            beside += min(BLOCK, vocabulary) * job.width
+            if job.tensor > 1 and vocabulary > BLOCK:
+                # Before that the probabilities of as many entries, turned around, and the part before it.
+                beside += BLOCK * (rows + job.width)
+        copies = 1.0 + beside / (rows * vocabulary)
+    elif job.device == "cpu" and job.tensor > 1:
+        # Beside the logits, which become the slopes, all of it in fp32, and the table in 16 bits.
+        copies = 1.0 + FP32 / job.compute_bytes + job.width / rows
     elif job.device == "cpu":
-        # The slopes are another chunk, and so are the logarithms, in fp32: nothing is fused.
-        copies = 2.0 + 1.5 * FP32 / job.compute_bytes
+        # The logarithms in fp32 are made of a copy in fp32, and the table lies there in 16 bits.
+        copies = 1.0 + 2 * FP32 / job.compute_bytes + job.width / rows
     else:
         # The slopes take the logits' place; beside them the table in 16 bits.
         copies = 1.0 + job.width / rows
     chunk = rows * vocabulary * job.compute_bytes * copies
-    return chunk + tokens * job.width * job.compute_bytes + FP32 * vocabulary * job.width
+    return chunk + loss_gradients(job)
+
+
+def loss_gradients(job: Job) -> float:
+    """What a loss leaves for its backward pass: the gradients by the hidden states and of the table."""
+    table = FP32 * job.vocab_size / job.tensor * job.width
+    return job.tokens * job.width * job.compute_bytes + table
+
+
+def update_bytes(job: Job) -> float:
+    """What the optimizer makes of a stretch of weights whose moments are not in fp32, where no kernel does it in one
+    pass: moments, gradients, random bits and, of codes, what they are on either side, in 32 bits each."""
+    if job.moments == "fp32" or job.device != "cpu":
+        return 0.0
+    largest = max(table_parameters(job), *(entering * leaving for entering, leaving in layer_matrices(job)))
+    tensors = 6 if job.moments == "bf16" else 10
+    return FP32 * (tensors * min(CHUNK["cpu"], largest) + CHUNK["cpu"])
