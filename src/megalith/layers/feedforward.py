@@ -60,7 +60,8 @@ class FeedForward(nn.Module):
     def forward(self, x_BTD: Tensor, again: Again | None = None) -> Tensor:
         """again: how the backward pass can make x again instead of keeping it."""
         if self.enter is not None:
-            x_BTD, again = self.enter(x_BTD), None
+            # Put in order once, or either product would make a copy in order, and keep it.
+            x_BTD, again = self.enter(x_BTD).contiguous(), None
         joined = self.up.joined(x_BTD) if self.activation == "gelu" and has_kernels(form=self.form) else None
         if joined is not None:
             made: Tensor = self.down(joined.gelu(tanh=self.form == "tanh"))

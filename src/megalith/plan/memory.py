@@ -146,8 +146,8 @@ def layer_activations(job: Job) -> float:
     else:
         normed = job.width * (_is_kept(job, heads + 2 * job.key_features) + _is_kept(job, inner))
         if job.cut > 1:
-            # Each product that a norm enters keeps the whole sequence, as it gathered it.
-            normed = job.width * (3 if job.is_gated else 2)
+            # The whole sequence is kept as it was gathered, for attention and for the feed-forward.
+            normed = 2 * job.width
         kept = e * (normed + attended + heads + (inside + (job.activation != "relu")) * inner)
         copies = 0.0 if is_rounded_once(job) or job.shares_weights else copy_bytes(job)
     masks = (2 * job.width / job.cut) if job.dropout else 0.0
