@@ -87,7 +87,7 @@ def test_each_part_reads_its_own_data_sets_whole(files: dict[str, str]) -> None:
 def test_a_part_of_its_own_leaves_its_share_to_the_others(split: str, own: tuple[str, ...], left: str) -> None:
     run = compose("gpt", {"data_path": ("x",), "split": split} | {name: ("y",) for name in own})
     assert split_of(run) == left
-    assert sorted(part for sets in data_sets(run) for part in sets.makes(run)) == ["test", "train", "valid"]
+    assert sorted(part for sets in data_sets(run) for part in sets.parts) == ["test", "train", "valid"]
 
 
 def test_sentences_of_a_part_are_of_its_own_data_set(tmp_path: Path) -> None:

@@ -15,26 +15,26 @@ class DataSets:
     """Data sets, and how their documents are parted among some of the run's parts.
 
     data_path: one prefix, or weights and prefixes in turns. split: shares of train, valid and test. said: what gives
-    the documents, as a message names it. own: of which part they all are, if they are one part's.
+    the documents, as a message names it. own: of which part they all are, if they are one part's. parts: those that are
+    made of them.
     """
 
     setting: str
     data_path: tuple[str, ...]
     split: str
     said: str
+    parts: tuple[str, ...]
     own: str | None = None
-
-    def makes(self, run: Run) -> list[str]:
-        """The parts that are made of them."""
-        return [self.own] if self.own else [part for part in PARTS if part not in own_data_paths(run)]
 
 
 def data_sets(run: Run) -> Iterator[DataSets]:
     """Those of --data-path first, for training and for all parts that have none of their own."""
-    yield DataSets("data_path", run.data.data_path or (), split_of(run), f"--split = {run.data.split}")
-    for part, data_path in own_data_paths(run).items():
+    own = own_data_paths(run)
+    others = tuple(part for part in PARTS if part not in own)
+    yield DataSets("data_path", run.data.data_path or (), split_of(run), f"--split = {run.data.split}", others)
+    for part, data_path in own.items():
         shares = ",".join("1" if name == part else "0" for name in PARTS)
-        yield DataSets(OWN[part], data_path, shares, flag_of(OWN[part]), own=part)
+        yield DataSets(OWN[part], data_path, shares, flag_of(OWN[part]), (part,), own=part)
 
 
 def is_blend(data_path: Sequence[str]) -> bool:

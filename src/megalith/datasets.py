@@ -40,10 +40,11 @@ Report = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class Corpus:
-    """One token file and how it is split."""
+    """One token file, how it is split, and the data sets that it is one of."""
 
     indexed: IndexedDataset
     parts: Mapping[str, range]
+    sets: DataSets
 
 
 def open_tokenizer(run: Run) -> Tokenizer:
@@ -100,9 +101,11 @@ def identify_training_files(run: Run, tokenizer: Tokenizer, *, vocab_size: int, 
 
 
 def open_corpus(
-    prefix: str, run: Run, survey: Survey, report: Report, *, split: str, sentences: bool = False
+    prefix: str, sets: DataSets, run: Run, survey: Survey, report: Report, *, sentences: bool = False
 ) -> Corpus:
-    """Open a token file and split its documents. sentences: a document has an item for each; else it is an item."""
+    """Open a token file, one of sets, and split its documents. sentences: a document has an item for each; else it is
+    an item.
+    """
     started = time.perf_counter()
     indexed = open_indexed(prefix, run.data.data_impl, merged=not sentences, survey=survey)
     if indexed.document_index[-1] < indexed.num_items:
@@ -117,7 +120,7 @@ def open_corpus(
             indexed.num_documents if sentences else indexed.num_items, seconds, run.data.mmap_warmup, num_sentences
         )
     )
-    parts = split_documents(split, indexed.num_documents if sentences else indexed.num_items)
+    parts = split_documents(sets.split, indexed.num_documents if sentences else indexed.num_items)
     index = indexed.document_index
     report(
         CorpusSplit(
@@ -132,7 +135,7 @@ def open_corpus(
             )
         )
     )
-    return Corpus(indexed, parts)
+    return Corpus(indexed, parts, sets)
 
 
 def build_causal_parts(
@@ -155,8 +158,8 @@ def build_causal_parts(
 def _causal_parts(
     run: Run, tokenizer: Tokenizer, vocab_size: int, targets: Mapping[str, int], report: Report, survey: Survey
 ) -> dict[str, CausalBatches]:
-    def rows_of(corpus: Corpus, name: str, num_samples: int, sets: DataSets) -> CausalDataset:
-        return _rows(corpus, name, num_samples, sets, run, vocab_size, survey, report)
+    def rows_of(corpus: Corpus, name: str, num_samples: int) -> CausalDataset:
+        return _rows(corpus, name, num_samples, run, vocab_size, survey, report)
 
     parts = build_parts(run, targets, survey, report, rows_of)
     return {
@@ -176,24 +179,22 @@ def build_parts(
     targets: Mapping[str, int],
     survey: Survey,
     report: Report,
-    rows_of: Callable[[Corpus, str, int, DataSets], SampleRows],
+    rows_of: Callable[[Corpus, str, int], SampleRows],
     *,
     sentences: bool = False,
 ) -> dict[str, SampleRows]:
     """The samples of every part that is asked for some and has documents, blended.
 
-    rows_of: the samples of a corpus for a part, so many, of the data sets that it is one of.
+    rows_of: the samples of a corpus for a part, so many.
     """
     parts: dict[str, SampleRows] = {}
     for sets in data_sets(run):
         prefixes, weights = parse_data_path(sets.data_path)
-        corpora = [
-            open_corpus(prefix, run, survey, report, split=sets.split, sentences=sentences) for prefix in prefixes
-        ]
-        for name in sets.makes(run):
+        corpora = [open_corpus(prefix, sets, run, survey, report, sentences=sentences) for prefix in prefixes]
+        for name in sets.parts:
             wanted = samples_wanted(sets, corpora, weights, name, targets[name], report)
             rows = [
-                rows_of(corpus, name, num_samples, sets) if corpus.parts[name] and num_samples else None
+                rows_of(corpus, name, num_samples) if corpus.parts[name] and num_samples else None
                 for corpus, num_samples in zip(corpora, wanted, strict=True)
             ]
             if any(row is not None for row in rows):
@@ -239,9 +240,9 @@ def _eod(run: Run, tokenizer: Tokenizer) -> int | None:
     return tokenizer.eod if needed else None
 
 
-def _check_amount(corpus: Corpus, name: str, num_samples: int, sets: DataSets, run: Run, survey: Survey) -> None:
+def _check_amount(corpus: Corpus, name: str, num_samples: int, run: Run, survey: Survey) -> None:
     """Raise ValueError if a part has no token, or would be read too often; nothing is built yet."""
-    part, prefix = corpus.parts[name], corpus.indexed.prefix
+    part, prefix, sets = corpus.parts[name], corpus.indexed.prefix, corpus.sets
     num_tokens = tokens_of(prefix, part, corpus.indexed.lengths, survey)
     if not num_tokens:
         raise ValueError(
@@ -257,16 +258,9 @@ def _check_amount(corpus: Corpus, name: str, num_samples: int, sets: DataSets, r
 
 
 def _rows(
-    corpus: Corpus,
-    name: str,
-    num_samples: int,
-    sets: DataSets,
-    run: Run,
-    vocab_size: int,
-    survey: Survey,
-    report: Report,
+    corpus: Corpus, name: str, num_samples: int, run: Run, vocab_size: int, survey: Survey, report: Report
 ) -> CausalDataset:
-    _check_amount(corpus, name, num_samples, sets, run, survey)
+    _check_amount(corpus, name, num_samples, run, survey)
     maps, made = load_or_build_index_maps(
         corpus.indexed.prefix,
         name,

@@ -20,7 +20,6 @@ from megalith.data.sentence_maps import (
 )
 from megalith.data.sentence_rows import SentenceRows
 from megalith.data.survey import Survey
-from megalith.data_sets import DataSets
 from megalith.datasets import SPOKEN, Corpus, Report, build_parts
 from megalith.monitor.events import SentenceMapLoaded, Warned
 from megalith.turns import in_turns
@@ -49,7 +48,7 @@ def build_sentence_rows(
     plan = SentencePlan(longest, least, run.data.short_seq_prob, run.train.seed)
 
     def build(survey: Survey) -> dict[str, SampleRows]:
-        def rows_of(corpus: Corpus, name: str, num_samples: int, sets: DataSets) -> SampleRows:
+        def rows_of(corpus: Corpus, name: str, num_samples: int) -> SampleRows:
             return make_rows(_sentences(corpus, name, num_samples, plan, run, vocab_size, survey, report))
 
         return build_parts(run, targets, survey, report, rows_of, sentences=True)

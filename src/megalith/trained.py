@@ -210,7 +210,7 @@ def split_tokens(trained: TrainedModel, split: str) -> Iterator[tuple[str, float
         raise ValueError(f"--split = {split}: the run has no data of its own. Name files: --file FILE.")
     if run.data.corpus is not None:
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, data_path=(str(corpus_prefix(run)),)))
-    sets = next(sets for sets in data_sets(run) if split in sets.makes(run))
+    sets = next(sets for sets in data_sets(run) if split in sets.parts)
     has_documents = False
     for prefix, weight in zip(*parse_data_path(sets.data_path), strict=True):
         if not weight:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megalith.optim.schedule import (
-    WSD_STYLES,
+    FALLS,
     Schedule,
     learning_rate,
     length_flag,
@@ -64,7 +64,7 @@ def test_the_rate_rises_to_the_peak_and_falls_to_the_minimum(style: str) -> None
 
 
 def test_wsd_rises_stays_and_falls_at_its_end_alone() -> None:
-    assert set(WSD_STYLES) == set(WSD_DECAY_STYLES)
+    assert set(FALLS) == set(WSD_DECAY_STYLES)
     halfway = {"exponential": 2 / 2**0.5 - 1, "linear": 0.5, "cosine": 0.5, "minus_sqrt": 1 - 0.5**0.5}
     for style, share in halfway.items():
         schedule = Schedule(1.0, 0.1, 100, 1000, "WSD", 200, style)

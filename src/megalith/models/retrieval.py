@@ -128,6 +128,9 @@ def own_alone(embeddings_CE: Tensor) -> tuple[Tensor, int]:
     return embeddings_CE, 0
 
 
-def num_candidates(batch: int, replicas: int, contexts: int = 1) -> int:
-    """Passages among which a question of a microbatch of that many questions looks for its own."""
-    return batch * replicas * contexts
+def num_candidates(batch: int, replicas: int, contexts: float = 1) -> int:
+    """Passages among which a question of a microbatch of that many questions looks for its own.
+
+    contexts: passages of a question, on average.
+    """
+    return round(batch * replicas * contexts)

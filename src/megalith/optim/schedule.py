@@ -13,8 +13,9 @@ from typing import Any
 from megalith.optim.settings import LR_DECAY_STYLES, OptimizerConfig
 
 LATER_STYLES = ("inverse-square-root", "WSD")  # which Megatron-LM of 2021 does not have
-# How WSD falls: the share of the peak that is left above the minimum, by the share of its end that is over.
-WSD_STYLES: dict[str, Callable[[float], float]] = {
+# How a rate falls: the share of the peak that is left above the minimum, by the share of the fall that is over. WSD
+# falls in each of these ways, the styles of the same names in theirs.
+FALLS: dict[str, Callable[[float], float]] = {
     "exponential": lambda ratio: 2.0 * 0.5**ratio - 1.0,
     "linear": lambda ratio: 1.0 - ratio,
     "cosine": lambda ratio: 0.5 * (math.cos(math.pi * ratio) + 1.0),
@@ -77,9 +78,9 @@ class Schedule:
                 f"change {FLAGS['warmup']}"
             )
         if self.style == "WSD":
-            if self.wsd_style not in WSD_STYLES:
+            if self.wsd_style not in FALLS:
                 raise ValueError(
-                    f"wsd_style={self.wsd_style!r} must be one of {', '.join(WSD_STYLES)}: change {FLAGS['wsd_style']}"
+                    f"wsd_style={self.wsd_style!r} must be one of {', '.join(FALLS)}: change {FLAGS['wsd_style']}"
                 )
             if not 0 < self.wsd_decay <= self.decay - self.warmup:
                 raise ValueError(
@@ -136,10 +137,9 @@ def learning_rate(num_samples: int, schedule: Schedule) -> float:
         begun = num_samples - (schedule.decay - schedule.wsd_decay)
         if begun <= 0:
             return schedule.max_lr
-        share = WSD_STYLES[schedule.wsd_style](begun / schedule.wsd_decay)
+        share = FALLS[schedule.wsd_style](begun / schedule.wsd_decay)
     else:
-        ratio = (num_samples - schedule.warmup) / (schedule.decay - schedule.warmup)
-        share = 1.0 - ratio if schedule.style == "linear" else 0.5 * (math.cos(math.pi * ratio) + 1.0)
+        share = FALLS[schedule.style]((num_samples - schedule.warmup) / (schedule.decay - schedule.warmup))
     return schedule.min_lr + share * (schedule.max_lr - schedule.min_lr)
 
 

@@ -76,14 +76,13 @@ def _cloze_parts(
     run: Run, tokenizer: Tokenizer, vocab_size: int, targets: Mapping[str, int], report: Report, survey: Survey
 ) -> dict[str, ClozeBatches]:
     assert run.data.data_path is not None and run.data.titles_data_path is not None, "check_ict.py saw to it"
-    sets = next(data_sets(run))
-    corpus = open_corpus(run.data.data_path[0], run, survey, report, split=sets.split, sentences=True)
+    corpus = open_corpus(run.data.data_path[0], next(data_sets(run)), run, survey, report, sentences=True)
     sentences, documents = corpus.indexed, corpus.parts
     titles = open_indexed(run.data.titles_data_path, run.data.data_impl, survey=survey)
     lengths = title_lengths(titles, title_bounds(sentences, titles))
     for name, num_samples in targets.items():
         if num_samples and not documents[name]:
-            no_documents(name, sets, report)
+            no_documents(name, corpus.sets, report)
     marks = Marks.of(tokenizer, sequence_length(run))
     return {
         name: ClozeBatches(
@@ -229,7 +228,7 @@ def step_flops(run: Run, vocab_size: int, batch: int, *, length: int | None = No
 def chance_baseline(run: Run, source: BatchSource, *, contexts: float = 1) -> Baseline:
     """What guessing among all passages of a microbatch costs. contexts: passages of a question, on average."""
     replicas = num_replicas(run, ranks_in(os.environ)[1]) or 1
-    count = round(num_candidates(run.optimizer.micro_batch_size or 1, replicas) * contexts)
+    count = num_candidates(run.optimizer.micro_batch_size or 1, replicas, contexts)
     meaning = f"the loss of guessing among the {count} passages of a microbatch"
     return Baseline("loss", math.log(count), "chance", meaning)
 
