@@ -113,11 +113,11 @@ class Profile:
         unfinished = self.folder / f".{TRACE}"
         tracer.export_chrome_trace(str(unfinished))
         unfinished.replace(self.folder / TRACE)
-        self._write_memory(tracer)
+        self._write_memory(costs)
         write_whole(self.folder / SUMMARY, text + "\n")
         self._tell(f"the trace lies in {self.folder / TRACE} (open it at chrome://tracing or ui.perfetto.dev)")
 
-    def _write_memory(self, tracer: Any) -> None:
+    def _write_memory(self, costs: Sequence[Cost]) -> None:
         """Of a CUDA device every block and when and where it was taken, as torch's viewer wants it (memory_viz), which
         takes pickles alone; else the bytes by operation.
         """
@@ -129,7 +129,7 @@ class Profile:
             unfinished.replace(self.folder / SNAPSHOT)
             self._tell(f"memory lies in {self.folder / SNAPSHOT} (open it at pytorch.org/memory_viz)")
             return
-        taken = {cost.name: cost.bytes_taken for cost in costs_of(tracer.key_averages(), on_device=False)}
+        taken = {cost.name: cost.bytes_taken for cost in costs}
         by_bytes = {name: count for name, count in sorted(taken.items(), key=lambda item: -item[1]) if count}
         write_whole(self.folder / MEMORY, json.dumps({"bytes_taken": by_bytes}))
 
