@@ -1,9 +1,11 @@
 """What the compiler makes of a block for a GPU, where there is none: its kernels, and the bytes that each moves.
 
 python -m benchmarks.gpu_code [--dropout P] [--recompute] [--fp8 FORMAT] [--dtype TYPE] [--microbatch N] [--budget B]
+                              [--tensor N] [--whole-sequence] [--gated]
 
 Needs a C compiler and a CUDA build of torch, whose Inductor compiles for an H100 on tensors without memory; nothing is
-run. Bytes are those of a kernel's arguments, read and written once; products and attention are named without bytes.
+run. Bytes are those of a kernel's arguments, read and written once; products, attention and what ranks exchange are
+named without bytes.
 Two blocks are traced: more than one graph of either pass tells that layers do not share what is compiled.
 """
 
@@ -37,6 +39,9 @@ def main() -> None:
     parser.add_argument("--microbatch", type=int, default=16)
     parser.add_argument("--budget", type=float, help="as --activation-memory-budget")
     parser.add_argument("--hidden", action="store_true", help="with a dense mask, as padding needs")
+    parser.add_argument("--tensor", type=int, default=1, help="tensor ranks, over which the sequence is cut")
+    parser.add_argument("--whole-sequence", action="store_true", help="which is not cut")
+    parser.add_argument("--gated", action="store_true", help="SwiGLU, RMSNorm and no biases, as Llama has them")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     enter()
@@ -59,6 +64,8 @@ def compiled_code(options: argparse.Namespace) -> tuple[str, int]:
 
     _take_the_devices_place()
     import torch._subclasses.fake_tensor as fake
+    import torch.distributed as dist
+    import torch.testing._internal.distributed.fake_pg as ranks_that_answer
     from torch import nn
     from torch._dynamo.utils import counters
     from torch._inductor.graph import GraphLowering
@@ -70,6 +77,7 @@ def compiled_code(options: argparse.Namespace) -> tuple[str, int]:
     from megalith.models.shape import block_shape
     from megalith.parallel.narrow import linears_of
     from megalith.parallel.recompute import compile_blocks
+    from megalith.parallel.tensor import split_tensors
 
     graphs: list[str] = []
     setattr(GraphLowering, "save_output_code", graphs.append)  # noqa: B010
@@ -78,22 +86,34 @@ def compiled_code(options: argparse.Namespace) -> tuple[str, int]:
     config = ModelConfig(
         num_layers=48,
         hidden_size=1600,
-        num_attention_heads=25,
+        num_attention_heads=25 if options.tensor == 1 else 20,
         max_position_embeddings=1024,
         hidden_dropout=options.dropout,
         attention_dropout=options.dropout,
+        swiglu=options.gated,
+        normalization="RMSNorm" if options.gated else "LayerNorm",
+        add_bias_linear=not options.gated,
     )
+    dist.init_process_group("fake", rank=0, world_size=options.tensor, store=ranks_that_answer.FakeStore())
+    tokens = 1024 if options.whole_sequence else 1024 // options.tensor
     with fake.FakeTensorMode():
         shape = block_shape(config, dtype=dtype)
         blocks = nn.ModuleList([Block(shape, number=number, stack="decoder", device=device) for number in (3, 4)])
+        split_tensors(blocks, dist.group.WORLD, sequence=not options.whole_sequence)
         if options.fp8:
             use_float8(blocks, options.fp8)
-        compile_blocks(blocks, memory_budget=options.budget, device=device, recompute_inside=options.recompute)
+        compile_blocks(
+            blocks,
+            memory_budget=options.budget,
+            device=device,
+            recompute_inside=options.recompute,
+            keep_order=options.tensor > 1,
+        )
         if not options.recompute and options.budget is None and options.dtype != "float32":
             for linear in linears_of(blocks):  # as the step's engine has them
                 weight = linear.weight.detach()
                 linear.narrow = weight_in_8_bits(weight) if options.fp8 else weight.to(dtype)
-        x = torch.empty(options.microbatch, 1024, 1600, device=device, dtype=dtype, requires_grad=True)
+        x = torch.empty(options.microbatch, tokens, 1600, device=device, dtype=dtype, requires_grad=True)
         rows = torch.empty(options.microbatch, 1024, dtype=torch.int32, device=device) if options.dropout else None
         seen = torch.empty(options.microbatch, 1, 1024, 1024, dtype=torch.bool, device=device)
         mask = Mask(causal=not options.hidden, visible=seen if options.hidden else None)

@@ -82,6 +82,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tp2-full": (2, [TP, "2", "--checkpoint-activations"]),
     "tp2-full-shared": (2, [TP, "2", "--checkpoint-activations", "--distribute-checkpointed-activations"]),
     "tp2-sp-full": (2, [TP, "2", "--sequence-parallel", "--checkpoint-activations", "--hidden-dropout", "0"]),
+    "tp2-sp-zero1": (4, [TP, "2", "--sequence-parallel", SHARD, "optimizer"]),
+    "tp2-sp-zero3": (4, [TP, "2", "--sequence-parallel", SHARD, "parameters"]),
     "tp2-llama": (2, [TP, "2", *LLAMA]),
     "tp2-sp-llama": (2, [TP, "2", "--sequence-parallel", *LLAMA]),
     "cp2-llama": (2, [CP, "2", *LLAMA]),

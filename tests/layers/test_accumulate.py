@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megalith.layers import accumulate
 from megalith.layers.accumulate import accumulating
-from megalith.layers.sixteen import sixteen_linear
+from megalith.layers.entering import Factor
+from megalith.layers.sixteen import sixteen_linears
 from tests.layers.kernels import DEVICE
 
 DTYPE = torch.bfloat16
@@ -49,7 +50,7 @@ def loss_of(y: Tensor) -> Tensor:
 )
 def product(request: pytest.FixtureRequest) -> Callable[[Tensor, Tensor], Tensor]:
     def multiply(x: Tensor, weight: Tensor) -> Tensor:
-        return sixteen_linear(x, weight, None)
+        return sixteen_linears(x, [Factor(weight, None)])[0]
 
     if request.param == "as it is":
         return multiply
@@ -87,7 +88,10 @@ def test_a_weight_that_is_used_twice_in_a_pass_has_both() -> None:
     weight, inputs = made()
     with accumulating([weight]):
         for x in inputs:
-            (loss_of(sixteen_linear(x, weight, None)) + loss_of(sixteen_linear(x, weight, None))).backward()
+            (
+                loss_of(sixteen_linears(x, [Factor(weight, None)])[0])
+                + loss_of(sixteen_linears(x, [Factor(weight, None)])[0])
+            ).backward()
     assert torch.equal(gradient_of(weight), plainly(weight, inputs, times=2))
 
 
@@ -100,7 +104,7 @@ def test_only_the_weights_that_are_named_are_touched_and_only_while_it_is_entere
         for parameter in (weight, other):
             parameter.grad = torch.ones_like(parameter)
         with accumulating(entered):
-            (given,) = torch.autograd.grad(loss_of(sixteen_linear(inputs[0], weight, None)), [weight])
+            (given,) = torch.autograd.grad(loss_of(sixteen_linears(inputs[0], [Factor(weight, None)])[0]), [weight])
         assert torch.equal(given, plainly(weight, inputs[:1]))
         for parameter in (weight, other):
             assert torch.equal(gradient_of(parameter), torch.ones_like(parameter))

@@ -14,6 +14,7 @@ from megalith.layers.initial import Initial, draw_weights
 from megalith.layers.mask import make_mask
 from megalith.layers.products import Again, linear
 from megalith.layers.random import dropout_rows, key, rows_for
+from tests.layers.entering import EntersBy
 
 B, T, D, H, K = 2, 6, 16, 4, 4
 NORMAL = Initial("normal", 0.3)
@@ -28,6 +29,7 @@ SHAPE = BlockShape(
     residual_after_norm=False,
     dtype=torch.float32,
 )
+
 CAUSAL = make_mask(T, causal=True)
 
 
@@ -156,7 +158,7 @@ def test_a_part_of_the_stream_is_dropped_as_in_the_whole() -> None:
     block = block_of(dataclasses.replace(SHAPE, hidden_dropout=0.5))
     expected = block(stream(), CAUSAL, rows_of([0, 1]))
     block.cut = lambda rows: rows[:, 2:4]
-    block.attention.qkv.enter = lambda x: F.layer_norm(stream(), (D,))
+    block.attention.qkv.enter = EntersBy(lambda x: F.layer_norm(stream(), (D,)))
     block.attention.out.leave = lambda product: product[:, 2:4]
     part = block(stream()[:, 2:4], CAUSAL, rows_of([0, 1]))
     torch.testing.assert_close(part, expected[:, 2:4], rtol=0, atol=1e-6)

@@ -10,7 +10,8 @@ from torch import nn
 
 from megalith.layers.attention import AttentionShape
 from megalith.layers.block import Block, BlockShape
-from megalith.layers.float8 import Float8Format, float8_linear, in_8_bits, use_float8, weight_in_8_bits
+from megalith.layers.entering import Factor
+from megalith.layers.float8 import Float8Format, float8_linears, in_8_bits, use_float8, weight_in_8_bits
 from megalith.layers.initial import ZEROS, Initial, draw_weights
 from megalith.layers.linear import Linear
 from megalith.layers.mask import make_mask
@@ -45,7 +46,7 @@ def test_products_and_gradients_are_near_the_exact_ones(form: Float8Format) -> N
     for tensor in (x, weight, bias):
         tensor.requires_grad_()
     slopes = numbers(2, 16, 32, seed=4)
-    found = float8_linear(x, weight, bias, form=form)
+    found = float8_linears(x, [Factor(weight, bias)], form=form)[0]
     exact = F.linear(x, weight, bias)
     grads = torch.autograd.grad((found * slopes).sum(), (x, weight, bias))
     exact_grads = torch.autograd.grad((exact * slopes).sum(), (x, weight, bias))
@@ -61,8 +62,8 @@ def test_a_16_bit_bias_is_added_by_the_product() -> None:
         tensor.bfloat16() for tensor in (numbers(32, 48, seed=1), numbers(16, 48, seed=2), numbers(16, seed=3))
     )
     bias.requires_grad_()
-    found = float8_linear(x, weight.float(), bias, form="e4m3")
-    apart = float8_linear(x, weight.float(), None, form="e4m3").float() + bias.float()
+    found = float8_linears(x, [Factor(weight.float(), bias)], form="e4m3")[0]
+    apart = float8_linears(x, [Factor(weight.float(), None)], form="e4m3")[0].float() + bias.float()
     # Rounded once and not twice.
     torch.testing.assert_close(found.float(), apart, rtol=2**-7, atol=2**-7)
     slopes = numbers(32, 16, seed=4).bfloat16()
@@ -76,7 +77,7 @@ def test_a_weight_that_was_rounded_before_gives_the_same() -> None:
         tensor.requires_grad_()
     outcomes = []
     for narrow in (None, weight_in_8_bits(weight.detach())):
-        y = float8_linear(x, weight, bias, narrow, form="hybrid")
+        y = float8_linears(x, [Factor(weight, bias, narrow)], form="hybrid")[0]
         outcomes.append([y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))])
     for found, wanted in zip(*outcomes, strict=True):
         assert torch.equal(found, wanted)
@@ -84,7 +85,7 @@ def test_a_weight_that_was_rounded_before_gives_the_same() -> None:
 
 def test_rows_that_do_not_fit_are_multiplied_as_they_are() -> None:
     x, weight = numbers(5, 32, seed=1), numbers(16, 32, seed=2)
-    assert torch.equal(float8_linear(x, weight, None, form="e4m3"), F.linear(x, weight))
+    assert torch.equal(float8_linears(x, [Factor(weight, None)], form="e4m3")[0], F.linear(x, weight))
 
 
 @runs_kernels

@@ -14,6 +14,7 @@ from megalith.layers.initial import Initial, draw_weights
 from megalith.layers.linear import Linear
 from megalith.layers.norm import LayerNorm, RMSNorm
 from megalith.layers.random import dropout_rows, key
+from tests.layers.entering import EntersBy
 
 NORMAL = Initial("normal", 0.5)
 
@@ -74,7 +75,7 @@ def test_a_linear_cut_over_inputs_adds_the_bias_once() -> None:
         half.bias.copy_(whole.bias)
         half.weight.copy_(whole.weight[:, :4])
     x = draw(2, 8)
-    half.enter = lambda x: x[:, :4]
+    half.enter = EntersBy(lambda x: x[:, :4])
     half.leave = lambda product: product + x[:, 4:] @ whole.weight[:, 4:].T
     torch.testing.assert_close(half(x), whole(x))
 
@@ -133,7 +134,7 @@ def test_a_gate_multiplies_the_product_with_a_third_ones_silu() -> None:
     gate = x @ layer.gate.weight.T
     expected = (gate * torch.sigmoid(gate) * (x @ layer.up.weight.T)) @ layer.down.weight.T
     torch.testing.assert_close(layer(x), expected)
-    layer.enter = lambda x: 2 * x
+    layer.enter = EntersBy(lambda x: 2 * x)
     torch.testing.assert_close(layer(0.5 * x), expected)
 
 

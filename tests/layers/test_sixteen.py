@@ -8,6 +8,7 @@ from torch import Tensor
 from megalith.layers import sixteen
 from megalith.layers.attention import AttentionShape
 from megalith.layers.block import Block, BlockShape
+from megalith.layers.entering import Factor
 from megalith.layers.initial import Initial, draw_weights
 from megalith.layers.mask import make_mask
 from tests.layers.kernels import BACKEND, DEVICE, SIXTEEN, runs_kernels
@@ -31,7 +32,7 @@ def test_a_products_gradients_are_those_of_autograd_and_not_rounded(with_bias: b
     bias = numbers(40, seed=3, dtype=torch.float32) if with_bias else None
     slopes = numbers(2, 9, 40, seed=4).detach()
     trained = [x, weight] if bias is None else [x, weight, bias]
-    y = sixteen.sixteen_linear(x, weight, bias)
+    (y,) = sixteen.sixteen_linears(x, [Factor(weight, bias)])
     grads = torch.autograd.grad(y, trained, slopes)
     exact = F.linear(x.double(), weight.to(SIXTEEN).double(), None if bias is None else bias.to(SIXTEEN).double())
     expected = torch.autograd.grad(exact, trained, slopes.double())
@@ -137,7 +138,7 @@ def test_a_weight_that_was_rounded_before_gives_the_same(with_bias: bool) -> Non
     trained = [x, weight] if bias is None else [x, weight, bias]
     outcomes = []
     for narrow in (None, weight.detach().to(SIXTEEN)):
-        y = sixteen.sixteen_linear(x, weight, bias, narrow)
+        (y,) = sixteen.sixteen_linears(x, [Factor(weight, bias, narrow)])
         outcomes.append([y, *torch.autograd.grad(y.sum(), trained)])
     for found, wanted in zip(*outcomes, strict=True):
         assert torch.equal(found, wanted)

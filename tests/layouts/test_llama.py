@@ -27,7 +27,7 @@ def test_the_run_is_the_same_computed_otherwise(words: str, runs: Runs, request:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # the compiler has warnings of its own
-@pytest.mark.parametrize("layout", ["one", "tp2"])
+@pytest.mark.parametrize("layout", ["one", "tp2", "tp2-sp"])
 def test_compiled_blocks_give_the_same_run(layout: str, runs: Runs) -> None:
     world_size, words = {"one": (1, list[str]()), **LAYOUTS}[layout]
     words = [*MODELS["llama"], "--train-iters", "5", "--hidden-dropout", "0", "--attention-dropout", "0", *words]

@@ -13,6 +13,7 @@ from megalith.layers.loss import vocabulary_cross_entropy
 from megalith.models.transformer import score_tokens
 from megalith.parallel import vocabulary
 from megalith.parallel.mesh import Layout, make_groups
+from megalith.parallel.sequence import cut
 from megalith.parallel.vocabulary import cut_cross_entropy, cut_logits
 from tests.ranks import run_ranks
 
@@ -34,8 +35,7 @@ def on_rank(rank: int, *, sequence: bool) -> dict[str, NDArray[Any]]:
     hidden, table, bias, labels, weights = whole_tensors()
     share = -(-V // RANKS)
     rows = slice(rank * share, min((rank + 1) * share, V))
-    own = slice(rank * (T // RANKS), (rank + 1) * (T // RANKS)) if sequence else slice(None)
-    entering = hidden[:, own].clone().requires_grad_()
+    entering = (cut(hidden, groups.tensor) if sequence else hidden.clone()).requires_grad_()
     part, part_bias = table[rows].clone().requires_grad_(), bias[rows].clone().requires_grad_()
     layout: dict[str, Any] = {"group": groups.tensor, "sequence": sequence}
     with torch.no_grad():
@@ -69,7 +69,8 @@ def test_scores_loss_and_gradients_are_those_of_the_whole_vocabulary(sequence: b
         torch.testing.assert_close(parts["scores"][rank], scores.detach())
         torch.testing.assert_close(parts["loss"][rank], expected.detach())
     gradients = {"table": torch.cat(parts["table"]), "bias": torch.cat(parts["bias"])}
-    gradients["hidden"] = torch.cat(parts["hidden"], 1) if sequence else parts["hidden"][0]
+    # A rank holds a stretch of all samples' tokens in a row.
+    gradients["hidden"] = torch.cat(parts["hidden"]).view(B, T, D) if sequence else parts["hidden"][0]
     for name, tensor in {"hidden": hidden, "table": table, "bias": bias}.items():
         assert tensor.grad is not None
         torch.testing.assert_close(gradients[name], tensor.grad)

@@ -140,3 +140,23 @@ def test_what_a_later_stage_keeps_is_less_until_the_loss_comes_in() -> None:
     assert predict(few).total < predict(JOB).total
     many = dataclasses.replace(few, vocab_size=2_000_000)
     assert predict(many).working > predict(few).working
+
+
+def test_what_tensor_ranks_exchange_beside_products_costs_what_these_do_not_hide() -> None:
+    job = dataclasses.replace(JOB, tensor=8, sequence_parallel=True)
+    alone = dataclasses.replace(COMPILED, overlaps=False)
+    all_of_it = predict_time(job, H100, alone).tensor
+    # Of ten transfers of a layer four are beside products.
+    one = H100.collective(2 * 2048 * 2048 * 2 * 7 / 8, 8, 1)
+    products = [
+        H100.product(4096, leaving, 2048, size=2) + H100.product(leaving, 4096, 2048, size=2) for leaving in (768, 1024)
+    ]
+    assert one > max(products), "a node's links are slower than an eighth of such products"
+    found = predict_time(job, H100, COMPILED).tensor
+    assert found == pytest.approx(all_of_it - 16 * 24 * sum(products))
+    faster = dataclasses.replace(H100, link=100 * H100.link, link_latency=0.0)
+    hidden = predict_time(job, faster, alone).tensor - predict_time(job, faster, COMPILED).tensor
+    assert hidden == pytest.approx(16 * 24 * 4 * faster.collective(2 * 2048 * 2048 * 2 * 7 / 8, 8, 1))
+    # A pipeline that splits backward passes gathers nothing again, and waits for all.
+    split = dataclasses.replace(job, pipeline=2, parts=1, schedule="zero-bubble")
+    assert predict_time(split, H100, COMPILED).tensor == predict_time(split, H100, alone).tensor

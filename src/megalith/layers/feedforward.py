@@ -1,14 +1,14 @@
 """The feed-forward half of a block."""
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megalith.layers.entering import Entering
 from megalith.layers.initial import Initial
-from megalith.layers.linear import Linear
+from megalith.layers.linear import Linear, products_of
 from megalith.layers.products import Again
 from megalith.layers.sixteen import has_kernels
 
@@ -34,7 +34,7 @@ class FeedForward(nn.Module):
     Or down(relu(up(x))), or with a gate down(gelu(gate(x)) up(x)) or down(silu(gate(x)) up(x)) (GEGLU and SwiGLU,
     Shazeer 2020, arXiv:2002.05202).
 
-    Seam for tensor parallelism: enter is applied to what up and gate take, so that it is communicated once.
+    Seam for tensor parallelism: enter, of what up and gate take, so that it is communicated once.
     """
 
     def __init__(
@@ -55,23 +55,19 @@ class FeedForward(nn.Module):
         self.down = Linear(inner, width, down, bias=bias, device=device)
         self.form: Gelu = form
         self.activation = activation
-        self.enter: Callable[[Tensor], Tensor] | None = None
+        self.enter: Entering | None = None
 
     def forward(self, x_BTD: Tensor, again: Again | None = None) -> Tensor:
         """again: how the backward pass can make x again instead of keeping it."""
-        if self.enter is not None:
-            # Put in order once, or either product would make a copy in order, and keep it.
-            x_BTD, again = self.enter(x_BTD).contiguous(), None
+        if self.gate is not None:
+            inner_BTF, gate_BTF = products_of(x_BTD, [self.up, self.gate], self.enter, again)
+            gated: Tensor = self.down(self._activated(gate_BTF) * inner_BTF)
+            return gated
         joined = self.up.joined(x_BTD) if self.activation == "gelu" and has_kernels(form=self.form) else None
         if joined is not None:
             made: Tensor = self.down(joined.gelu(tanh=self.form == "tanh"))
             return made
-        inner_BTF = self.up(x_BTD, again)
-        if self.gate is not None:
-            inner_BTF = self._activated(self.gate(x_BTD, again)) * inner_BTF
-        else:
-            inner_BTF = self._activated(inner_BTF)
-        down: Tensor = self.down(inner_BTF)
+        down: Tensor = self.down(self._activated(self.up(x_BTD, again)))
         return down
 
     def _activated(self, x_BTF: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalith.layers.block import Block
+from megalith.layers.entering import Entering, Factor
 from megalith.layers.linear import Linear
 from megalith.layers.sixteen import gelu_of, has_kernels
 
@@ -49,11 +50,13 @@ class Float8:
 
     form: Float8Format
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, narrow: "Weight8 | None" = None) -> Tensor:
-        return float8_linear(x, weight, bias, narrow, form=self.form)
+    def __call__(self, x: Tensor, factors: Sequence[Factor], enter: Entering | None = None) -> tuple[Tensor, ...]:
+        return float8_linears(x, factors, enter, form=self.form)
 
-    def joined(self, x: Tensor, weight: Tensor, bias: Tensor, narrow: "Weight8 | None" = None) -> "Float8Joined":
-        return Float8Joined(x, weight, bias, narrow, self.form)
+    def joined(
+        self, x: Tensor, weight: Tensor, bias: Tensor, narrow: "Weight8 | None" = None, enter: Entering | None = None
+    ) -> "Float8Joined":
+        return Float8Joined(x, weight, bias, narrow, self.form, enter)
 
     def rounded(self, weight: Tensor) -> "Weight8":
         """Once for several microbatches; compiled on a GPU, where it would be a dozen passes over the weight."""
@@ -77,35 +80,45 @@ class Float8Joined:
     bias: Tensor  # N
     narrow: Weight8 | None
     form: Float8Format
+    enter: Entering | None = None
 
     def gelu(self, *, tanh: bool) -> Tensor:
         """gelu(x W^T + b)."""
-        if not _rows_fit(self.x):
-            return F.gelu(_as_it_is(self.x, self.weight, self.bias), approximate="tanh" if tanh else "none")
-        y: Tensor = _Float8Gelu.apply(self.x, self.weight, self.bias, self.form, tanh, *(self.narrow or NOT_AT_HAND))
+        if not _rows_fit(self.x, self.enter):
+            return F.gelu(self._as_it_is(), approximate="tanh" if tanh else "none")
+        y: Tensor = _Float8Gelu.apply(self.x, self.enter, self.form, self.weight, self.bias, *self._rounded(), tanh)
         return y
 
     def heads(self, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, BTHD each, of weights that hold those of each head in turn."""
-        if not _rows_fit(self.x):
-            return _parts_of(_as_it_is(self.x, self.weight, self.bias), head_width)
+        if not _rows_fit(self.x, self.enter):
+            return _parts_of(self._as_it_is(), head_width)
         q_BTHD, k_BTHD, v_BTHD = _Float8Heads.apply(
-            self.x, self.weight, self.bias, self.form, head_width, *(self.narrow or NOT_AT_HAND)
+            self.x, self.enter, self.form, self.weight, self.bias, *self._rounded(), head_width
         )
         return q_BTHD, k_BTHD, v_BTHD
 
+    def _rounded(self) -> Sequence[Tensor | None]:
+        return self.narrow or NOT_AT_HAND
 
-def float8_linear(
-    x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, narrow: Weight8 | None = None, *, form: Float8Format
-) -> Tensor:
-    """x W^T + b with 8-bit factors, in the type of x; rows that are no multiple of 16 are multiplied as they are.
+    def _as_it_is(self) -> Tensor:
+        return _as_they_are(self.x, [Factor(self.weight, self.bias)], self.enter)[0]
 
-    The gradients of weight and bias are fp32. narrow: the weight in 8 bits, if it is at hand.
+
+def float8_linears(
+    x: Tensor, factors: Sequence[Factor], enter: Entering | None = None, *, form: Float8Format
+) -> tuple[Tensor, ...]:
+    """x W^T + b of each factor with 8-bit factors, in the type of x; rows that are no multiple of 16 are multiplied as
+    they are.
+
+    The gradients of weight and bias are fp32. narrow, in a factor: the weight in 8 bits, if it is at hand. enter: of x,
+    where other ranks compute other parts of the products.
     """
-    if not _rows_fit(x):
-        return _as_it_is(x, weight_NK, bias_N)
-    y: Tensor = _Float8Linear.apply(x, weight_NK, bias_N, form, *(narrow or NOT_AT_HAND))
-    return y
+    if not _rows_fit(x, enter):
+        return _as_they_are(x, factors, enter)
+    flat = [part for weight, bias, narrow in factors for part in (weight, bias, *(narrow or NOT_AT_HAND))]  # type: ignore[misc]
+    products: tuple[Tensor, ...] = _Float8Linears.apply(x, enter, form, *flat)
+    return products
 
 
 def in_8_bits(x: Tensor, kind: torch.dtype, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -130,12 +143,16 @@ def _compiled_rounding() -> Any:
     return torch.compile(weight_in_8_bits, dynamic=False)
 
 
-def _rows_fit(x: Tensor) -> bool:
-    return (x.numel() // x.shape[-1]) % MULTIPLE == 0
+def _rows_fit(x: Tensor, enter: Entering | None) -> bool:
+    rows = x.numel() // x.shape[-1] * (1 if enter is None else enter.num_parts)
+    return rows % MULTIPLE == 0
 
 
-def _as_it_is(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    return F.linear(x, weight_NK.to(x.dtype), None if bias_N is None else bias_N.to(x.dtype))
+def _as_they_are(x: Tensor, factors: Sequence[Factor], enter: Entering | None) -> tuple[Tensor, ...]:
+    x = x if enter is None else enter.enter(x)
+    return tuple(
+        F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)) for weight, bias, _ in factors
+    )
 
 
 def _parts_of(joined: Tensor, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,31 +160,39 @@ def _parts_of(joined: Tensor, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
     return q_BTHD, k_BTHD, v_BTHD
 
 
-class _Float8Linear(torch.autograd.Function):
+class _Float8Linears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, form: Float8Format, *narrow: Tensor | None
-    ) -> Tensor:
-        return _forward(ctx, x, weight_NK, bias_N, form, narrow)
+        ctx: Any, x: Tensor, enter: Entering | None, form: Float8Format, *factors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        products, kept = _forward(ctx, x, enter, form, factors)
+        ctx.save_for_backward(*kept)
+        return tuple(products)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        if grad_y.is_cuda and grad_y.dtype != torch.float32 and has_kernels():
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if grads[0].is_cuda and grads[0].dtype != torch.float32 and has_kernels():
             from megalith.layers.columns import look_at
 
-            seen = look_at(grad_y)
-            grad_bias, largest = seen.sums, seen.largest.amax()
+            seen = [look_at(grad_y) for grad_y in grads]
+            sums, largest = [one.sums for one in seen], [one.largest.amax() for one in seen]
         else:
-            grad_bias, largest = grad_y.flatten(0, -2).sum(0, dtype=torch.float32), grad_y.abs().amax().float()
-        return *_by_input_and_weight(ctx, grad_y, largest), grad_bias if ctx.needs_input_grad[2] else None, *(None,) * 4
+            sums = [grad_y.flatten(0, -2).sum(0, dtype=torch.float32) for grad_y in grads]
+            largest = [grad_y.abs().amax().float() for grad_y in grads]
+        grad_x, by_weights = _by_input_and_weights(ctx, ctx.saved_tensors, grads, largest)
+        by_factor: list[Tensor | None] = []
+        for number, (by_weight, by_bias) in enumerate(zip(by_weights, sums, strict=True)):
+            needs_bias = ctx.needs_input_grad[FIRST + 1 + EACH * number]
+            by_factor += [by_weight, by_bias if needs_bias else None, *NOT_AT_HAND]
+        return grad_x, None, None, *by_factor
 
 
 class _Float8Gelu(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight_NK: Tensor, bias_N: Tensor, form: Float8Format, tanh: bool, *narrow: Tensor | None
-    ) -> Tensor:
-        before = _forward(ctx, x, weight_NK, bias_N, form, narrow, and_keep=True)
+    def forward(ctx: Any, x: Tensor, enter: Entering | None, form: Float8Format, *factor_and_tanh: Any) -> Tensor:
+        *factor, tanh = factor_and_tanh
+        (before,), kept = _forward(ctx, x, enter, form, factor)
+        ctx.save_for_backward(*kept, before)
         ctx.tanh = tanh
         return gelu_of(before, tanh)
 
@@ -175,73 +200,91 @@ class _Float8Gelu(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         from megalith.layers.columns import gelu_backward
 
-        seen = gelu_backward(grad_y, ctx.saved_tensors[-1], ctx.tanh)
-        return *_by_input_and_weight(ctx, seen.matrix, seen.largest.amax()), seen.sums, *(None,) * 5
+        *saved, before = ctx.saved_tensors
+        seen = gelu_backward(grad_y, before, ctx.tanh)
+        grad_x, (by_weight,) = _by_input_and_weights(ctx, saved, [seen.matrix], [seen.largest.amax()])
+        return grad_x, None, None, by_weight, seen.sums, *NOT_AT_HAND, None
 
 
 class _Float8Heads(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_NK: Tensor,
-        bias_N: Tensor,
-        form: Float8Format,
-        head_width: int,
-        *narrow: Tensor | None,
+        ctx: Any, x: Tensor, enter: Entering | None, form: Float8Format, *factor_and_width: Any
     ) -> tuple[Tensor, ...]:
-        return _parts_of(_forward(ctx, x, weight_NK, bias_N, form, narrow), head_width)
+        *factor, head_width = factor_and_width
+        (joined,), kept = _forward(ctx, x, enter, form, factor)
+        ctx.save_for_backward(*kept)
+        return _parts_of(joined, head_width)
 
     @staticmethod
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
         from megalith.layers.columns import join_heads
 
         seen = join_heads(grad_q, grad_k, grad_v)
-        return *_by_input_and_weight(ctx, seen.matrix, seen.largest.amax()), seen.sums, *(None,) * 5
+        grad_x, (by_weight,) = _by_input_and_weights(ctx, ctx.saved_tensors, [seen.matrix], [seen.largest.amax()])
+        return grad_x, None, None, by_weight, seen.sums, *NOT_AT_HAND, None
+
+
+# Where these functions have what: x, enter and form; then of each factor weight, bias and a Weight8.
+FIRST, EACH = 3, 5
 
 
 def _forward(
-    ctx: Any,
-    x: Tensor,
-    weight_NK: Tensor,
-    bias_N: Tensor | None,
-    form: Float8Format,
-    narrow: Sequence[Tensor | None],
-    *,
-    and_keep: bool = False,
-) -> Tensor:
-    """The product; the context keeps what the backward pass needs, and_keep: and the product itself, last."""
-    x8_MK, x_scale = in_8_bits(x.flatten(0, -2), torch.float8_e4m3fn)
-    by_rows, by_columns, weight_scale = narrow
-    if by_rows is None or weight_scale is None:
-        by_rows, weight_scale = in_8_bits(weight_NK, torch.float8_e4m3fn)
-    ctx.form, ctx.dtype, ctx.shape = form, x.dtype, x.shape
-    # The hardware's products add a bias of 16 bits on their way out.
-    inside = bias_N is not None and x.dtype != torch.float32
-    bias = bias_N.to(x.dtype) if bias_N is not None and inside else None
-    y = _product(x8_MK, by_rows.t(), x_scale, weight_scale, x.dtype, bias_N=bias, fast=True)
-    y = y.view(*x.shape[:-1], y.shape[-1])
-    y = y if bias_N is None or inside else y + bias_N
-    kept = (by_rows if by_columns is None else by_columns, weight_scale)
-    ctx.is_turned = by_columns is not None
-    ctx.save_for_backward(x8_MK, x_scale, *kept, *((y,) if and_keep else ()))
-    return y
+    ctx: Any, x: Tensor, enter: Entering | None, form: Float8Format, factors: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The products, and what the backward pass needs."""
+    whole = x if enter is None else enter.whole(x)
+    x8_MK, x_scale = in_8_bits(whole.flatten(0, -2), torch.float8_e4m3fn)
+    ctx.enter, ctx.form, ctx.dtype, ctx.shape, ctx.count = enter, form, x.dtype, whole.shape, len(factors) // EACH
+    ctx.is_turned = factors[3] is not None
+    # What comes from other ranks comes again.
+    ctx.is_part = enter is not None and enter.num_parts > 1
+    products, kept = [], [x if ctx.is_part else x8_MK, x_scale]
+    for number in range(ctx.count):
+        weight_NK, bias_N, by_rows, by_columns, weight_scale = factors[EACH * number : EACH * (number + 1)]
+        assert weight_NK is not None
+        if by_rows is None or weight_scale is None:
+            by_rows, weight_scale = in_8_bits(weight_NK, torch.float8_e4m3fn)
+        # The hardware's products add a bias of 16 bits on their way out.
+        inside = bias_N is not None and x.dtype != torch.float32
+        bias = bias_N.to(x.dtype) if bias_N is not None and inside else None
+        y = _product(x8_MK, by_rows.t(), x_scale, weight_scale, x.dtype, bias_N=bias, fast=True)
+        y = y.view(*whole.shape[:-1], y.shape[-1])
+        products.append(y if bias_N is None or inside else y + bias_N)
+        kept += [by_rows if by_columns is None else by_columns, weight_scale]
+    return products, kept
 
 
-def _by_input_and_weight(ctx: Any, grad_y: Tensor, largest: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x and of the weight. largest: the largest magnitude in grad_y."""
-    x8_MK, x_scale, weight8_NK, weight_scale, *_ = ctx.saved_tensors
-    grad8_MN, grad_scale = in_8_bits(grad_y.flatten(0, -2), _GRADIENTS[ctx.form], largest)
-    grad_x: Tensor | None = None
-    grad_weight: Tensor | None = None
+def _by_input_and_weights(
+    ctx: Any, saved: Sequence[Tensor], grads: Sequence[Tensor], largest: Sequence[Tensor]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients of x and of each weight. saved: what `_forward` gave for it. largest: the largest magnitude in each
+    of grads."""
+    x, x_scale, *kept = saved
+    started = ctx.enter.start_whole(x, grads[0]) if ctx.is_part else None
+    rounded = [in_8_bits(g.flatten(0, -2), _GRADIENTS[ctx.form], m) for g, m in zip(grads, largest, strict=True)]
+    grad_x = summed = None
     if ctx.needs_input_grad[0]:
-        by_columns = weight8_NK if ctx.is_turned else weight8_NK.t().contiguous().t()
-        grad_x = _product(grad8_MN, by_columns, grad_scale, weight_scale, ctx.dtype, fast=False)
+        for number, (grad8_MN, grad_scale) in enumerate(rounded):
+            weight8_NK, weight_scale = kept[2 * number : 2 * number + 2]
+            by_columns = weight8_NK if ctx.is_turned else weight8_NK.t().contiguous().t()
+            by_input = _product(grad8_MN, by_columns, grad_scale, weight_scale, ctx.dtype, fast=False)
+            grad_x = by_input if grad_x is None else grad_x + by_input
+        assert grad_x is not None
         grad_x = grad_x.view(ctx.shape)
-    if ctx.needs_input_grad[1]:
-        by_columns, grad8_NM = x8_MK.t().contiguous().t(), grad8_MN.t().contiguous()
-        grad_weight = _product(grad8_NM, by_columns, grad_scale, x_scale, torch.float32, fast=False)
-    return grad_x, grad_weight
+        summed = None if ctx.enter is None else ctx.enter.start_sum(grad_x)
+    x8_MK = x if started is None else in_8_bits(started().flatten(0, -2), torch.float8_e4m3fn)[0]
+    x8_by_columns = x8_MK.t().contiguous().t()
+    by_weights: list[Tensor | None] = []
+    for number, (grad8_MN, grad_scale) in enumerate(rounded):
+        needed = ctx.needs_input_grad[FIRST + EACH * number]
+        grad8_NM = grad8_MN.t().contiguous() if needed else None
+        by_weights.append(
+            None
+            if grad8_NM is None
+            else _product(grad8_NM, x8_by_columns, grad_scale, x_scale, torch.float32, fast=False)
+        )
+    return grad_x if summed is None else summed(), by_weights
 
 
 def _product(

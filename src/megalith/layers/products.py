@@ -7,13 +7,15 @@ Shape letters: N rows, I inputs, O outputs.
 """
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megalith.layers.entering import Entering, Factor
 
 # Multiplications from which a product goes to oneDNN: starting one costs more than a small product.
 LEAST = 1 << 22
@@ -35,6 +37,20 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, again: Again | N
         return F.linear(x, weight_OI, bias_O)
     y: Tensor = _Linear.apply(x, weight_OI, bias_O, *((None, x) if again is None else (again.make, *again.of)))
     return y
+
+
+def entered_linears(
+    x: Tensor, factors: Sequence[Factor], enter: Entering, again: Again | None = None
+) -> tuple[Tensor, ...]:
+    """The products of one input, of which each of several ranks computes a part; weights are in the type of x.
+
+    again: of x; followed in fp32 on a CPU, where the compiler does not choose itself.
+    """
+    is_followed = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    make, of = (None, ()) if again is None or not is_followed else again
+    flat = [part for factor in factors for part in (factor.weight, factor.bias)]
+    products: tuple[Tensor, ...] = _EnteredLinears.apply(x, enter, make, len(factors), *flat, *of)
+    return products
 
 
 def suits_onednn(left: Tensor, right: Tensor) -> bool:
@@ -116,6 +132,55 @@ class _Linear(torch.autograd.Function):
         grad_x = _gradient_by_input(grad_y, weight_OI) if ctx.needs_input_grad[0] else None
         grad_bias = grad_NO.sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, *(None for _ in of)
+
+
+class _EnteredLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, enter: Entering, make: Callable[..., Tensor] | None, count: int, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        weights, biases, of = tensors[: 2 * count : 2], tensors[1 : 2 * count : 2], tensors[2 * count :]
+        ctx.enter, ctx.make, ctx.count = enter, make, count
+        ctx.save_for_backward(*weights, *(of or (x,)))
+        whole, products = enter.whole(x), []
+        for weight_OI, bias_O in zip(weights, biases, strict=True):
+            assert weight_OI is not None
+            multiply = times_transposed if suits_onednn(whole, weight_OI) else F.linear
+            products.append(multiply(whole, weight_OI, bias_O))
+        return tuple(products)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        weights, of = saved[: ctx.count], saved[ctx.count :]
+        started = ctx.enter.start_whole(of[0] if ctx.make is None else ctx.make(*of), grads[0])
+        summed = None
+        if ctx.needs_input_grad[0]:
+            by_input = [_by_input(grad, weight_OI) for grad, weight_OI in zip(grads, weights, strict=True)]
+            summed = ctx.enter.start_sum(sum(by_input[1:], by_input[0]))
+            del by_input
+        whole_NI = started().flatten(0, -2)
+        del started
+        by_factor: list[Tensor | None] = []
+        for number, (grad, weight_OI) in enumerate(zip(grads, weights, strict=True)):
+            grad_NO = grad.flatten(0, -2)
+            needs_weight, needs_bias = ctx.needs_input_grad[4 + 2 * number : 6 + 2 * number]
+            by_factor.append(_by_weight(grad_NO, whole_NI, weight_OI) if needs_weight else None)
+            by_factor.append(grad_NO.sum(0) if needs_bias else None)
+        beside = of if ctx.make is not None else ()
+        return None if summed is None else summed(), None, None, None, *by_factor, *(None for _ in beside)
+
+
+def _by_input(grad: Tensor, weight_OI: Tensor) -> Tensor:
+    if suits_onednn(grad, weight_OI.t()):
+        return _gradient_by_input(grad, weight_OI)
+    return grad @ weight_OI
+
+
+def _by_weight(grad_NO: Tensor, x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+    if suits_onednn(grad_NO.t(), x_NI.t()):
+        return _gradient_by_weight(grad_NO, x_NI, weight_OI)
+    return grad_NO.t() @ x_NI
 
 
 def _gradient_by_input(grad: Tensor, weight_OI: Tensor) -> Tensor:

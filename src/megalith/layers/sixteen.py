@@ -8,6 +8,7 @@ Shape letters: B batch, T token, N rows, I inputs, O outputs, H heads, K head wi
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from megalith.kernels import HAS_TRITON
 from megalith.layers.accumulate import gradient_by_weight
+from megalith.layers.entering import Entering, Factor
 
 
 def suits_sixteen(x: Tensor, weight_OI: Tensor) -> bool:
@@ -24,13 +26,14 @@ def suits_sixteen(x: Tensor, weight_OI: Tensor) -> bool:
     return x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16) and weight_OI.dtype == torch.float32
 
 
-def sixteen_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, narrow_OI: Tensor | None = None) -> Tensor:
-    """x weight^T + bias; gradients flow to all three, those of weight and bias in their own fp32.
+def sixteen_linears(x: Tensor, factors: Sequence[Factor], enter: Entering | None = None) -> tuple[Tensor, ...]:
+    """x weight^T + bias of each factor; gradients flow to all three, those of weight and bias in their own fp32.
 
-    narrow, here and below: the weight in the type of x, if it is at hand.
+    narrow, here and below: the weight in the type of x, if it is at hand. enter: of x, where other ranks compute other
+    parts of the products.
     """
-    y: Tensor = _Linear.apply(x, weight_OI, bias_O, narrow_OI)
-    return y
+    products: tuple[Tensor, ...] = _Linears.apply(x, enter, *(part for factor in factors for part in factor))
+    return products
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,16 @@ class SixteenJoined:
     weight: Tensor  # OI
     bias: Tensor  # O
     narrow: Tensor | None  # OI
+    enter: Entering | None = None
 
     def gelu(self, *, tanh: bool) -> Tensor:
         """gelu(x weight^T + bias)."""
-        y: Tensor = _LinearGelu.apply(self.x, self.weight, self.bias, self.narrow, tanh)
+        y: Tensor = _LinearGelu.apply(self.x, self.enter, self.weight, self.bias, self.narrow, tanh)
         return y
 
     def heads(self, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, BTHK each, of weights that hold those of each head in turn."""
-        q_BTHK, k_BTHK, v_BTHK = _Heads.apply(self.x, self.weight, self.bias, self.narrow, head_width)
+        q_BTHK, k_BTHK, v_BTHK = _Heads.apply(self.x, self.enter, self.weight, self.bias, self.narrow, head_width)
         return q_BTHK, k_BTHK, v_BTHK
 
 
@@ -68,24 +72,41 @@ def gelu_of(x: Tensor, tanh: bool) -> Tensor:
     return (wide * torch.sigmoid(wide * slope)).to(x.dtype)
 
 
-class _Linear(torch.autograd.Function):
+class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, narrow_OI: Tensor | None) -> Tensor:
-        weight = weight_OI.to(x.dtype) if narrow_OI is None else narrow_OI
-        ctx.save_for_backward(x, weight, weight_OI)
-        return F.linear(x, weight, None if bias_O is None else bias_O.to(x.dtype))
+    def forward(ctx: Any, x: Tensor, enter: Entering | None, *factors: Tensor | None) -> tuple[Tensor, ...]:
+        weights, biases, narrow = factors[::3], factors[1::3], factors[2::3]
+        whole, sixteen = _before_products(ctx, x, enter, weights, narrow)
+        ctx.save_for_backward(x, *sixteen, *weights)
+        return tuple(
+            F.linear(whole, weight_OI, None if bias_O is None else bias_O.to(x.dtype))
+            for weight_OI, bias_O in zip(sixteen, biases, strict=True)
+        )
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        grad_bias = grad_y.flatten(0, -2).sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        return *_by_input_and_weight(ctx, grad_y), grad_bias, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, by_weights = _by_input_and_weights(ctx, ctx.saved_tensors, grads)
+        by_factor: list[Tensor | None] = []
+        for number, (grad_y, by_weight) in enumerate(zip(grads, by_weights, strict=True)):
+            needs_bias = ctx.needs_input_grad[3 + 3 * number]
+            by_bias = grad_y.flatten(0, -2).sum(0, dtype=torch.float32) if needs_bias else None
+            by_factor += [by_weight, by_bias, None]
+        return grad_x, None, *by_factor
 
 
 class _LinearGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_FI: Tensor, bias_F: Tensor, narrow_FI: Tensor | None, tanh: bool) -> Tensor:
-        weight = weight_FI.to(x.dtype) if narrow_FI is None else narrow_FI
-        before = F.linear(x, weight, bias_F.to(x.dtype))
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        enter: Entering | None,
+        weight_FI: Tensor,
+        bias_F: Tensor,
+        narrow_FI: Tensor | None,
+        tanh: bool,
+    ) -> Tensor:
+        whole, (weight,) = _before_products(ctx, x, enter, [weight_FI], [narrow_FI])
+        before = F.linear(whole, weight, bias_F.to(x.dtype))
         ctx.save_for_backward(x, weight, weight_FI, before)
         ctx.tanh = tanh
         return gelu_of(before, tanh)
@@ -94,19 +115,27 @@ class _LinearGelu(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         from megalith.layers.columns import gelu_backward
 
-        before = ctx.saved_tensors[-1]
+        *saved, before = ctx.saved_tensors
         seen = gelu_backward(grad_y, before, ctx.tanh)
-        return *_by_input_and_weight(ctx, seen.matrix), seen.sums, None, None
+        grad_x, (by_weight,) = _by_input_and_weights(ctx, saved, [seen.matrix])
+        return grad_x, None, by_weight, seen.sums, None, None
 
 
 class _Heads(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor, narrow_OI: Tensor | None, head_width: int
+        ctx: Any,
+        x: Tensor,
+        enter: Entering | None,
+        weight_OI: Tensor,
+        bias_O: Tensor,
+        narrow_OI: Tensor | None,
+        head_width: int,
     ) -> tuple[Tensor, ...]:
-        weight = weight_OI.to(x.dtype) if narrow_OI is None else narrow_OI
+        whole, (weight,) = _before_products(ctx, x, enter, [weight_OI], [narrow_OI])
         ctx.save_for_backward(x, weight, weight_OI)
-        q_BTHK, k_BTHK, v_BTHK = F.linear(x, weight, bias_O.to(x.dtype)).unflatten(-1, (-1, 3, head_width)).unbind(-2)
+        joined = F.linear(whole, weight, bias_O.to(x.dtype))
+        q_BTHK, k_BTHK, v_BTHK = joined.unflatten(-1, (-1, 3, head_width)).unbind(-2)
         return q_BTHK, k_BTHK, v_BTHK
 
     @staticmethod
@@ -114,13 +143,41 @@ class _Heads(torch.autograd.Function):
         from megalith.layers.columns import join_heads
 
         seen = join_heads(grad_q, grad_k, grad_v)
-        return *_by_input_and_weight(ctx, seen.matrix), seen.sums, None, None
+        grad_x, (by_weight,) = _by_input_and_weights(ctx, ctx.saved_tensors, [seen.matrix])
+        return grad_x, None, by_weight, seen.sums, None, None
 
 
-def _by_input_and_weight(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x and of the weight; the context has saved x, the weight in 16 bits, and the weight."""
-    x, narrow_OI, weight_OI, *_ = ctx.saved_tensors
-    grad_x = grad_y @ narrow_OI if ctx.needs_input_grad[0] else None
-    if not ctx.needs_input_grad[1]:
-        return grad_x, None
-    return grad_x, gradient_by_weight(weight_OI, grad_y.flatten(0, -2), x.flatten(0, -2))
+def _before_products(
+    ctx: Any, x: Tensor, enter: Entering | None, weights: Sequence[Tensor | None], narrow: Sequence[Tensor | None]
+) -> tuple[Tensor, list[Tensor]]:
+    """The whole of x, and the weights in its type."""
+    sixteen = []
+    for weight_OI, at_hand in zip(weights, narrow, strict=True):
+        assert weight_OI is not None
+        sixteen.append(weight_OI.to(x.dtype) if at_hand is None else at_hand)
+    ctx.enter, ctx.count = enter, len(weights)
+    return x if enter is None else enter.whole(x), sixteen
+
+
+def _by_input_and_weights(
+    ctx: Any, saved: Sequence[Tensor], grads: Sequence[Tensor]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients of x and of each weight, from those of the products.
+
+    saved: x, the weights in 16 bits, and the weights. needs_input_grad has x first, then enter, then weight, bias and
+    narrow of each product.
+    """
+    x, narrow, weights = saved[0], saved[1 : 1 + ctx.count], saved[1 + ctx.count :]
+    needed = ctx.needs_input_grad[2 : 2 + 3 * ctx.count : 3]
+    started = None if ctx.enter is None else ctx.enter.start_whole(x, grads[0])
+    grad_x = summed = None
+    if ctx.needs_input_grad[0]:
+        by_input = [grad_y @ narrow_OI for grad_y, narrow_OI in zip(grads, narrow, strict=True)]
+        grad_x = sum(by_input[1:], by_input[0])
+        summed = None if ctx.enter is None else ctx.enter.start_sum(grad_x)
+    whole = x if started is None else started()
+    by_weights = [
+        gradient_by_weight(weight_OI, grad_y.flatten(0, -2), whole.flatten(0, -2)) if is_needed else None
+        for weight_OI, grad_y, is_needed in zip(weights, grads, needed, strict=True)
+    ]
+    return grad_x if summed is None else summed(), by_weights

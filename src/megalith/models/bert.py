@@ -127,8 +127,7 @@ class Bert(LanguageModel):
 
     def embed(self, tokens_BT: Tensor, types_BT: Tensor, rows_BT: Tensor | None) -> Tensor:
         """BTD: the stream that enters the first block."""
-        places_1T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
-        x_BTD = self.word_embedding(tokens_BT) + self.position_embedding(places_1T)
+        x_BTD = self.word_embedding(tokens_BT) + self.position_embedding(self.places(tokens_BT))
         if hasattr(self, "token_type_embedding"):
             x_BTD = x_BTD + self.token_type_embedding(types_BT)
         if self.config.norm_after_residual:

@@ -124,10 +124,9 @@ class T5(LanguageModel):
 
     def embed(self, tokens_BL: Tensor, rows_BL: Tensor | None) -> Tensor:
         """BLD: the stream that enters the first block of a stack, from its L tokens."""
-        places_1L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)[None]
         x_BLD: Tensor = self.word_embedding(tokens_BL)
         if not self.relative:
-            x_BLD = x_BLD + self.position_embedding(places_1L)
+            x_BLD = x_BLD + self.position_embedding(self.places(tokens_BL))
         return self.entering(x_BLD, rows_BL, key("dropout", "embedding"))
 
     def encode(self, x_BED: Tensor, padding_BE: Tensor, rows_BE: Tensor | None) -> Tensor:

@@ -110,6 +110,11 @@ class LanguageModel(Transformer):
         self.score: Callable[..., Tensor] = score_tokens
         self.cross_entropy: Callable[..., Tensor] = vocabulary_cross_entropy
 
+    def places(self, tokens_BT: Tensor) -> Tensor:
+        """int64 1T, or BT where ranks share the tokens out: the place of each token in its sequence."""
+        places_1T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+        return places_1T if self.cut is None else places_1T.expand_as(tokens_BT)
+
     @property
     def output_table(self) -> nn.Parameter:
         """VD: the table that scores tokens."""

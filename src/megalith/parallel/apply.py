@@ -93,13 +93,13 @@ class Laid:
 
     def finish_gradients(self) -> None:
         """After the last backward pass: every gradient that the optimizer looks at is whole; in place."""
-        parameters = {name: p for part in self.parts.values() for name, p in part.named_parameters()}
-        # Parts of one sum are added before replicas are, for a shard of them is as good.
-        by_tokens = [local_part(gradient_of(p)) for name, p in parameters.items() if self.cuts[name].summed_over_tokens]
-        sum_gradients(by_tokens, self.groups.tensor)
         if self.has_tied_copy and self.groups.embedding is not None:
+            parameters = {name: p for part in self.parts.values() for name, p in part.named_parameters()}
             sum_gradients([local_part(gradient_of(parameters[TIED]))], self.groups.embedding)
         self.reduction.finish()
+        # Those of all replicas, which travelled during the backward pass; of a shard of them a part is as good.
+        held = {name: one.parameter for name, one in self.trained.held.items() if self.cuts[name].summed_over_tokens}
+        sum_gradients([local_part(gradient_of(parameter)) for parameter in held.values()], self.groups.tensor)
 
     def clear_gradients(self) -> None:
         """Forget all gradients, in place."""
@@ -169,7 +169,9 @@ def lay_out(
             recompute_blocks(part, recompute, every=config.checkpoint_num_layers, group=_saved_over(config, groups))
         if compiled:
             budget = config.activation_memory_budget
-            compile_blocks(part, memory_budget=budget, device=device, recompute_inside=inside)
+            # What tensor ranks exchange goes on beside products.
+            ordered = size_of(groups.tensor) > 1
+            compile_blocks(part, memory_budget=budget, device=device, recompute_inside=inside, keep_order=ordered)
     count = sum(parameter.numel() for part in parts.values() for parameter in part.parameters())
     if sharded:
         # FSDP2 takes seconds to import.
@@ -303,8 +305,8 @@ def _reduction(
         return Sharded(list(parts.values()), keep_gathered=keep_gathered)
     if config.deterministic:
         return FixedOrder(list(parameters.values()), groups.replicas)
-    # A gradient that still has to be summed over another group cannot travel early.
-    overlap = layout.pipeline == 1 and not (config.sequence_parallel and layout.tensor > 1)
+    # The table of a pipeline's ends has still to be summed over them when the backward pass ends.
+    overlap = layout.pipeline == 1
     if config.data_parallel_sharding == "optimizer" and groups.replicas is not None:
         return OptimizerSharded(parameters, groups.replicas, overlap=overlap)
     return Replicated(list(parameters.values()), groups.replicas, overlap=overlap)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megalith.layers.entering import Started
 from megalith.parallel.journal import JOURNAL
 
 Group = ProcessGroup | None
@@ -49,17 +50,19 @@ def reduce_scatter(whole: Tensor, dim: int, group: Group) -> Tensor:
         return whole
     moved = whole.movedim(dim, 0).contiguous()
     JOURNAL.made(moved, SUMMED)
-    work, local = start_reduce_scatter(moved, group)
-    work.wait()
+    _, local = start_reduce_scatter(moved, group, is_waited_for=True)
     JOURNAL.received(local, SUMMED)
     return local.movedim(0, dim)
 
 
-def start_reduce_scatter(whole: Tensor, group: Group) -> tuple[Any, Tensor]:
-    """What to wait for, and where this rank's part along the first dimension of the sum over ranks will be."""
+def start_reduce_scatter(whole: Tensor, group: Group, *, is_waited_for: bool = False) -> tuple[Any, Tensor]:
+    """What to wait for, and where this rank's part along the first dimension of the sum over ranks will be.
+
+    is_waited_for: it is there already; all that the compiler can take in.
+    """
     local = whole.new_empty((whole.shape[0] // size_of(group), *whole.shape[1:]))
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the name until torch 2.12
-    return scatter(local, whole, group=group, async_op=True), local
+    return scatter(local, whole, group=group, async_op=not is_waited_for), local
 
 
 def all_reduce(value: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -71,6 +74,67 @@ def all_reduce(value: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tens
     dist.all_reduce(value, op=op, group=group)
     JOURNAL.received(value, SUMMED)
     return value
+
+
+def start_gather(local: Tensor, group: Group, *, after: Tensor) -> Started:
+    """`all_gather` along the first dimension, under way until it is waited for. after: what the backward pass was given
+    in which this is."""
+    assert group is not None
+    if torch.compiler.is_compiling():
+        gathered = _start_gather_op(local, after, size_of(group), group.group_name)
+        return lambda: torch.ops._c10d_functional.wait_tensor(gathered)
+    local = local.contiguous()
+    whole = local.new_empty((size_of(group) * local.shape[0], *local.shape[1:]))
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name until torch 2.12
+    JOURNAL.made(local, GATHERED)
+    return _waiting(gather(whole, local, group=group, async_op=True), whole, GATHERED)
+
+
+@torch.library.custom_op("megalith::start_gather", mutates_args=())
+def _start_gather_op(local: Tensor, after: Tensor, ranks: int, group: str) -> Tensor:
+    """Gathering as an operation of a backward pass alone, to be waited for: the compiler would take torch's own for the
+    same as that of the forward pass, and keep what came of it."""
+    # In memory that nothing else is given before this has ended.
+    local = local.clone(memory_format=torch.contiguous_format)
+    gathered: Tensor = torch.ops._c10d_functional.all_gather_into_tensor(local, ranks, group)
+    return gathered
+
+
+@_start_gather_op.register_fake
+def _(local: Tensor, after: Tensor, ranks: int, group: str) -> Tensor:
+    return local.new_empty((ranks * local.shape[0], *local.shape[1:]))
+
+
+def start_scatter_sum(whole: Tensor, group: Group) -> Started:
+    """`reduce_scatter` along the first dimension, under way until it is waited for."""
+    assert group is not None
+    whole = whole.contiguous()
+    if torch.compiler.is_compiling():
+        part = torch.ops._c10d_functional.reduce_scatter_tensor(whole, "sum", size_of(group), group.group_name)
+        return lambda: torch.ops._c10d_functional.wait_tensor(part)
+    JOURNAL.made(whole, SUMMED)
+    work, local = start_reduce_scatter(whole, group)
+    return _waiting(work, local, SUMMED)
+
+
+def start_sum(value: Tensor, group: Group) -> Started:
+    """The sum over ranks, perhaps in place, under way until it is waited for."""
+    assert group is not None
+    if torch.compiler.is_compiling():
+        summed = torch.ops._c10d_functional.all_reduce(value, "sum", group.group_name)
+        return lambda: torch.ops._c10d_functional.wait_tensor(summed)
+    value = value.contiguous()
+    JOURNAL.made(value, SUMMED)
+    return _waiting(dist.all_reduce(value, group=group, async_op=True), value, SUMMED)
+
+
+def _waiting(work: Any, arriving: Tensor, what: str) -> Started:
+    def wait() -> Tensor:
+        work.wait()
+        JOURNAL.received(arriving, what)
+        return arriving
+
+    return wait
 
 
 class _Copy(torch.autograd.Function):

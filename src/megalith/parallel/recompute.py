@@ -19,8 +19,8 @@ from megalith.layers.attention import CrossAttention, SelfAttention
 from megalith.layers.block import Block
 from megalith.layers.relative import RelativePositions
 from megalith.models.transformer import run_whole
-from megalith.parallel.collectives import Group, gather_copies, scatter_copies, size_of
-from megalith.parallel.tensor import TOKENS
+from megalith.parallel import sequence
+from megalith.parallel.collectives import Group, size_of
 
 
 def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -47,9 +47,9 @@ def keep_cut_input(blocks: Sequence[nn.Module], x: Tensor, *args: Any, group: Gr
     """Run blocks, keeping only this tensor rank's share of their input; the backward pass gathers it again."""
 
     def gathered(x_part: Tensor, *args: Any) -> Tensor:
-        return run_whole(blocks, gather_copies(x_part, TOKENS, group), *args, **kwargs)
+        return run_whole(blocks, sequence.join(x_part, group), *args, **kwargs)
 
-    result: Tensor = recomputed(gathered)(scatter_copies(x, TOKENS, group), *args)
+    result: Tensor = recomputed(gathered)(sequence.cut(x, group), *args)
     return result
 
 
@@ -81,13 +81,19 @@ def recomputes_inside(model: nn.Module, granularity: str | None, *, device: torc
 
 
 def compile_blocks(
-    model: nn.Module, *, memory_budget: float | None, device: torch.device, recompute_inside: bool = False
+    model: nn.Module,
+    *,
+    memory_budget: float | None,
+    device: torch.device,
+    recompute_inside: bool = False,
+    keep_order: bool = False,
 ) -> None:
     """Compile every block of the model by itself, in place; the first pass through each kind of block pays for it.
 
     memory_budget: the share of activations, 0 to 1, that the compiler may keep for the backward pass; what is cheapest
     to compute again it computes again (torch's activation_memory_budget). None keeps what it likes. device: where the
-    model is to run. recompute_inside: only a block's input is kept, see `recomputes_inside`.
+    model is to run. recompute_inside: only a block's input is kept, see `recomputes_inside`. keep_order: what was
+    started between products stays there, where the compiler else goes by memory alone.
     """
     # Beside the user's other caches, so that a restart finds what was compiled; PyTorch's own place is the machine's
     # temporary folder. Read when the first block is compiled.
@@ -98,9 +104,10 @@ def compile_blocks(
     # functions save.
     budget = 0.0 if recompute_inside else memory_budget
     partitioning.activation_memory_budget = 1.0 if budget is None else budget  # 1 is torch's own
-    if device.type == "cuda":
-        import torch._inductor.config as inductor
+    import torch._inductor.config as inductor
 
+    inductor.reorder_for_peak_memory = not keep_order
+    if device.type == "cuda":
         # Dropout's hash is more operations than Inductor lets stand together: its words would go through memory.
         inductor.realize_opcount_threshold = 400
         from megalith.parallel.kernel_choices import KernelChoices

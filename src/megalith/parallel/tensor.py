@@ -28,20 +28,10 @@ from megalith.models.retrieval import Tower
 from megalith.models.t5 import T5
 from megalith.models.transformer import LanguageModel
 from megalith.models.vit import VisionTransformer
-from megalith.parallel.collectives import (
-    Group,
-    copy_to_group,
-    gather_copies,
-    gather_for_product,
-    rank_in,
-    reduce_from_group,
-    scatter_copies,
-    scatter_sum,
-    size_of,
-)
+from megalith.parallel import sequence
+from megalith.parallel.collectives import Group, rank_in, reduce_from_group, size_of
+from megalith.parallel.entering import Copied, Gathered
 from megalith.parallel.vocabulary import cut_cross_entropy, cut_logits, look_up_cut_table
-
-TOKENS = 1  # the dimension of a BT.. tensor along which a sequence is cut
 
 
 @dataclass(frozen=True)
@@ -92,11 +82,7 @@ class Cutter:
         self.cut_parameter(linear, path, "weight", 0)
         if linear.bias is not None:
             self.cut_parameter(linear, path, "bias", 0)
-        linear.enter = (
-            partial(gather_for_product, dim=TOKENS, group=self.group)
-            if self.sequence
-            else partial(copy_to_group, group=self.group)
-        )
+        linear.enter = Gathered(self.group) if self.sequence else Copied(self.group)
 
     def rows(self, linear: Linear, path: str) -> None:
         """Each rank takes some of the input features; the products are summed, then the bias is added once."""
@@ -104,7 +90,7 @@ class Cutter:
         if linear.bias is not None:
             self.cut_parameter(linear, path, "bias", None)
         linear.leave = (
-            partial(scatter_sum, dim=TOKENS, group=self.group)
+            partial(sequence.cut_sum, group=self.group)
             if self.sequence
             else partial(reduce_from_group, group=self.group)
         )
@@ -145,7 +131,7 @@ def _cut_relative_positions(module: RelativePositions, path: str, cutter: Cutter
 
 def _cut_block(module: Block, path: str, cutter: Cutter) -> None:
     if cutter.sequence:
-        module.cut = partial(scatter_copies, dim=TOKENS, group=cutter.group)
+        module.cut = partial(sequence.cut, group=cutter.group)
 
 
 def _cut_language_model(module: LanguageModel, path: str, cutter: Cutter) -> None:
@@ -161,7 +147,7 @@ def _cut_language_model(module: LanguageModel, path: str, cutter: Cutter) -> Non
             first, _ = cutter.rows_of(child.weight.shape[0])
             cutter.cut_parameter(child, child_path, "weight", 0)
     if cutter.sequence:
-        module.cut = partial(scatter_copies, dim=TOKENS, group=cutter.group)
+        module.cut = partial(sequence.cut, group=cutter.group)
     module.score = partial(cut_logits, group=cutter.group, sequence=cutter.sequence)
     module.cross_entropy = partial(cut_cross_entropy, first=first, group=cutter.group, sequence=cutter.sequence)
 
@@ -172,8 +158,8 @@ def _cut_vision_transformer(module: VisionTransformer, path: str, cutter: Cutter
         if not name.startswith(("layers.", "final_norm.")):
             cutter.cuts[name] = _copy_of(parameter)
     if cutter.sequence:
-        module.cut = partial(scatter_copies, dim=TOKENS, group=cutter.group)
-        module.joined = partial(gather_copies, dim=TOKENS, group=cutter.group)
+        module.cut = partial(sequence.cut, group=cutter.group)
+        module.joined = partial(sequence.join, group=cutter.group)
 
 
 def _cut_bert(module: Bert, path: str, cutter: Cutter) -> None:
@@ -184,7 +170,7 @@ def _cut_bert(module: Bert, path: str, cutter: Cutter) -> None:
         for kind, parameter in held[name].named_parameters() if name in held else ():
             cutter.cuts[f"{path}.{name}.{kind}".removeprefix(".")] = _copy_of(parameter)
     if cutter.sequence:
-        module.first_token = partial(_first_of_all, group=cutter.group)
+        module.first_token = partial(sequence.first_of_each, group=cutter.group)
 
 
 def _cut_t5(module: T5, path: str, cutter: Cutter) -> None:
@@ -197,11 +183,6 @@ def _cut_token_head(module: TokenHead, path: str, cutter: Cutter) -> None:
     cutter.cut_parameter(module.dense, f"{path}.dense", "weight", None)
     cutter.cut_parameter(module.dense, f"{path}.dense", "bias", None)
     cutter.cut_parameter(module, path, "bias", 0)
-
-
-def _first_of_all(hidden_BTD: Tensor, *, group: Group) -> Tensor:
-    """BD: the hidden state of the sequence's first token, which the first rank holds."""
-    return gather_copies(hidden_BTD[:, :1], TOKENS, group)[:, 0]
 
 
 def _copy_of(parameter: Tensor) -> Cut:
@@ -230,7 +211,7 @@ def copy_table(table: Embedding, path: str, cutter: Cutter) -> None:
         whole_look_up = table.look_up
 
         def look_up(ids: Tensor, weight: Tensor) -> Tensor:
-            return whole_look_up(scatter_copies(ids, TOKENS, cutter.group), weight)
+            return whole_look_up(sequence.cut(ids, cutter.group), weight)
 
         table.look_up = look_up
 

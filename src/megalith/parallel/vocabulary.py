@@ -20,10 +20,9 @@ from megalith.parallel.collectives import (
     all_gather,
     all_reduce,
     copy_to_group,
-    gather_for_product,
     reduce_from_group,
-    scatter_sum,
 )
+from megalith.parallel.sequence import cut_sum, join_for_product
 
 
 def look_up_cut_table(ids_BT: Tensor, table_SD: Tensor, *, first: int, group: Group, sequence: bool) -> Tensor:
@@ -32,7 +31,7 @@ def look_up_cut_table(ids_BT: Tensor, table_SD: Tensor, *, first: int, group: Gr
     elsewhere = (local < 0) | (local >= table_SD.shape[0])
     rows_BTD = F.embedding(local.masked_fill(elsewhere, 0), table_SD)
     rows_BTD = rows_BTD.masked_fill(elsewhere[..., None], 0.0)
-    return scatter_sum(rows_BTD, 1, group) if sequence else reduce_from_group(rows_BTD, group)
+    return cut_sum(rows_BTD, group) if sequence else reduce_from_group(rows_BTD, group)
 
 
 def cut_logits(
@@ -40,7 +39,7 @@ def cut_logits(
 ) -> Tensor:
     """BTV: all logits on every rank. For generation; training never needs them. bias_V: those of the rows held here."""
     if sequence:
-        hidden_BTD = gather_for_product(hidden_BTD, 1, group)
+        hidden_BTD = join_for_product(hidden_BTD, group)
     bias_S = None if bias_V is None else bias_V.to(hidden_BTD.dtype)
     logits_BTS = F.linear(hidden_BTD, table_SD.to(hidden_BTD.dtype), bias_S)
     widths = all_gather(torch.tensor([logits_BTS.shape[-1]], device=logits_BTS.device), 0, group).tolist()
@@ -67,7 +66,7 @@ def cut_cross_entropy(
     first: the token of the first row held here. bias_V: of the rows held here. Every rank gets the whole sum. Per chunk
     of rows three vectors travel: the largest logit, the sum of exponentials and the label's logit.
     """
-    hidden_BTD = gather_for_product(hidden_BTD, 1, group) if sequence else copy_to_group(hidden_BTD, group)
+    hidden_BTD = join_for_product(hidden_BTD, group) if sequence else copy_to_group(hidden_BTD, group)
     labels_N = labels_BT.flatten() - first
     dtype = hidden_BTD.dtype if softmax_in_16_bit else torch.float32
     # Inside of a function without gradients needs_input_grad is true all the same.

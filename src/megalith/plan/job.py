@@ -118,6 +118,12 @@ def layer_matrices(job: Job) -> list[tuple[float, float]]:
     return [(job.width, heads + 2 * job.key_features), (heads, job.width), *entering, (inner, job.width)]
 
 
+def gathers_again(job: Job) -> bool:
+    """Whether products that tensor ranks share out meet what enters them once more in their backward passes
+    (layers/entering.py)."""
+    return job.tensor > 1 and job.schedule != "zero-bubble"
+
+
 def parameters_in_products(job: Job) -> float:
     """Elements of a layer's matrices on a rank."""
     return sum(entering * leaving for entering, leaving in layer_matrices(job))

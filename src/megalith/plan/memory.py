@@ -14,6 +14,7 @@ from megalith.optim.compact import CHUNK
 from megalith.plan.job import (
     FP32,
     Job,
+    gathers_again,
     kept_passes,
     layer_matrices,
     layer_parameters,
@@ -135,19 +136,19 @@ def layer_activations(job: Job) -> float:
     heads, inner = job.query_features, job.inner / job.tensor
     attended = attended_features(job)
     between = 2 * job.stream_bytes * job.width / job.cut  # before each norm
-    entering = 2 * job.width + heads + inner  # the four products
+    entering: float = 2 * job.width + heads + inner  # the four products
     # Inside a feed-forward besides what enters the last product; that is what relu itself keeps.
     inside = 3 if job.is_gated else 1
     if job.fp8:
         # Products keep what entered them in 8 bits; compiled ones make that again of what others keep.
-        entering += job.width if job.is_gated else 0
+        if job.cut > 1:
+            entering += 2 * job.width * (e / job.cut - 1)  # in its own type what comes from other ranks again
         kept = e * (attended + heads + inside * inner) + (0.0 if job.compiled else entering)
         copies = 0.0 if job.compiled or is_rounded_once(job) else parameters_in_products(job)
     else:
-        normed = job.width * (_is_kept(job, heads + 2 * job.key_features) + _is_kept(job, inner))
-        if job.cut > 1:
-            # The whole sequence is kept as it was gathered, for attention and for the feed-forward.
-            normed = 2 * job.width
+        # Of a cut sequence its part is kept, or the whole as it was gathered.
+        normed: float = job.width * (_is_kept(job, heads + 2 * job.key_features) + _is_kept(job, inner))
+        normed /= job.cut if gathers_again(job) else 1
         kept = e * (normed + attended + heads + (inside + (job.activation != "relu")) * inner)
         copies = 0.0 if is_rounded_once(job) or job.shares_weights else copy_bytes(job)
     masks = (2 * job.width / job.cut) if job.dropout else 0.0
@@ -219,9 +220,10 @@ def _knows_its_weights(job: Job) -> bool:
 
 def _is_kept(job: Job, features: float) -> bool:
     """Whether a norm's output is kept for the backward pass of the product that makes so many features of it."""
-    by_onednn = job.device == "cpu" and job.compute_bytes == FP32
-    large = job.tokens * job.width * features >= LEAST
-    return not (by_onednn and large) or job.tensor > 1
+    is_followed = job.device == "cpu" and job.compute_bytes == FP32
+    if job.tensor > 1:
+        return not (is_followed and gathers_again(job))
+    return not (is_followed and job.tokens * job.width * features >= LEAST)
 
 
 def end_bytes(job: Job) -> float:

@@ -129,7 +129,7 @@ def predict_time(job: Job, machine: Machine, program: Program) -> Seconds:
     m, moves = job.num_microbatches, transfers(job)
     layers, ends = stage_passes(job, machine, program), end_passes(job, machine, program)
     slowest = layers + (ends[0] + ends[1] if job.pipeline == 1 else max(ends, key=lambda end: end.total))
-    tensor = seconds_of(moves, "tensor", machine) / m
+    tensor = tensor_seconds(job, machine, program, moves) / m
     context = seconds_of(moves, "context", machine) / m
     idle = sends = 0.0
     if job.pipeline > 1:
@@ -234,6 +234,30 @@ def seconds_of(moves: list[Transfer], purpose: str, machine: Machine) -> float:
     )
 
 
+def tensor_seconds(job: Job, machine: Machine, program: Program, moves: list[Transfer]) -> float:
+    """What tensor ranks wait for each other in a step, as far as no product hides it."""
+    beside = [move for move in moves if move.purpose == "tensor" and move.is_beside]
+    if not program.overlaps or not beside:
+        return seconds_of(moves, "tensor", machine)
+    waited = seconds_of([move for move in moves if not move.is_beside], "tensor", machine)
+    attention, _, *feed_forward, _ = layer_matrices(job)
+    for matrices in ([attention], feed_forward):
+        # What is gathered again is beside the gradient by the input, whose sum is beside the gradient by the weights.
+        by_input = sum(
+            machine.product(job.tokens, leaving, entering, size=job.compute_bytes, fp8=job.fp8)
+            for entering, leaving in matrices
+        )
+        by_weight = sum(
+            machine.product(leaving, job.tokens, entering, size=job.compute_bytes, fp8=job.fp8)
+            for entering, leaving in matrices
+        )
+        for move in beside:
+            seconds = machine.collective(move.sent, move.ranks, move.stride)
+            hidden = by_input if move.collective == "all-gather" else by_weight
+            waited += move.calls / 2 * max(0.0, seconds - hidden)
+    return waited
+
+
 def reduction_seconds(
     job: Job, machine: Machine, program: Program, moves: list[Transfer], microbatch: _Passes
 ) -> float:
@@ -245,7 +269,7 @@ def reduction_seconds(
     if job.shares_weights:
         # FSDP2 gathers the next layer while this one computes; a pipeline's gradients wait for its last pass.
         hidden = job.num_microbatches * microbatch.total if job.pipeline == 1 else microbatch.total
-    elif job.pipeline == 1 and not (job.sequence_parallel and job.tensor > 1):
+    elif job.pipeline == 1:
         hidden = microbatch.backward + microbatch.again
     if not program.overlaps:
         hidden = 0.0

@@ -6,7 +6,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from megalith.plan.job import FP32, Job, layer_parameters, parameters_on_rank, table_parameters
+from megalith.plan.job import FP32, Job, gathers_again, layer_parameters, parameters_on_rank, table_parameters
 
 # Bytes that a rank sends in a collective of n ranks, over those of its whole tensor.
 SHARES: dict[str, Callable[[int], float]] = {
@@ -28,6 +28,7 @@ class Transfer:
     calls: float
     ranks: int
     stride: int  # from a rank of the group to the next
+    is_beside: bool = False  # on its way while products are computed that do not need it
 
     @property
     def total(self) -> float:
@@ -50,23 +51,29 @@ def _tensor(job: Job) -> Iterator[Transfer]:
         return
     stream, embedded = job.stream * job.cut, job.tokens * job.width * FP32
     # Two products in a block, each with a collective forward and one back; the loss's backward. Embeddings are fp32.
-    calls = job.num_microbatches * (4 * job.layers_of_a_stage + (1 if job.pipeline == 1 else 0))
-    again = job.num_microbatches * 2 * job.layers_of_a_stage if job.recompute == "full" else 0
+    # The sums back, and what is gathered for them once more, are beside products, but where backward passes are split.
+    products = job.num_microbatches * 2 * job.layers_of_a_stage
+    beside = products if gathers_again(job) else 0
+    calls = 2 * products + (job.num_microbatches if job.pipeline == 1 else 0)
+    again = products if job.recompute == "full" else 0
     # Computing again ends before the last sum over ranks, unless dropout keeps something after it.
     chunks = -(-job.layers_of_a_stage // job.recompute_every)
     left_out = job.num_microbatches * chunks if job.recompute == "full" and not job.dropout else 0
     if job.sequence_parallel:
         yield Transfer("all-gather", "tensor", stream, calls + again, job.tensor, 1)
+        yield Transfer("all-gather", "tensor", stream, beside, job.tensor, 1, is_beside=True)
         yield Transfer("all-gather", "tensor", embedded, job.num_microbatches, job.tensor, 1)
     if job.cuts_kept and job.recompute == "full":
         # Kept streams come together to be computed with, then again, and so do their gradients.
         yield Transfer("all-gather", "tensor", stream, 3 * job.num_microbatches * chunks, job.tensor, 1)
     sums = "reduce-scatter" if job.sequence_parallel else "all-reduce"
-    yield Transfer(sums, "tensor", stream, calls + again - left_out, job.tensor, 1)
+    yield Transfer(sums, "tensor", stream, calls + again - left_out - beside, job.tensor, 1)
+    yield Transfer(sums, "tensor", stream, beside, job.tensor, 1, is_beside=True)
     yield Transfer(sums, "tensor", embedded, job.num_microbatches, job.tensor, 1)
     if job.sequence_parallel:
         # Gradients of what all tensor ranks hold and use for tokens of their own.
-        yield Transfer("all-reduce", "tensor", FP32 * _held_alike(job), 1, job.tensor, 1)
+        shared = job.replicas if job.sharding == "optimizer" else job.sharers if job.shares_weights else 1
+        yield Transfer("all-reduce", "tensor", FP32 * _held_alike(job) / shared, 1, job.tensor, 1)
     # Largest logit, sum of powers and the label's logit of every token.
     yield Transfer("all-reduce", "tensor", job.tokens * FP32, 3 * job.num_microbatches, job.tensor, 1)
 
