@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,11 +37,23 @@ def test_bytes_are_those_of_the_arguments() -> None:
     ]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+needs_cuda_build = pytest.mark.skipif(
     torch.version.cuda is None or torch.cuda.is_available() or shutil.which("cc") is None,
     reason="needs a CUDA build of torch, no device, and a C compiler",
 )
+
+
+def told_of(words: str) -> dict[str, Any]:
+    """What the program tells of a block with these flags."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu_code", "--json", *words.split()]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    told: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return told
+
+
+@pytest.mark.slow
+@needs_cuda_build
 @pytest.mark.parametrize(
     ("words", "products"),
     [
@@ -53,10 +66,7 @@ def test_bytes_are_those_of_the_arguments() -> None:
     ],
 )
 def test_a_block_is_one_graph_each_way(words: str, products: int) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu_code", "--json", *words.split()]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    told = json.loads(ended.stdout.splitlines()[-1])
+    told = told_of(words)
     assert told["graph_breaks"] == 0
     forward, backward = told["graphs"]
     # The operator adds a weight's gradient to what is there; 8-bit products leave that to autograd.
@@ -70,3 +80,30 @@ def test_a_block_is_one_graph_each_way(words: str, products: int) -> None:
     assert sum(name.startswith("torch.ops.megalith.norm_backward") for name, _ in backward) == 2
     # x, what enters and leaves the branches and GELU, and the weights: a hash that went through memory would show.
     assert sum(size for _, size in forward) < 1.15e9 or "fp8" in words
+
+
+@pytest.mark.slow
+@needs_cuda_build
+@pytest.mark.parametrize(
+    "words", ["", "--gated", "--whole-sequence", "--dropout 0.1", "--fp8 e4m3", "--gated --fp8 hybrid"]
+)
+def test_tensor_ranks_exchange_beside_products(words: str) -> None:
+    told = told_of(f"--tensor 2 {words}")
+    assert told["graph_breaks"] == 0
+    _, backward = told["graphs"]
+    order = [short for name, _ in backward if (short := short_of(name)) is not None]
+    # Of attention and of the feed-forward, each with as many products as enter together.
+    again = [] if "whole" in words else ["gather again"]
+    for products in (1, 2 if "gated" in words else 1):
+        waits = [*again, *products * ["product"], "sum", *(["wait"] if again else []), *products * ["product"], "wait"]
+        assert " ".join(waits) in " ".join(order), order
+    # Nothing is moved within memory to cut tokens or to join them.
+    assert not any("clone_permute" in name and "mm" not in name and size > 1e6 for name, size in backward)
+
+
+def short_of(name: str) -> str | None:
+    """What counts of a graph's calls."""
+    kinds = {"extern_kernels": "product", "gradient_by_weight": "product", "start_gather": "gather again"}
+    kinds |= {"reduce_scatter_tensor": "sum", "all_reduce_": "sum", "wait_tensor": "wait"}
+    called = name.removeprefix("torch.ops.").split(".")
+    return next((short for kind, short in kinds.items() if kind in called), None)
