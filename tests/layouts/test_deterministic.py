@@ -29,8 +29,9 @@ def test_so_they_do_with_microbatches_that_cannot_be_halved_to_one(world_size: i
 
 
 @pytest.mark.slow
-def test_so_they_do_within_tensor_parallelism(runs: Runs) -> None:
-    words = [*WORDS, "--tensor-model-parallel-size", "2"]
+@pytest.mark.parametrize("cut", [[], ["--sequence-parallel"]], ids=["whole", "cut"])
+def test_so_they_do_within_tensor_parallelism(cut: list[str], runs: Runs) -> None:
+    words = [*WORDS, "--tensor-model-parallel-size", "2", *cut]
     assert largest_difference(runs(4, *words), runs(2, *words)) == 0.0
 
 
