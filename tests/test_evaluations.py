@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from megalith import evaluations
+from megalith.checkpoint.directory import list_checkpoints
+from megalith.checkpoint.index import INDEX_NAME
 from megalith.monitor.ledger import FILE_NAME
 from megalith.monitor.signals import STOPPED_BY_SIGNAL
 from megalith.passes import run_microbatches
@@ -132,6 +134,26 @@ def test_a_run_that_is_made_longer_owes_nothing_at_its_former_end(data: Path, tm
         (12, "validation", True),
         (12, "test", True),
     ]
+
+
+def test_evaluations_of_a_run_that_is_made_longer_are_not_booked_as_redone(data: Path, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    assert run_on(1, WORDS, save, data) == 0
+    spent = [json.loads((save / FILE_NAME).read_text())["spent"]]
+    assert run_on(1, [*WORDS, "--train-iters", "12", "--override-lr-scheduler"], save, data) == 0
+    spent.append(json.loads((save / FILE_NAME).read_text())["spent"])
+    assert spent[1]["redone"] == 0
+    assert spent[1]["evaluation"] > spent[0]["evaluation"] > 0
+
+
+def test_what_a_finished_run_did_is_redone_where_its_last_checkpoint_is_damaged(data: Path, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    assert run_on(1, WORDS, save, data) == 0
+    newest = list_checkpoints(save)[-1]
+    assert newest.step == 9
+    (newest.path / INDEX_NAME).write_text("{}")
+    assert run_on(1, [*WORDS, "--train-iters", "12", "--override-lr-scheduler"], save, data) == 0
+    assert json.loads((save / FILE_NAME).read_text())["spent"]["redone"] > 0
 
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint_names_no_command_that_needs_one(

@@ -146,7 +146,9 @@ def resume(job: Job) -> None:
         restore(job, loaded, with_optimizer=with_optimizer, goes_on=source.is_own)
     # The time between another run's checkpoint and this run's beginning is nobody's interruption.
     spent = None if fresh else {**loaded.index.notes["ledger"], **({} if source.is_own else {"ended": True})}
-    job.ledger.restore(spent, book)
+    # What a finished run did after its last checkpoint, its last evaluations, is not done again by a longer one.
+    is_finished = source.is_own and book is not None and book.get("finished") == job.progress.step
+    job.ledger.restore(book if is_finished else spent, book)
     job.log.report(
         CheckpointLoaded(
             str(source.directory), job.progress.step, time.monotonic() - started, loaded.index.notes["megalith"]
