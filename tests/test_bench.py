@@ -2,20 +2,25 @@
 
 import json
 import math
+import os
+import socket
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import tests.early  # noqa: F401 - for its effect
-from megalith.bench import made_for_measuring, measure, table
+from megalith.bench import made_for_measuring, measure, table, without_effect
 from megalith.check import check
-from megalith.cli import main
+from megalith.cli import OUT_OF_MEMORY, main
 from megalith.data.mock import MockRows
 from megalith.data.tokenizer import load_tokenizer
+from megalith.monitor.memory import memory_use
 from megalith.planned import vocabulary_of
 from megalith.sources import read_command_line
 from tests.layouts.runs import configured
@@ -26,6 +31,7 @@ MODEL = """
     --make-vocab-size-divisible-by 8 --device cpu
 """.split()
 
+TOLD = "--mock-data --lr 1e-3 --train-iters 9".split()
 SMALL = [word for word in MODEL if word not in ("--vocab-size", "60")]
 
 
@@ -119,6 +125,64 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_built(capsys: pytest.Ca
     words = [*MODEL, "--num-layers", "960", "--hidden-size", "12288"]
     assert main(["bench", *words]) == 2
     assert "weights, gradients and the optimizer of a rank take" in capsys.readouterr().err
+
+
+def test_what_changes_nothing_is_told(tmp_path: Path) -> None:
+    given = "--save run --data-path corpus --max-restarts 3 --eval-iters=5 --lr 1e-3 --join-timeout 9".split()
+    asked = read_command_line([*SMALL, *given])
+    told = without_effect(given, asked, made_for_measuring(asked, steps=6))
+    assert told == ["--data-path", "--max-restarts", "--save", "--eval-iters"]
+    # The table of words is that of the run's own tokenizer.
+    load_tokenizer("ByteLevelTokenizer").save(tmp_path / "tokenizer")
+    given = ["--save", str(tmp_path), "--corpus", "python"]
+    asked = read_command_line([*SMALL, *given])
+    assert not without_effect(given, asked, made_for_measuring(asked, steps=6))
+
+
+def test_a_measurement_says_on_the_error_stream_what_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *MODEL, "--steps", "1", "--warmup", "1", "--json", "--save", "run"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "note: bench makes tokens up, and reads and writes no run: --save changes nothing.\n"
+    assert json.loads(said.out)["timed_steps"] == 1
+
+
+def test_peak_memory_is_that_of_the_rank_that_has_most() -> None:
+    def on_rank(rank: int) -> tuple[dict[str, Any], int]:
+        run = made_for_measuring(configured(rank, 2, [*MODEL, "--max-position-embeddings", "16", *TOLD]), steps=6)
+        held = np.ones((200 << 20) * rank, np.uint8)  # bytes of which rank 0 knows nothing
+        figures = measure(run, warmup=1, steps=1, started=0.0)
+        assert held.all()
+        own = memory_use(torch.device("cpu"))
+        assert own is not None
+        return figures, own.max_allocated
+
+    (first, own), (second, most) = run_ranks(on_rank, 2, timeout=100)
+    assert most > own + (100 << 20)
+    assert first["peak_memory_bytes"] == second["peak_memory_bytes"] > own + (100 << 20)
+    assert "MiB, the most of 2 ranks" in table(first)
+
+
+def test_ranks_that_are_measured_wait_for_each_other_as_long_as_they_are_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "megalith", "bench", *MODEL, "--join-timeout", "1"]
+    done = subprocess.run(command, env={**os.environ, **place}, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "--join-timeout = 1: rank 1 of 2 did not come within that many seconds" in done.stderr
+
+
+def test_a_measurement_without_memory_speaks_of_no_checkpoint(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhaust(*arguments: object, **settings: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr("megalith.bench.take_step", exhaust)
+    assert main(["bench", *MODEL]) == OUT_OF_MEMORY
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("megalith: out of memory: ")
+    assert second == "megalith: a smaller --micro-batch-size needs less"
 
 
 def test_made_up_tokens_are_the_same_for_the_same_seed_and_evenly_distributed() -> None:

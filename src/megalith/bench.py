@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,7 +23,7 @@ from megalith.agreement import require_same_settings
 from megalith.allocator import keep_freed_memory
 from megalith.check import check
 from megalith.command_line import CommandParser
-from megalith.config import ConfigError, Run
+from megalith.config import ConfigError, Run, known_settings
 from megalith.derived import compute_dtype, given_length, global_batch_size
 from megalith.job import Job, build_job
 from megalith.keeper import Keeper
@@ -35,7 +36,8 @@ from megalith.monitor.timers import STEP_TIMERS, Timers
 from megalith.notices import USUAL_LOSS_SCALE
 from megalith.parallel.mesh import Layout, choose_device, joined, make_layout
 from megalith.plan.ceiling import measure_matmul_flops
-from megalith.planned import vocabulary_of
+from megalith.planned import kept_tokenizer, vocabulary_of
+from megalith.ranks import Ranks
 from megalith.room import refuse_what_cannot_fit
 from megalith.sources import read_command_line
 from megalith.task_rows import TASK_ROWS
@@ -53,6 +55,9 @@ SPLIT = {
 SPLIT_STEPS = 3
 # What a measurement need not be told.
 LEARNING_RATE = 1e-4
+# Settings that nothing looks at while steps are measured, beside those that are replaced.
+UNUSED_PARTS = ("checkpoint", "evaluate")
+UNUSED = ("max_restarts", "hang_timeout")
 
 
 def main(words: Sequence[str], *, started: float) -> int:
@@ -70,6 +75,10 @@ def main(words: Sequence[str], *, started: float) -> int:
         if rank == 0:
             raise ConfigError(faults)
         return 2
+    if rank == 0 and (idle := without_effect(rest, asked, run)):
+        change = "changes" if len(idle) == 1 else "change"
+        text = f"note: bench makes tokens up, and reads and writes no run: {', '.join(idle)} {change} nothing."
+        print(text, file=sys.stderr)
     figures = measure(run, warmup=options.warmup, steps=options.steps, started=started)
     if rank == 0:
         print(json.dumps(figures) if options.json else table(figures), flush=True)
@@ -142,6 +151,18 @@ def made_for_measuring(run: Run, *, steps: int) -> Run:
     )
 
 
+def without_effect(words: Sequence[str], asked: Run, measured: Run) -> list[str]:
+    """Flags among the words that change nothing. measured: what `made_for_measuring` makes of the run that is asked."""
+    flags, given = [], {word.split("=")[0] for word in words}
+    for name, setting in known_settings().items():
+        before, after = (getattr(getattr(run, setting.part), name) for run in (asked, measured))
+        gives_vocabulary = name == "corpus" or (name == "save" and kept_tokenizer(asked) is not None)
+        is_idle = before != after or setting.part in UNUSED_PARTS or name in UNUSED
+        if is_idle and not gives_vocabulary and not given.isdisjoint(setting.flags):
+            flags.append(setting.flag)
+    return flags
+
+
 @contextmanager
 def prepared(run: Run, *, started: float) -> Iterator[tuple[Job, Keeper]]:
     """The job of a checked run that is only measured, ready for `take_step`."""
@@ -156,7 +177,7 @@ def prepared(run: Run, *, started: float) -> Iterator[tuple[Job, Keeper]]:
         refuse_what_cannot_fit(run, layout, device)
         if device.type == "cpu":
             keep_freed_memory()
-        stack.enter_context(joined(layout, device))
+        stack.enter_context(joined(layout, device, join_timeout=run.parallel.join_timeout))
         require_same_settings(run)
         silent: TextIO = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         log = stack.enter_context(RunLog("json", silent, is_printing_rank=False))
@@ -167,7 +188,7 @@ def prepared(run: Run, *, started: float) -> Iterator[tuple[Job, Keeper]]:
 
 
 def measure(run: Run, *, warmup: int, steps: int, started: float) -> dict[str, Any]:
-    """The figures of a checked run, on every rank; times are those of this rank."""
+    """The figures of a checked run, on every rank; times are those of this rank, memory is the most of any."""
     with prepared(run, started=started) as (job, keeper):
         device = job.device
         synchronize = torch.cuda.synchronize if device.type == "cuda" else _nothing
@@ -181,6 +202,7 @@ def measure(run: Run, *, warmup: int, steps: int, started: float) -> dict[str, A
         timed = [_step(job, keeper, synchronize) for _ in range(steps)]
         busy = time.process_time() - busy
         memory = memory_use(device)
+        peak = Ranks().largest([0 if memory is None else memory.max_allocated])[0]
         split = _split(job, keeper, synchronize)
         return {
             **_speed(job, [step.seconds for step in timed], device),
@@ -188,7 +210,7 @@ def measure(run: Run, *, warmup: int, steps: int, started: float) -> dict[str, A
             "step_cpu_seconds": busy / steps,
             "first_step_seconds": first_step_seconds,
             "split_seconds": split,
-            "peak_memory_bytes": None if memory is None else memory.max_allocated,
+            "peak_memory_bytes": peak or None,
             "parameters_on_this_rank": job.laid.num_parameters,
             "first_loss": first_loss,
             "last_loss": timed[-1].loss,
@@ -286,6 +308,7 @@ def table(figures: dict[str, Any]) -> str:
     step, split = figures["step_seconds"], sum(figures["split_seconds"].values())
     low, high = figures["step_seconds_quartiles"]
     memory, datasheet = figures["peak_memory_bytes"], figures["mfu_datasheet"]
+    of_ranks = f", the most of {figures['ranks']} ranks" if figures["ranks"] > 1 else ""
     rows = [
         ("device", f"{figures['device']}, torch {figures['torch']}"),
         ("tokens per second", f"{figures['tokens_per_second']:,.0f}"),
@@ -293,7 +316,7 @@ def table(figures: dict[str, Any]) -> str:
         *((f"  {name}", f"{s:.4f} s  {100 * s / split:5.1f} %") for name, s in figures["split_seconds"].items()),
         ("processor's time", f"{figures['step_cpu_seconds']:.4f} s a step, all threads of this rank"),
         ("first step after", f"{figures['first_step_seconds']:.1f} s"),
-        ("peak memory", "unknown" if memory is None else f"{memory / 2**20:,.0f} MiB"),
+        ("peak memory", "unknown" if memory is None else f"{memory / 2**20:,.0f} MiB{of_ranks}"),
         ("model TFLOP/s", f"{figures['model_tflops']:.3f} (Megatron's convention)"),
     ]
     if skipped := figures["skipped_steps"]:

@@ -36,6 +36,9 @@ REMEDIES = {
     errno.EROFS: "Choose another place",
 }
 OUT_OF_MEMORY = 79  # of one that got no more memory, on the host or on a device
+WHOLE = "checkpoints that were saved are whole; the same command goes on from the newest"
+# What to know then, by command.
+AFTER_OUT_OF_MEMORY = {"pretrain": WHOLE, "finetune": WHOLE, "bench": "a smaller --micro-batch-size needs less"}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -91,9 +94,8 @@ def main(words: Sequence[str] | None = None) -> int:
                 raise
         said = str(error).splitlines() or ["no more can be had"]
         print(f"megalith: out of memory: {printable(said[0])}", file=sys.stderr)
-        print(
-            "megalith: checkpoints that were saved are whole; the same command goes on from the newest", file=sys.stderr
-        )
+        if then := AFTER_OUT_OF_MEMORY.get(words[0]):
+            print(f"megalith: {then}", file=sys.stderr)
         return OUT_OF_MEMORY
     except (ValueError, OSError) as error:
         return _tell(error)

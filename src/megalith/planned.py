@@ -32,7 +32,7 @@ def vocabulary_of(run: Run) -> Vocabulary:
     data = run.data
     if data.vocab_size is not None:
         return Vocabulary(data.vocab_size, flag_of("vocab_size"))
-    if run.checkpoint.save is not None and (kept := Path(run.checkpoint.save) / "tokenizer").is_dir():
+    if (kept := kept_tokenizer(run)) is not None:
         return Vocabulary(load_saved_tokenizer(kept).vocab_size, str(kept))
     if data.corpus is not None:
         extra = data.vocab_extra_ids if run.task == "t5" else 0
@@ -41,6 +41,12 @@ def vocabulary_of(run: Run) -> Vocabulary:
         tokenizer = open_tokenizer(run)
         return Vocabulary(tokenizer.vocab_size, tokenizer.name)
     return Vocabulary(MOCK_VOCABULARY, f"GPT-2's, for no tokenizer is named; {flag_of('vocab_size')} gives another")
+
+
+def kept_tokenizer(run: Run) -> Path | None:
+    """Where the tokenizer lies that the run directory keeps, if there is one."""
+    kept = None if run.checkpoint.save is None else Path(run.checkpoint.save) / "tokenizer"
+    return kept if kept is not None and kept.is_dir() else None
 
 
 def padded_vocabulary(run: Run) -> int:
