@@ -67,12 +67,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="of a step")
     parser.add_argument("--saves", type=int, default=3)
     parser.add_argument("--interval", type=int, default=50, help="steps between two saves")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--folder", type=Path, help="on the file system to measure [the temporary one]")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if min(options.width // HEAD_WIDTH, options.layers, options.tokens, options.saves, options.interval) < 1:
         parser.error(f"--width: must be at least {HEAD_WIDTH}; --layers, --tokens, --saves, --interval: at least 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
+    if options.folder is not None and not options.folder.is_dir():
+        parser.error(f"--folder = {options.folder}: is no directory")
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         figures = measure(options, folder)

@@ -298,6 +298,8 @@ def main() -> None:
     sections = arguments.only.split(",")
     if unknown := set(sections) - set(SECTIONS):
         parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(SECTIONS)}")
+    if not arguments.directory.is_dir():
+        parser.error(f"--directory = {arguments.directory}: is no directory")
     rows: list[Row] = []
     for section in sections:
         with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:

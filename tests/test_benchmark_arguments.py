@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,6 +16,9 @@ ROOT = Path(__file__).parents[1]
         ("benchmarks/peers.py --rounds 0", "--rounds and --steps: must be at least 1"),
         ("benchmarks/checkpoint.py --saves 0", "--saves, --interval: at least 1"),
         ("benchmarks/checkpoint.py --width 33", "--width: must be at least 64"),
+        ("benchmarks/checkpoint.py --device nope", "--device: invalid choice: 'nope'"),
+        ("benchmarks/checkpoint.py --folder /nonexistent", "--folder = /nonexistent: is no directory"),
+        ("benchmarks/data.py --directory /nonexistent", "--directory = /nonexistent: is no directory"),
         ("benchmarks/tokenization.py --rounds 0", "--rounds = 0: must be at least 1"),
         ("-m benchmarks.scale --steps 0", "--steps = 0: must be at least 1"),
         ("-m benchmarks.busy_machine --rounds 0", "--rounds: must be at least 1"),
@@ -26,3 +30,11 @@ ROOT = Path(__file__).parents[1]
 def test_a_mistake_is_one_sentence(words: str, said: str) -> None:
     done = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_one_sentence() -> None:
+    words = [sys.executable, "benchmarks/checkpoint.py", "--device", "cuda"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "--device cuda: torch finds no GPU here" in done.stderr
+    assert "Traceback" not in done.stderr
