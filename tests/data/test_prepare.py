@@ -535,6 +535,19 @@ def test_a_single_document_comes_with_advice(tmp_path: Path) -> None:
     assert any(line.endswith(advice) for line in report.lines())
 
 
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        ("paragraph", "into several JSON objects, or plain text with --text-documents line"),
+        ("line", "into several JSON objects, or plain text into lines"),
+    ],
+)
+def test_the_advice_for_a_single_document_is_not_what_was_given(given: str, advice: str, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("One line.\n")
+    report = prepare(config_for(tmp_path, str(tmp_path / "in.txt"), text_documents=given))
+    assert any(line.endswith(f"or cut the text: {advice}") for line in report.lines())
+
+
 def test_token_files_take_the_smallest_type_that_fits(tmp_path: Path) -> None:
     prepare(config_for(tmp_path, write_jsonl(tmp_path / "in.jsonl", "x")))
     assert IndexedDataset(tmp_path / "out_text_document").dtype == np.uint16

@@ -31,6 +31,13 @@ from megalith.terminal import counted
 
 MOST_FAULTS_SHOWN = 10
 
+# How text is cut into more documents than it was, by --text-documents.
+CUT_MORE = {
+    "file": "plain text with --text-documents paragraph",
+    "paragraph": "plain text with --text-documents line",
+    "line": "plain text into lines",
+}
+
 # What helps where an output file cannot be written, by the system's number for why not.
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there, or choose a place that has more"),
@@ -117,7 +124,10 @@ class PreparedSet:
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What was made of the input. skipped: documents that could not be used; faults: the first of them."""
+    """What was made of the input. skipped: documents that could not be used; faults: the first of them.
+
+    text_documents: what a document of plain text was.
+    """
 
     sets: tuple[PreparedSet, ...]
     documents: int
@@ -125,6 +135,7 @@ class PrepareReport:
     faults: tuple[str, ...]
     num_bytes: int
     seconds: float
+    text_documents: str
 
     def lines(self) -> Iterator[str]:
         """The report for people."""
@@ -145,7 +156,7 @@ class PrepareReport:
             yield (
                 "all text is one document, and documents are what a split divides; for validation data prepare a "
                 "second file (pretrain takes it as --valid-data-path), or cut the text: into several JSON objects, or "
-                "plain text with --text-documents paragraph"
+                f"{CUT_MORE[self.text_documents]}"
             )
 
 
@@ -223,7 +234,15 @@ def prepare(config: PrepareConfig, *, quiet: bool = False) -> PrepareReport:
         for made, writer in zip(sets, writers, strict=True):
             content = _described(made, rules, tokenizer, seen, skipped)
             write_record(made.prefix, content, largest_token=writer.largest_token)
-    return PrepareReport(sets, amount.documents, skipped, faults, amount.num_bytes, time.monotonic() - begin)
+    return PrepareReport(
+        sets,
+        amount.documents,
+        skipped,
+        faults,
+        amount.num_bytes,
+        time.monotonic() - begin,
+        config.text_documents,
+    )
 
 
 def prefixes_of(config: PrepareConfig) -> list[Path]:
