@@ -8,13 +8,14 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megalith.cli import OUT_OF_MEMORY, main
+from megalith.cli import ALONE, COMMANDS, OUT_OF_MEMORY, main
 from megalith.data.indexed import IndexedWriter
 from tests.layouts.runs import run_on, write_data
 from tests.processes import permissions_hold
@@ -51,6 +52,47 @@ def test_too_little_memory_for_torch_itself_is_said(tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, preexec_fn=limit)
     assert done.returncode == OUT_OF_MEMORY and "megalith: out of memory: " in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ALONE)
+def test_what_one_process_does_is_done_by_rank_0_alone(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[str] = []
+
+    def work(words: Sequence[str], started: float) -> int:
+        done.append(os.environ["RANK"])
+        return 5
+
+    monkeypatch.setitem(COMMANDS, command, work)
+    statuses, notes = [], []
+    for rank, local in ((0, 0), (1, 1), (2, 0), (3, 1)):  # two nodes
+        for name, value in (("RANK", rank), ("WORLD_SIZE", 4), ("LOCAL_RANK", local)):
+            monkeypatch.setenv(name, str(value))
+        statuses.append(main([command]))
+        notes.append(capsys.readouterr().err)
+    assert (done, statuses) == (["0"], [5, 0, 0, 0])
+    text = f"note: megalith {command} is one process: rank 0 of 4 does it, the others do nothing (RANK = %d). Start"
+    assert notes == [f"{text % 0} it without torchrun.\n", "", f"{text % 2} it without torchrun.\n", ""]
+
+
+def test_what_one_process_does_is_done_by_a_script_of_slurms_without_a_word(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("SLURM_PROCID", "0"), ("SLURM_NTASKS", "8"), ("SLURM_LOCALID", "0")):
+        monkeypatch.setenv(name, value)
+    assert main(["verify", str(trained)]) == 0
+    said = capsys.readouterr()
+    assert "checkpoint" in said.out and not said.err
+
+
+def test_torchrun_gives_one_answer(trained: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "megalith"]
+    words = ["generate", str(trained), "--greedy", "--max-new-tokens", "2", "--prompt", "ab", "--device", "cpu"]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=120)
+    alone = megalith(*words)
+    assert done.returncode == alone.returncode == 0, done.stderr
+    assert done.stdout == alone.stdout and done.stderr.count("is one process: rank 0 of 2") == 1
 
 
 @pytest.mark.parametrize(("place", "said"), [("0", 1), ("1", 0)])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FAULT = 2  # exit status of a command that could not start
 ANSWERING = ("verify", "generate", "evaluate", "bench", "plan")  # commands of which nothing is left but what they print
+ALONE = ("preprocess", "verify", "generate", "evaluate", "convert", "plan")  # commands that one process does
 # What to do, by the number of an error of the system that nobody has met nearer to where it arose.
 REMEDIES = {
     errno.EACCES: "Correct its permissions, or name another",
@@ -61,6 +62,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return FAULT
     spin_shortly()
     try:
+        if words[0] in ALONE and not _is_first(words[0]):
+            return 0
         if words[0] not in ANSWERING:
             if "stdout" in closed and os.environ.get("RANK", "0") == "0":
                 print(f"megalith: standard output is closed: what {words[0]} says there is lost", file=sys.stderr)
@@ -99,6 +102,19 @@ def main(words: Sequence[str] | None = None) -> int:
         return OUT_OF_MEMORY
     except (ValueError, OSError) as error:
         return _tell(error)
+
+
+def _is_first(command: str) -> bool:
+    """Whether this process is to do what one process does alone: rank 0; said on each node where there are others."""
+    rank, world_size, local_rank = ranks_in(os.environ)
+    # What SLURM tells of ranks a script of sbatch hears too, which has none beside it.
+    if world_size > 1 and local_rank == 0 and "WORLD_SIZE" in os.environ:
+        print(
+            f"note: megalith {command} is one process: rank 0 of {world_size} does it, the others do nothing (RANK = "
+            f"{rank}). Start it without torchrun.",
+            file=sys.stderr,
+        )
+    return rank == 0
 
 
 def _say(text: str, status: int) -> int:
