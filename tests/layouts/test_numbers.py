@@ -325,6 +325,20 @@ def test_a_flipped_bit_is_found_and_its_rank_named(
     assert saved_steps(tmp_path / "run") == [2]
 
 
+@pytest.mark.parametrize(("world_size", "named"), [(2, [0, 1]), (4, [3])])
+def test_a_flipped_bit_of_the_tied_table_is_found_between_the_ends_of_a_pipeline(
+    world_size: int, named: list[int], data: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The last rank's copy is held beside those of the first stage; with a replica three of four are the most."""
+    skip_unless(world_size == 2, request)
+    before = at_step(3, [world_size - 1], partial(flip_a_bit, name="word_embedding.weight"))
+    words = ["--train-iters", "4", "--check-replicas", "4", PP, "2"]
+    assert run_on(world_size, words, tmp_path / "run", data, model=SMALL, before=before) == 81
+    (compared,) = events_of(tmp_path / "run", "replicas_compared")
+    assert compared["differing"] == named
+    assert "weight.word_embedding.weight" in compared["text"]
+
+
 def test_copies_over_tensor_ranks_are_compared_and_a_warning_goes_on(data: Path, tmp_path: Path) -> None:
     flip = partial(flip_a_bit, name="layers.0.attention_norm.weight")
     words = ["--train-iters", "4", "--check-replicas", "4", "--on-replica-fault", "warn", TP, "2"]
