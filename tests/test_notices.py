@@ -54,6 +54,26 @@ def test_what_changes_nothing_is_told(words: str) -> None:
     assert re.fullmatch(r"note: --[a-z0-9-]+ changes nothing: .+\.", line) and line.split()[1] in words
 
 
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        ("--lr-warmup-fraction 0.1", "--lr-warmup-fraction"),
+        ("--lr-warmup-iters 1", "--lr-warmup-iters"),
+        ("--train-samples 2 --lr-warmup-samples 1", "--lr-warmup-samples"),
+        ("--lr-warmup-iters 1 --lr-warmup-fraction 0", None),
+        ("", None),
+    ],
+)
+def test_a_single_step_that_warms_up_is_warned_of(words: str, flag: str | None) -> None:
+    given = f"--log-interval 1 --save-interval 1 --eval-iters 0 {words}"
+    if "samples" in words:
+        given += " --train-iters 0"
+    expected = "the one step is the first of the warm-up, at learning rate 0: it changes nothing. "
+    expected += "{} 0 leaves the warm-up out."
+    assert warned(given, num_steps=1) == ([] if flag is None else [expected.format(flag)])
+    assert warned(given, num_steps=2) == []
+
+
 @pytest.mark.parametrize("interval", ["log", "save", "eval"])
 def test_an_interval_longer_than_the_run_is_warned_of(interval: str) -> None:
     (line,) = warned(f"--{interval}-interval 2001")

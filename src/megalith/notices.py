@@ -160,6 +160,14 @@ def warnings_of(run: Run, *, num_steps: int, device_type: str) -> Iterator[str]:
     for flag, interval, is_used, consequence in intervals:
         if is_used and interval is not None and interval > num_steps:
             yield f"{flag} = {interval} is longer than the run of {counted(num_steps, 'step')}: {consequence}."
+    warmup = "lr_warmup_iters" if run.train.train_iters else "lr_warmup_samples"
+    if optimizer.lr_warmup_fraction is not None:
+        warmup = "lr_warmup_fraction"
+    if num_steps == 1 and getattr(optimizer, warmup) > 0:
+        yield (
+            "the one step is the first of the warm-up, at learning rate 0: it changes nothing. "
+            f"{known_settings()[warmup].flag} 0 leaves the warm-up out."
+        )
     if optimizer.fp16 and optimizer.loss_scale is None and optimizer.initial_loss_scale > USUAL_LOSS_SCALE:
         halvings = math.ceil(math.log2(optimizer.initial_loss_scale / USUAL_LOSS_SCALE))
         yield (
