@@ -33,6 +33,7 @@ LEVELS = [
         "derived",
         "sources",
         "check",
+        "check_data",
         "check_layout",
         "check_tasks",
         "check_bert",
