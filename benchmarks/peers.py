@@ -113,9 +113,9 @@ def main() -> int:
         if is_stopped:
             break
     print(conditions(options.directory))
-    if options.json:
+    if options.json is not None:
         plain = {size: {n: dataclasses.asdict(m) for n, m in measured.items()} for size, measured in results.items()}
-        Path(options.json).write_text(json.dumps({"conditions": conditions(options.directory), "sizes": plain}))
+        options.json.write_text(json.dumps({"conditions": conditions(options.directory), "sizes": plain}))
     return 130 if is_stopped else 0
 
 
@@ -129,10 +129,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--directory", type=Path, default=Path("peers-environments"), help="where environments are kept"
     )
-    parser.add_argument("--json", help="write all figures to this file")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
     arguments = parser.parse_args()
     if arguments.rounds < 1 or (arguments.steps is not None and arguments.steps < 1):
         parser.error("--rounds and --steps: must be at least 1")
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        parser.error(f"--json = {arguments.json}: there is no directory {arguments.json.parent}")
     return arguments
 
 

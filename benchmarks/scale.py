@@ -290,6 +290,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.steps < 1:
         parser.error(f"--steps = {options.steps}: must be at least 1")
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"--json = {options.json}: there is no directory {options.json.parent}")
     keep_freed_memory()
     torch.set_num_threads(1)
     curves = []

@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
         ("benchmarks/checkpoint.py --folder /nonexistent", "--folder = /nonexistent: is no directory"),
         ("benchmarks/data.py --directory /nonexistent", "--directory = /nonexistent: is no directory"),
         ("benchmarks/tokenization.py --rounds 0", "--rounds = 0: must be at least 1"),
+        ("benchmarks/peers.py --json /nonexistent/x", "--json = /nonexistent/x: there is no directory /nonexistent"),
+        ("-m benchmarks.scale --json /nonexistent/x", "--json = /nonexistent/x: there is no directory /nonexistent"),
         ("-m benchmarks.scale --steps 0", "--steps = 0: must be at least 1"),
         ("-m benchmarks.busy_machine --rounds 0", "--rounds: must be at least 1"),
         ("-m benchmarks.host_ranks --ranks 0", "--ranks: must be at least 1"),
