@@ -61,6 +61,7 @@ LLAMA = """
     --normalization RMSNorm --disable-bias-linear --swiglu --position-embedding-type rope
     --group-query-attention --num-query-groups 2
 """.split()
+QWEN = [*LLAMA, "--qk-layernorm", "--add-qkv-bias"]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "dp2": (2, []),
     "dp2-deterministic": (2, ["--deterministic"]),
@@ -86,6 +87,9 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tp2-sp-zero3": (4, [TP, "2", "--sequence-parallel", SHARD, "parameters"]),
     "tp2-llama": (2, [TP, "2", *LLAMA]),
     "tp2-sp-llama": (2, [TP, "2", "--sequence-parallel", *LLAMA]),
+    "tp2-qwen": (2, [TP, "2", *QWEN]),
+    "tp2-sp-qwen": (2, [TP, "2", "--sequence-parallel", *QWEN]),
+    "zero1-qwen": (2, [SHARD, "optimizer", *QWEN]),
     "cp2-llama": (2, [CP, "2", *LLAMA]),
     "cp2-all-to-all-llama": (2, [CP, "2", "--context-exchange", "all-to-all", *LLAMA]),
     "tp2-bf16": (2, [TP, "2", "--bf16"]),

@@ -1,4 +1,4 @@
-"""A GPT with the options that make it a Llama: what is refused, counted and kept of them."""
+"""A GPT with the options that make it a Llama or a Qwen: what is refused, counted and kept of them."""
 
 import json
 from pathlib import Path
@@ -30,6 +30,10 @@ OPTIONS = {
     "rope": "--position-embedding-type rope --rotary-percent 0.5",
     "long": "--position-embedding-type rope --use-rope-scaling --rope-scaling-factor 32",
     "groups": "--group-query-attention --num-query-groups 2",
+    "biases of queries": "--disable-bias-linear --add-qkv-bias --group-query-attention --num-query-groups 2",
+    "norms of heads": "--qk-layernorm",
+    "as a qwen": "--qk-layernorm --normalization RMSNorm --disable-bias-linear --swiglu --kv-channels 12 "
+    "--position-embedding-type rope --group-query-attention --num-query-groups 2",
     "all": "--normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights "
     "--position-embedding-type rope --rotary-base 500000 --group-query-attention",
 }
@@ -63,6 +67,16 @@ def test_what_contradicts_is_told_at_once() -> None:
         "Tensor-parallel sizes that fit this model: [1, 2, 4].",
         "--activation-function = relu: contradicts --swiglu. Give only one of them.",
     ]
+
+
+def test_a_bias_that_is_there_already_is_not_added() -> None:
+    assert faults_of("--add-qkv-bias") == [
+        "--add-qkv-bias: adds what is there without --disable-bias-linear. Add that, or leave this out."
+    ]
+    for task in ("bert", "t5", "vit"):
+        faults = [str(fault) for fault in check(read_command_line([task, "--add-qkv-bias", "--qk-layernorm"]), 1)]
+        for flag in ("--add-qkv-bias", "--qk-layernorm"):
+            assert f"{flag}: is an option of gpt; {task} has none such. Leave it out." in faults
 
 
 def test_positions_that_fit_no_head_or_task_are_refused() -> None:
@@ -153,6 +167,8 @@ def test_a_checkpoint_of_another_kind_of_model_is_told_by_its_options() -> None:
     ]
     assert [*differing(plain, kept["norms"])] == [("normalization", "LayerNorm", "RMSNorm")]
     assert [*differing(kept["biases"], plain)] == [("add_bias_linear", False, True)]
+    assert [*differing(plain, kept["norms of heads"])] == [("qk_layernorm", False, True)]
+    assert ("add_qkv_bias", True, False) in differing(kept["biases of queries"], kept["biases"])
     assert [*differing(kept["rope"], kept["all"])][-3:] == [
         ("rotary_base", 10000.0, 500000.0),
         ("group_query_attention", False, True),
@@ -164,6 +180,8 @@ def test_a_checkpoint_of_another_kind_of_model_is_told_by_its_options() -> None:
 
 
 def test_megatrons_files_hold_none_of_it(tmp_path: Path) -> None:
-    (tmp_path / "run.toml").write_text('task = "gpt"\n[model]\nswiglu = true\nadd_bias_linear = false\n')
-    with pytest.raises(ValueError, match="has --disable-bias-linear, --swiglu, which Megatron-LM"):
+    settings = "swiglu = true\nadd_bias_linear = false\nadd_qkv_bias = true\nqk_layernorm = true\n"
+    (tmp_path / "run.toml").write_text(f'task = "gpt"\n[model]\n{settings}')
+    said = "has --disable-bias-linear, --add-qkv-bias, --qk-layernorm, --swiglu, which Megatron-LM"
+    with pytest.raises(ValueError, match=said):
         gpt_of(str(tmp_path))

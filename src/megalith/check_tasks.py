@@ -20,6 +20,7 @@ def task_faults(run: Run) -> list[Fault]:
     return [
         *_layouts(run),
         *_options(run),
+        *_biases(run),
         *_activation(run),
         *_positions(run),
         *_groups(run),
@@ -44,6 +45,12 @@ def _options(run: Run) -> Iterator[Fault]:
         if value != known.field.default and not known.concerns(run.task):
             shown, tasks = None if isinstance(value, bool) else value, describe(known.field)["task"]
             yield fault(name, shown, f"is an option of {tasks}; {run.task} has none such", "Leave it out")
+
+
+def _biases(run: Run) -> Iterator[Fault]:
+    if run.model.add_qkv_bias and run.model.add_bias_linear and run.task == "gpt":
+        rule = "adds what is there without --disable-bias-linear"
+        yield fault("add_qkv_bias", None, rule, "Add that, or leave this out")
 
 
 def _activation(run: Run) -> Iterator[Fault]:

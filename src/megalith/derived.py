@@ -137,6 +137,8 @@ OURS = (
     "norm_after_residual",
     "normalization",
     "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
     "activation_function",
     "swiglu",
     "softmax_scale",

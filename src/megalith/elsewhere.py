@@ -51,6 +51,8 @@ _NAMES: dict[str, str] = {
     "hidden_dropout": "resid_dropout resid_pdrop embd_pdrop",
     "attention_dropout": "attn_dropout attn_pdrop",
     "add_bias_linear": "bias",
+    "add_qkv_bias": "qkv_bias",
+    "qk_layernorm": "qk_norm use_qk_norm",
     "init_method_std": "init_std initializer_range",
     "layernorm_epsilon": "layer_norm_eps rms_norm_eps norm_eps layer_norm_epsilon",
     "rotary_base": "rope_theta rope_base",

@@ -121,7 +121,7 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     (
         "Megalith has nothing of the kind; the model without it is another one",
         "--num-experts --moe-* --multi-latent-attention --mtp-* --hybrid-* --mamba-* --spec --retro-* --swin-* "
-        "--dino-* --squared-relu --apply-layernorm-1p --qk-layernorm --add-qkv-bias --window-size --rotary-interleaved "
+        "--dino-* --squared-relu --apply-layernorm-1p --window-size --rotary-interleaved "
         "--rotary-seq-len-interpolation-factor --tiktoken-*",
     ),
     (

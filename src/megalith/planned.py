@@ -93,6 +93,8 @@ def planned(run: Run, ranks: int, *, vocab_size: int, device: str) -> Job:
         moments=run.optimizer.optimizer_state_dtype,
         tied=not run.model.untie_embeddings_and_output_weights,
         biases=run.model.add_bias_linear,
+        qkv_biases=run.model.add_bias_linear or run.model.add_qkv_bias,
+        norms_of_heads=run.model.qk_layernorm,
         activation=activation_of(run.model),
         normalization=normalization_of(run.model),
         # auto compiles on a GPU where the run is long, and what is planned is.

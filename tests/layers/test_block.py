@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from megalith.layers.attention import AttentionShape, CrossAttention, SelfAttention, rows_of_heads
 from megalith.layers.block import Block, BlockShape
 from megalith.layers.initial import Initial, draw_weights
-from megalith.layers.mask import make_mask
+from megalith.layers.mask import Mask, make_mask
+from megalith.layers.norm import Normalization
 from megalith.layers.products import Again, linear
 from megalith.layers.random import dropout_rows, key, rows_for
+from megalith.layers.rotary import rotate, rotation_at
 from tests.layers.entering import EntersBy
 
 B, T, D, H, K = 2, 6, 16, 4, 4
@@ -73,6 +75,41 @@ def test_self_attention_takes_query_key_and_value_of_each_head_in_turn() -> None
         scores = (q @ k.mT / K**0.5).masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
         heads.append(torch.softmax(scores, -1) @ v)
     torch.testing.assert_close(attention(x, CAUSAL), torch.cat(heads, -1) @ attention.out.weight.T)
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize("groups", [H, 2])
+def test_queries_and_keys_of_each_head_are_normed_before_they_turn(kind: Normalization, groups: int) -> None:
+    shape = dataclasses.replace(SHAPE.attention, num_groups=groups, norm=kind, epsilon=0.1)
+    attention = SelfAttention(shape, number=0, divisor=1.0, dropout=0.0, where=0)
+    draw_weights(attention, 1)
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter)
+    x, rotation = stream(), rotation_at(torch.arange(T).expand(B, T), width=K, base=100.0)
+    seen: list[Tensor] = []
+
+    def keep(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Mask, **options: Any) -> Tensor:
+        seen.extend(part.transpose(1, 2) for part in (q_BHTK, k_BHSK, v_BHSK))
+        return q_BHTK
+
+    attention.attend = keep
+    attention(x, CAUSAL, rotation=rotation)
+
+    q, k, v = attention.qkv(x).unflatten(-1, (groups, -1, K)).split([H // groups, 1, 1], 3)
+    for found, part, norm in ((seen[0], q, attention.q_norm), (seen[1], k, attention.k_norm)):
+        assert norm is not None
+        spread = (part - part.mean(-1, keepdim=True) * (kind == "LayerNorm")).flatten(2, 3)
+        expected = spread / (spread.square().mean(-1, keepdim=True) + 0.1).sqrt() * norm.get_parameter("weight")
+        if kind == "LayerNorm":
+            expected = expected + norm.get_parameter("bias")
+        torch.testing.assert_close(found, rotate(expected, rotation))
+    assert torch.equal(seen[2], v.flatten(2, 3))
+
+
+def test_queries_keys_and_values_may_have_the_only_bias() -> None:
+    shape = dataclasses.replace(SHAPE.attention, bias=False, into_bias=True)
+    attention = SelfAttention(shape, number=0, divisor=1.0, dropout=0.0, where=0)
+    assert [name for name, _ in attention.named_parameters()] == ["qkv.weight", "qkv.bias", "out.weight"]
 
 
 def test_cross_attention_takes_keys_and_values_from_the_encoder() -> None:
@@ -169,8 +206,10 @@ def test_no_two_heads_or_tokens_share_their_masks() -> None:
     assert rows.shape == (4, 4, 256) and rows.unique().numel() == rows.numel()
 
 
-def test_a_block_compiles_whole_without_dropout() -> None:
-    block = block_of()
+@pytest.mark.filterwarnings("default")  # the compiler has warnings of its own
+@pytest.mark.parametrize("norm", [None, "LayerNorm", "RMSNorm"])
+def test_a_block_compiles_whole_without_dropout(norm: Normalization | None) -> None:
+    block = block_of(dataclasses.replace(SHAPE, attention=dataclasses.replace(SHAPE.attention, norm=norm)))
     x = stream().requires_grad_()
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     output = compiled(x, CAUSAL)

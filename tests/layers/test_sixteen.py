@@ -11,6 +11,7 @@ from megalith.layers.block import Block, BlockShape
 from megalith.layers.entering import Factor
 from megalith.layers.initial import Initial, draw_weights
 from megalith.layers.mask import make_mask
+from megalith.layers.norm import Normalization
 from tests.layers.kernels import BACKEND, DEVICE, SIXTEEN, runs_kernels
 
 
@@ -103,10 +104,15 @@ def test_a_matrix_is_looked_at_in_one_pass(shape: tuple[int, int, int], transpos
 
 @runs_kernels
 @pytest.mark.filterwarnings("default")  # the compiler has warnings of its own
+@pytest.mark.parametrize("norm", [None, "RMSNorm"])  # a LayerNorm's bias of keys has a gradient of rounding alone
 @pytest.mark.parametrize("compiled", [False, True], ids=["as it is", "in one graph"])
-def test_a_blocks_gradients_are_those_of_autograd(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_blocks_gradients_are_those_of_autograd(
+    compiled: bool, norm: Normalization | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     std = Initial("normal", 0.2)
-    shape = BlockShape(AttentionShape(32, 2, 16, std, std), 64, "tanh", 1e-5, 0.0, 0.0, False, False, SIXTEEN)
+    shape = BlockShape(
+        AttentionShape(32, 2, 16, std, std, norm=norm), 64, "tanh", 1e-5, 0.0, 0.0, False, False, SIXTEEN
+    )
     block = Block(shape, number=0, stack="decoder", device=DEVICE)
     draw_weights(block, 7)
     x = numbers(2, 20, 32, seed=5)

@@ -46,12 +46,17 @@ MODELS = {
         --position-embedding-type rope --group-query-attention --num-query-groups 2
         --reset-position-ids --reset-attention-mask
     """.split(),
+    "qwen": """
+        --normalization RMSNorm --disable-bias-linear --add-qkv-bias --qk-layernorm --swiglu --kv-channels 12
+        --position-embedding-type rope --group-query-attention --num-query-groups 2
+    """.split(),
 }
 QUICK = {
     "dropout": {"dp2", "tp2-sp", "pp2", "cp2", "zero1", "pp2-tp2-dp2"},
     "untied": {"pp2-interleaved"},
     "no-dropout": set[str](),
     "llama": {"pp2-zero-bubble", "cp2"},
+    "qwen": {"tp2", "dp2-tp2", "zero3"},
 }
 
 

@@ -22,7 +22,8 @@ LLAMA = dataclasses.replace(
     STILL, normalization="RMSNorm", add_bias_linear=False, swiglu=True, position_embedding_type="rope"
 )
 GROUPED = dataclasses.replace(LLAMA, group_query_attention=True, num_query_groups=2)
-KINDS = {"plain": STILL, "llama": LLAMA, "grouped": GROUPED}
+QWEN = dataclasses.replace(GROUPED, add_qkv_bias=True, qk_layernorm=True, kv_channels=6)
+KINDS = {"plain": STILL, "llama": LLAMA, "grouped": GROUPED, "qwen": QWEN}
 POSITIONS = torch.arange(T).expand(B, T)
 SAMPLES = torch.tensor([7, 0, 3])
 

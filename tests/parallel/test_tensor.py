@@ -20,6 +20,18 @@ from megalith.parallel.tensor import SPLITS, Cut, split_tensors
 from tests.ranks import run_ranks
 
 CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, kv_channels=12, max_position_embeddings=16)
+# A Qwen's attention and a Llama's other options; heads of another width than the stream has for each.
+QWEN = replace(
+    CONFIG,
+    normalization="RMSNorm",
+    add_bias_linear=False,
+    add_qkv_bias=True,
+    qk_layernorm=True,
+    swiglu=True,
+    position_embedding_type="rope",
+    group_query_attention=True,
+    num_query_groups=2,
+)
 VOCAB = 50
 
 
@@ -88,7 +100,7 @@ def cut_run(
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         assert gradient is not None
-        if cuts[name].summed_over_tokens:
+        if cuts[name].partial_gradient:
             torch.distributed.all_reduce(gradient, group=groups.tensor)
         if groups.context is not None:
             torch.distributed.all_reduce(gradient, group=groups.context)
@@ -97,6 +109,20 @@ def cut_run(
     if groups.context is not None:
         torch.distributed.all_reduce(total, group=groups.context)
     return total.item(), gradients
+
+
+def assert_cut_as_whole(config: ModelConfig, world_size: int, **settings: Any) -> None:
+    of_model = {name: settings[name] for name in ("documents", "untied")}
+    loss, gradients = whole(config, **of_model)
+    run = partial(cut_run, world_size=world_size, config=config, **settings)
+    for cut_loss, cut_gradients in run_ranks(run, world_size):
+        # fp32 sums in another order.
+        assert cut_loss == pytest.approx(loss, rel=1e-6)
+        assert cut_gradients.keys() == gradients.keys()
+        for name, (cut, gradient) in cut_gradients.items():
+            want = part_of(cut, gradients[name], gradient.shape)
+            error = (torch.from_numpy(gradient) - want).abs().max().item()
+            assert error <= 1e-6 + 1e-4 * want.abs().max().item(), f"{name}: off by {error}"
 
 
 @pytest.mark.parametrize("untied", [False, True])
@@ -117,18 +143,26 @@ def test_a_cut_model_has_the_loss_and_gradients_of_the_whole_one(
     world_size: int, tensor: int, sequence: bool, exchange: str, documents: bool, untied: bool
 ) -> None:
     settings: dict[str, Any] = {"documents": documents, "untied": untied}
-    loss, gradients = whole(CONFIG, **settings)
-    run = partial(
-        cut_run, world_size=world_size, config=CONFIG, tensor=tensor, sequence=sequence, exchange=exchange, **settings
-    )
-    for cut_loss, cut_gradients in run_ranks(run, world_size):
-        # fp32 sums in another order.
-        assert cut_loss == pytest.approx(loss, rel=1e-6)
-        assert cut_gradients.keys() == gradients.keys()
-        for name, (cut, gradient) in cut_gradients.items():
-            want = part_of(cut, gradients[name], gradient.shape)
-            error = (torch.from_numpy(gradient) - want).abs().max().item()
-            assert error <= 1e-6 + 1e-4 * want.abs().max().item(), f"{name}: off by {error}"
+    assert_cut_as_whole(CONFIG, world_size, tensor=tensor, sequence=sequence, exchange=exchange, **settings)
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize(
+    ("world_size", "tensor", "sequence", "exchange"),
+    [
+        (2, 2, False, "gather"),
+        (2, 2, True, "gather"),
+        (2, 1, False, "gather"),
+        (2, 1, False, "all-to-all"),
+        (4, 2, True, "gather"),
+    ],
+)
+def test_so_has_one_with_norms_that_heads_share(
+    world_size: int, tensor: int, sequence: bool, exchange: str, kind: str
+) -> None:
+    config = replace(QWEN, normalization=kind)
+    settings: dict[str, Any] = {"documents": True, "untied": True}
+    assert_cut_as_whole(config, world_size, tensor=tensor, sequence=sequence, exchange=exchange, **settings)
 
 
 class Gate(nn.Module):

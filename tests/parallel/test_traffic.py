@@ -7,7 +7,7 @@ import pytest
 from benchmarks.traffic import LAYOUTS, compare, measure
 from tests.layouts.runs import write_data
 
-QUICK = {"tp2-sp", "tp2-sp-llama", "cp2-llama", "zero2"}
+QUICK = {"tp2-sp", "tp2-sp-llama", "tp2-qwen", "cp2-llama", "zero2"}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

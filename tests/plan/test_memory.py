@@ -33,6 +33,7 @@ LLAMA = (
     "--normalization RMSNorm --disable-bias-linear --swiglu --position-embedding-type rope "
     "--group-query-attention --num-query-groups 2"
 )
+QWEN = f"{LLAMA} --qk-layernorm"
 CASES = {
     "plain": "--global-batch-size 8",
     "one microbatch": "--global-batch-size 4",
@@ -64,6 +65,14 @@ CASES = {
     "as a llama, full": f"--global-batch-size 8 {LLAMA} --checkpoint-activations",
     "as a llama, bf16": f"--global-batch-size 8 {LLAMA} --bf16",
     "as a llama, 8-bit products": f"--global-batch-size 8 {LLAMA} --bf16 --fp8-format e4m3",
+    "as a qwen": f"--global-batch-size 8 {QWEN} --add-qkv-bias",
+    "as a qwen, dropout": f"--global-batch-size 8 {QWEN} --hidden-dropout 0.1 --attention-dropout 0.1",
+    "as a qwen, selective": f"--global-batch-size 8 {QWEN} --recompute-granularity selective",
+    "as a qwen, full": f"--global-batch-size 8 {QWEN} --checkpoint-activations",
+    "as a qwen, bf16": f"--global-batch-size 8 {QWEN} --bf16",
+    "as a qwen, all heads": f"--global-batch-size 8 {QWEN} --num-query-groups 4",
+    "norms of heads": "--global-batch-size 8 --qk-layernorm",
+    "norms of heads, dropout": "--global-batch-size 8 --qk-layernorm --attention-dropout 0.1",
     "relu": "--global-batch-size 8 --activation-function relu",
     "a wide vocabulary, untied": "--global-batch-size 8 --vocab-size 20000 --untie-embeddings-and-output-weights",
 }
@@ -76,6 +85,7 @@ STAGES = {
     "interleaved": "--num-layers-per-virtual-pipeline-stage 1",
     "zero-bubble": "--num-layers-per-virtual-pipeline-stage 1 --pipeline-schedule zero-bubble",
     "1f1b, full": "--checkpoint-activations",
+    "zero-bubble, as a qwen": f"--num-layers-per-virtual-pipeline-stage 1 --pipeline-schedule zero-bubble {QWEN}",
 }
 
 
@@ -139,6 +149,7 @@ def test_the_stage_that_holds_most_holds_what_is_predicted(schedule: str) -> Non
         "--num-layers 2 --fp16 --vocab-size 4000 --micro-batch-size 8 --global-batch-size 16",
         "--vocab-size 8000 --sequence-parallel",
         f"--bf16 --sequence-parallel {LLAMA}",
+        QWEN,
     ],
 )
 def test_tensor_ranks_hold_what_is_predicted(words: str) -> None:
@@ -163,6 +174,11 @@ def test_tensor_ranks_hold_what_is_predicted(words: str) -> None:
         LLAMA,
         f"{LLAMA} --attention-dropout 0.1",
         f"{LLAMA} --context-exchange all-to-all",
+        QWEN,
+        f"{QWEN} --recompute-granularity selective",
+        f"{QWEN} --context-exchange all-to-all",
+        "--qk-layernorm",
+        "--qk-layernorm --context-exchange all-to-all",
         f"{LLAMA} --context-exchange all-to-all --num-attention-heads 8 --num-query-groups 4",
     ],
 )

@@ -1,4 +1,4 @@
-"""A GPT with Llama's options against Hugging Face's LlamaForCausalLM with the same random weights.
+"""A GPT with Llama's, Qwen2's and Qwen3's options against Hugging Face's models of these with the same random weights.
 
 Both are fp32; what differs is the order of sums. The tolerance is 4e-6 of the largest value of each tensor.
 """
@@ -43,12 +43,30 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"group_query_attention": True, "add_bias_linear": True},
     ),
     "tied": ({"tie_word_embeddings": True}, {"untie_embeddings_and_output_weights": False}),
+    "qwen2": (
+        {"model_type": "qwen2", "num_key_value_heads": 2},
+        {"add_qkv_bias": True, "group_query_attention": True, "num_query_groups": 2},
+    ),
+    "qwen2, tied": (
+        {"model_type": "qwen2", "num_key_value_heads": HEADS, "tie_word_embeddings": True},
+        {"add_qkv_bias": True, "untie_embeddings_and_output_weights": False},
+    ),
+    "qwen3": (
+        {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 10},
+        {"qk_layernorm": True, "kv_channels": 10, "group_query_attention": True, "num_query_groups": 2},
+    ),
+    "qwen3, tied, another epsilon": (
+        {"model_type": "qwen3", "num_key_value_heads": HEADS, "head_dim": 6, "tie_word_embeddings": True}
+        | {"rms_norm_eps": 0.1},
+        {"qk_layernorm": True, "layernorm_epsilon": 0.1, "untie_embeddings_and_output_weights": False},
+    ),
 }
 
 
 def twin_of(**options: Any) -> Any:
-    """A tiny Llama with random weights."""
+    """A tiny Llama or Qwen with random weights."""
     shape = {
+        "model_type": "llama",
         "vocab_size": V,
         "hidden_size": 24,
         "intermediate_size": 28,
@@ -59,9 +77,8 @@ def twin_of(**options: Any) -> Any:
         "initializer_range": 0.2,
     }
     torch.manual_seed(1)
-    twin = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**(shape | options), bos_token_id=0, eos_token_id=0, pad_token_id=None)
-    )
+    config = transformers.AutoConfig.for_model(**(shape | options), bos_token_id=0, eos_token_id=0, pad_token_id=None)
+    twin = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in twin.parameters():  # norms do not start where they would hide a mistake
             parameter += 0.1 * torch.randn_like(parameter)
@@ -100,6 +117,8 @@ def our_weight(weights: dict[str, Any], name: str) -> Tensor:
         "attention_norm": "input_layernorm",
         "feedforward_norm": "post_attention_layernorm",
         "attention.out": "self_attn.o_proj",
+        "attention.q_norm": "self_attn.q_norm",
+        "attention.k_norm": "self_attn.k_norm",
         "feedforward": "mlp",
         "mlp_norm": "post_attention_layernorm",
         "mlp.up": "mlp.up_proj",

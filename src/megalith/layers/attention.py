@@ -17,6 +17,7 @@ from megalith.layers.cache import KeyValueCache
 from megalith.layers.initial import Initial
 from megalith.layers.linear import Linear
 from megalith.layers.mask import Mask
+from megalith.layers.norm import Normalization, make_norm
 from megalith.layers.products import Again
 from megalith.layers.random import mix, number_words, rows_for
 from megalith.layers.rotary import Rotation, rotate
@@ -48,9 +49,12 @@ class AttentionShape:
     head_width: int
     into: Initial  # weights of the projections to queries, keys and values
     out: Initial  # weight of the projection back to the width
-    bias: bool = True  # of all projections
+    bias: bool = True  # of the projection back, and of the others in cross-attention
+    into_bias: bool = True  # of the projection to queries, keys and values in self-attention
     num_groups: int | None = None  # heads of keys and values in self-attention; None: each head has its own
     scale: float | None = None  # what scores are multiplied by; None: one over the root of the head's width
+    norm: Normalization | None = None  # of each head's queries and keys in self-attention
+    epsilon: float = 1e-5  # of that norm
 
 
 class _Attention(nn.Module):
@@ -105,7 +109,8 @@ class SelfAttention(_Attention):
     """Attention of a sequence over itself, whose heads may share keys and values in groups.
 
     qkv holds, for each group in turn, its heads' query features, then its key and its value features (grouped queries,
-    Ainslie et al. 2023, arXiv:2305.13245). Usually each head is a group.
+    Ainslie et al. 2023, arXiv:2305.13245). Usually each head is a group. With q_norm and k_norm each head's queries and
+    keys are normed before they turn (Dehghani et al. 2023, arXiv:2302.05442); heads share the weights of these.
     """
 
     def __init__(
@@ -124,7 +129,12 @@ class SelfAttention(_Attention):
         self.number = number
         self.heads_of_group = shape.num_heads // num_groups
         features = joined + 2 * num_groups * shape.head_width
-        self.qkv = Linear(shape.width, features, shape.into, bias=shape.bias, device=device)
+        self.qkv = Linear(shape.width, features, shape.into, bias=shape.into_bias, device=device)
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        if shape.norm is not None:
+            self.q_norm = make_norm(shape.norm, shape.head_width, shape.epsilon, device=device)
+            self.k_norm = make_norm(shape.norm, shape.head_width, shape.epsilon, device=device)
         self.out = Linear(joined, shape.width, shape.out, bias=shape.bias, device=device)
 
     def forward(
@@ -140,8 +150,9 @@ class SelfAttention(_Attention):
         q_BTHK, k_BSHK, v_BSHK = self._project(x_BTD, again)
         if rotation is not None:
             q_BTHK, k_BSHK = rotate(q_BTHK, rotation), rotate(k_BSHK, rotation)
-        if rotation is not None or self.heads_of_group > 1:
-            # Queries have been copied: a view of keys or values in the product would keep them a second time.
+        if self.q_norm is None and (rotation is not None or self.heads_of_group > 1):
+            # Queries have been copied: a view of keys or values in the product would keep them a second time. Norms of
+            # them keep the product anyway.
             k_BSHK, v_BSHK = k_BSHK.contiguous(), v_BSHK.contiguous()
         if cache is not None:
             k_BHSK, v_BHSK = cache.extend(self.number, k_BSHK.transpose(1, 2), v_BSHK.transpose(1, 2))
@@ -150,13 +161,18 @@ class SelfAttention(_Attention):
         return out
 
     def _project(self, x_BTD: Tensor, again: Again | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values."""
+        """Queries, keys and values, normed where there are norms."""
         joined = self.qkv.joined(x_BTD) if self.heads_of_group == 1 and has_kernels() else None
         if joined is not None:
-            return joined.heads(self.head_width)
-        qkv: Tensor = self.qkv(x_BTD, again)
-        parts = qkv.unflatten(-1, (-1, self.heads_of_group + 2, self.head_width))
-        q_BTHK, k_BTHK, v_BTHK = (part.flatten(2, 3) for part in parts.split([self.heads_of_group, 1, 1], 3))
+            q, k, v = joined.heads(self.head_width)
+        else:
+            qkv: Tensor = self.qkv(x_BTD, again)
+            parts = qkv.unflatten(-1, (-1, self.heads_of_group + 2, self.head_width))
+            q, k, v = parts.split([self.heads_of_group, 1, 1], 3)
+        if self.q_norm is not None and self.k_norm is not None:
+            # While they are views: the heads of several groups come together in a copy.
+            q, k = self.q_norm(q), self.k_norm(k)
+        q_BTHK, k_BTHK, v_BTHK = (part.flatten(2, -2) for part in (q, k, v))
         return q_BTHK, k_BTHK, v_BTHK
 
 

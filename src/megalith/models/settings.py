@@ -51,6 +51,20 @@ class ModelConfig:
         switch="off",
         task="gpt, t5",
     )
+    add_qkv_bias: bool = setting(
+        False,
+        "biases of queries, keys and values with --disable-bias-linear, as in Qwen2",
+        section="network size",
+        switch="on",
+        task="gpt",
+    )
+    qk_layernorm: bool = setting(
+        False,
+        "norms of each head's queries and keys before they turn, one weight for all heads of a layer, as in Qwen3",
+        section="network size",
+        switch="on",
+        task="gpt",
+    )
     activation_function: str = setting(
         "gelu",
         "of the feed-forward: gelu or relu between two matrices, gated-gelu with a third",

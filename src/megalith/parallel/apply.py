@@ -98,7 +98,7 @@ class Laid:
             sum_gradients([local_part(gradient_of(parameters[TIED]))], self.groups.embedding)
         self.reduction.finish()
         # Those of all replicas, which travelled during the backward pass; of a shard of them a part is as good.
-        held = {name: one.parameter for name, one in self.trained.held.items() if self.cuts[name].summed_over_tokens}
+        held = {name: one.parameter for name, one in self.trained.held.items() if self.cuts[name].partial_gradient}
         sum_gradients([local_part(gradient_of(parameter)) for parameter in held.values()], self.groups.tensor)
 
     def clear_gradients(self) -> None:

@@ -41,7 +41,7 @@ class Cut:
     whole: tuple[int, ...]
     offset: tuple[int, ...]
     is_copy: bool  # every tensor rank holds the same
-    summed_over_tokens: bool = False  # each tensor rank has the gradient of its own tokens only
+    partial_gradient: bool = False  # each tensor rank has that of its own tokens or heads only
 
 
 @dataclass
@@ -66,16 +66,18 @@ class Cutter:
         first = min(self.rank * share, total)
         return first, min(share, total - first)
 
-    def cut_parameter(self, module: nn.Module, path: str, name: str, dim: int | None) -> None:
-        """Keep only this rank's part of a parameter along dim; None keeps it whole."""
+    def cut_parameter(
+        self, module: nn.Module, path: str, name: str, dim: int | None, *, of_heads: bool = False
+    ) -> None:
+        """Keep only this rank's part of a parameter along dim; None keeps it whole. of_heads: all heads share it."""
         parameter = getattr(module, name)
         whole, offset = tuple(parameter.shape), [0] * parameter.dim()
         if dim is not None:
             offset[dim], count = self.rows_of(whole[dim])
             local = parameter.data.narrow(dim, offset[dim], count).clone()
             setattr(module, name, nn.Parameter(local))
-        partial_sum = dim is None and self.sequence
-        self.cuts[f"{path}.{name}".removeprefix(".")] = Cut(whole, tuple(offset), dim is None, partial_sum)
+        partial_gradient = dim is None and (self.sequence or of_heads)
+        self.cuts[f"{path}.{name}".removeprefix(".")] = Cut(whole, tuple(offset), dim is None, partial_gradient)
 
     def columns(self, linear: Linear, path: str) -> None:
         """Each rank gives some of the output features."""
@@ -100,6 +102,10 @@ def _cut_self_attention(module: SelfAttention, path: str, cutter: Cutter) -> Non
     heads = module.out.weight.shape[1] // module.head_width
     cutter.columns(module.qkv, f"{path}.qkv")
     cutter.rows(module.out, f"{path}.out")
+    for name, norm in (("q_norm", module.q_norm), ("k_norm", module.k_norm)):
+        if norm is not None:
+            for kind, _ in list(norm.named_parameters()):
+                cutter.cut_parameter(norm, f"{path}.{name}", kind, None, of_heads=True)
     module.head_offset = cutter.rows_of(heads)[0]
 
 
@@ -122,7 +128,9 @@ def _cut_feed_forward(module: FeedForward, path: str, cutter: Cutter) -> None:
 
 def _copy_norm(module: LayerNorm | RMSNorm, path: str, cutter: Cutter) -> None:
     for name, _ in list(module.named_parameters()):
-        cutter.cut_parameter(module, path, name, None)
+        # An attention has cut its own, whose heads share them.
+        if f"{path}.{name}" not in cutter.cuts:
+            cutter.cut_parameter(module, path, name, None)
 
 
 def _cut_relative_positions(module: RelativePositions, path: str, cutter: Cutter) -> None:

@@ -34,6 +34,8 @@ class Job:
     moments: str = "fp32"
     tied: bool = True
     biases: bool = True  # of a layer's products
+    qkv_biases: bool = True  # of the one to queries, keys and values
+    norms_of_heads: bool = False  # of their queries and keys
     activation: str = "gelu"  # gelu, relu, gated-gelu or swiglu
     normalization: str = "LayerNorm"
     num_groups: int | None = None  # heads of keys and values; None: each head has its own
@@ -98,7 +100,17 @@ class Job:
     @property
     def norm_parameters(self) -> int:
         """Elements of a norm's weights."""
-        return (1 if self.normalization == "RMSNorm" else 2) * self.width
+        return self.parameters_of_feature * self.width
+
+    @property
+    def head_norm_parameters(self) -> int:
+        """Elements of the weights of a layer's norms of queries and keys, which its heads share."""
+        return 2 * self.parameters_of_feature * self.head_width if self.norms_of_heads else 0
+
+    @property
+    def parameters_of_feature(self) -> int:
+        """Of a norm; numbers that it keeps of what it norms are as many."""
+        return 1 if self.normalization == "RMSNorm" else 2
 
     @property
     def cut(self) -> int:
@@ -131,8 +143,9 @@ def parameters_in_products(job: Job) -> float:
 
 def layer_parameters(job: Job) -> float:
     """Elements of the weights of one layer on a rank."""
-    biases = sum(leaving for _, leaving in layer_matrices(job)) if job.biases else 0.0
-    return parameters_in_products(job) + biases + 2 * job.norm_parameters
+    qkv, *others = (leaving for _, leaving in layer_matrices(job))
+    biases = qkv * job.qkv_biases + sum(others) * job.biases
+    return parameters_in_products(job) + biases + 2 * job.norm_parameters + job.head_norm_parameters
 
 
 def table_parameters(job: Job) -> float:

@@ -152,20 +152,27 @@ def layer_activations(job: Job) -> float:
         kept = e * (normed + attended + heads + (inside + (job.activation != "relu")) * inner)
         copies = 0.0 if is_rounded_once(job) or job.shares_weights else copy_bytes(job)
     masks = (2 * job.width / job.cut) if job.dropout else 0.0
-    statistics = FP32 * (2 * job.norm_parameters / job.width / job.cut + job.num_heads / job.tensor)
+    normed_heads = (job.query_features + job.key_features) / job.head_width if job.norms_of_heads else 0.0
+    statistics = FP32 * (job.parameters_of_feature * (2 / job.cut + normed_heads) + job.num_heads / job.tensor)
     words = FP32 * (job.num_heads / job.tensor + 1) if job.attention_dropout else 0.0
     return tokens * (between + kept + masks + statistics + words) + copies + context_activations(job)
 
 
 def attended_features(job: Job) -> float:
     """What a layer keeps of a token's queries, keys and values; of those that are gathered: `context_activations`."""
+    # What norms of heads are of is the product's output, which stays.
+    product = job.query_features + 2 * job.key_features if job.norms_of_heads else 0.0
     if job.keeps_gathered_keys:
         # What turns with its place is made anew; else the queries are a part of the product's output, which stays.
-        return job.query_features + (0.0 if job.rotary else 2 * job.key_features)
+        return job.query_features + (product or (0.0 if job.rotary else 2 * job.key_features))
     # As attention takes them: repeated for each head with dropout, and in fp32 on a GPU.
     is_in_fp32 = job.device == "cuda" and job.compute_bytes == FP32
     are_repeated = (job.attention_dropout or is_in_fp32) and job.recompute != "selective"
-    return job.query_features + 2 * (job.query_features if are_repeated else job.key_features)
+    keys = job.query_features if are_repeated else job.key_features
+    # Values are taken from the product where they lie, unless they are repeated or traded.
+    are_copied = keys > job.key_features or (job.context > 1 and job.recompute != "selective")
+    values = keys if are_copied or not product else 0.0
+    return product + job.query_features + keys + values
 
 
 def context_activations(job: Job) -> float:

@@ -70,17 +70,19 @@ def _tensor(job: Job) -> Iterator[Transfer]:
     yield Transfer(sums, "tensor", stream, calls + again - left_out - beside, job.tensor, 1)
     yield Transfer(sums, "tensor", stream, beside, job.tensor, 1, is_beside=True)
     yield Transfer(sums, "tensor", embedded, job.num_microbatches, job.tensor, 1)
-    if job.sequence_parallel:
-        # Gradients of what all tensor ranks hold and use for tokens of their own.
+    if held := _held_alike(job):
         shared = job.replicas if job.sharding == "optimizer" else job.sharers if job.shares_weights else 1
-        yield Transfer("all-reduce", "tensor", FP32 * _held_alike(job) / shared, 1, job.tensor, 1)
+        yield Transfer("all-reduce", "tensor", FP32 * held / shared, 1, job.tensor, 1)
     # Largest logit, sum of powers and the label's logit of every token.
     yield Transfer("all-reduce", "tensor", job.tokens * FP32, 3 * job.num_microbatches, job.tensor, 1)
 
 
 def _held_alike(job: Job) -> float:
-    """Elements of a stage's weights that its tensor ranks do not share out: norms, biases of sums, positions."""
-    layer = 2 * job.norm_parameters + (2 * job.width if job.biases else 0)
+    """Elements of a stage's weights that its tensor ranks all hold, each with a part of the gradient: norms of heads,
+    and with a cut sequence the other norms, biases of sums, positions."""
+    if not job.sequence_parallel:
+        return job.layers_of_a_stage * job.head_norm_parameters
+    layer = 2 * job.norm_parameters + job.head_norm_parameters + (2 * job.width if job.biases else 0)
     last_norm = job.norm_parameters if job.pipeline == 1 else 0
     return job.layers_of_a_stage * layer + job.num_positions * job.width + last_norm
 
