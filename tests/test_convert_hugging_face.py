@@ -1,4 +1,4 @@
-"""GPTs and Llamas of Hugging Face become run directories and the other way round: the same logits, the same tokens."""
+"""GPTs, Llamas and Qwens of Hugging Face become run directories and back: the same logits, the same tokens."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from megalith.cli import main
 from megalith.convert_to_hugging_face import to_hugging_face
 from megalith.data.tokenizer import load_saved_tokenizer, train_byte_bpe
+from megalith.evaluate.generate import Sampling, generate
 from megalith.trained import open_trained
 from tests.conversions import from_hugging_face
 from tests.layouts.runs import MODEL, steps_of, weights_of
@@ -61,13 +62,34 @@ KINDS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 8192,
         },
     },
+    "qwen2": {"model_type": "qwen2", **LLAMA, "num_key_value_heads": 2},
+    "qwen2, a tied table": {
+        "model_type": "qwen2",
+        **LLAMA,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+    "qwen3": {"model_type": "qwen3", **LLAMA, "num_key_value_heads": 2, "head_dim": 10},
+    "qwen3, a tied table": {
+        "model_type": "qwen3",
+        **LLAMA,
+        "num_key_value_heads": 1,
+        "head_dim": 6,
+        "rms_norm_eps": 0.1,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
 }
+OF_LLAMAS = """
+    --normalization RMSNorm --disable-bias-linear --swiglu --untie-embeddings-and-output-weights
+    --position-embedding-type rope --group-query-attention --num-query-groups 2
+""".split()
 TRAINED = {
     "gpt2": [],
-    "llama": """
-        --normalization RMSNorm --disable-bias-linear --swiglu --untie-embeddings-and-output-weights
-        --position-embedding-type rope --group-query-attention --num-query-groups 2
-    """.split(),
+    "llama": OF_LLAMAS,
+    "qwen2": [*OF_LLAMAS, "--add-qkv-bias"],
+    "qwen3": [*OF_LLAMAS, "--qk-layernorm", "--kv-channels", "12"],
 }
 
 
@@ -139,7 +161,26 @@ def test_a_trained_model_gives_the_same_logits_there(kind: str, data: Path, tmp_
     assert difference(model(input_ids=tokens).logits, logits_of(tmp_path / "run", tokens)) < ROUNDING
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "qwen3"])
+def test_it_continues_texts_as_there(kind: str, tmp_path: Path) -> None:
+    twin = write_model(tmp_path / "theirs", kind)
+    assert from_hugging_face(tmp_path) == 0
+    trained = open_trained(str(tmp_path / "run"), step=None, device="cpu")
+    twin.generation_config.eos_token_id = None
+    for prompt in ([5, 6, 7], [8, 9, 10, 11, 12, 13]):
+        (expected,) = twin.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, pad_token_id=0).tolist()
+        (found,) = generate(
+            trained.model,
+            [prompt],
+            max_new_tokens=8,
+            sampling=Sampling(temperature=0),
+            vocab_size=trained.tokenizer.vocab_size,
+        )
+        assert [*prompt, *found] == expected
+        assert len(set(found)) > 2
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
 def test_training_goes_on_from_it(kind: str, data: Path, tmp_path: Path) -> None:
     write_model(tmp_path / "theirs", kind)
     run_dir, save = tmp_path / "run", tmp_path / "tuned"
@@ -244,6 +285,20 @@ def test_a_directory_of_links_as_the_hubs_cache_has_it_can_be_read(tmp_path: Pat
         ),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads = 3 does not divide num_attention_heads = 4"),
         ("llama", {"num_attention_heads": 1, "num_key_value_heads": 1}, "layers.0.attention.qkv.weight are (48, 24)"),
+        ("qwen2", {"use_sliding_window": True}, "config.json: use_sliding_window is True; False can be converted"),
+        (
+            "qwen3",
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            "config.json: layer_types is ['full_attention', 'sliding_attention', 'full_attention']; full_attention in",
+        ),
+        ("qwen3", {"layer_types": 3}, "config.json: layer_types is 3; full_attention in every layer can be converted"),
+        ("qwen3", {"attention_bias": True}, "config.json: attention_bias is True; False can be converted"),
+        (
+            "qwen2",
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "type is 'yarn'; default and llama3 can be converted",
+        ),
+        ("qwen3", {"head_dim": 12}, "the weights for layers.0.attention.qkv.weight are (80, 24), config.json wants"),
         ("llama", {"intermediate_size": 27}, "the weights for layers.0.feedforward.up.weight are (28, 24)"),
     ],
 )
@@ -394,8 +449,22 @@ def test_what_cannot_go_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "run.toml").write_text(f'task = "gpt"\n[model]\n{sizes}swiglu = true\n')
     assert main(words) == 2
     assert (
-        "Hugging Face has no such model: a gpt2 is none with --swiglu = True; a llama is none with --normalization = "
-        "LayerNorm, --position-embedding-type = learned_absolute." in capsys.readouterr().err
+        "Hugging Face has no such model: a gpt2 is none with --swiglu; a llama is none with --normalization = "
+        "LayerNorm, --position-embedding-type = learned_absolute; a qwen2 is none with" in capsys.readouterr().err
+    )
+    of_llamas = 'normalization = "RMSNorm"\nswiglu = true\nposition_embedding_type = "rope"\n'
+    of_qwens = "add_bias_linear = false\nadd_qkv_bias = true\nqk_layernorm = true\n"
+    (tmp_path / "run.toml").write_text(f'task = "gpt"\n[model]\n{sizes}{of_llamas}{of_qwens}')
+    assert main(words) == 2
+    assert (
+        "; a llama is none with --add-qkv-bias, --qk-layernorm; a qwen2 is none with --qk-layernorm; a qwen3 is none "
+        "with --add-qkv-bias." in capsys.readouterr().err
+    )
+    (tmp_path / "run.toml").write_text(f'task = "gpt"\n[model]\n{sizes}{of_llamas}qk_layernorm = true\n')
+    assert main(words) == 2
+    assert (
+        "; a llama is none with --qk-layernorm; a qwen2 is none without --disable-bias-linear, --add-qkv-bias and with "
+        "--qk-layernorm; a qwen3 is none without --disable-bias-linear." in capsys.readouterr().err
     )
     (tmp_path / "run.toml").write_text(f'task = "bert"\n[model]\n{sizes}')
     assert main(words) == 2

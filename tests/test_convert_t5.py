@@ -164,7 +164,10 @@ def test_training_goes_on_from_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "bart"}, "config.json: model_type is 'bart'; of gpt2, llama, t5 one can be converted"),
+        (
+            {"model_type": "bart"},
+            "config.json: model_type is 'bart'; of gpt2, llama, qwen2, qwen3, t5 one can be converted",
+        ),
         ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj is 'gated-silu'; relu and gated-gelu are known"),
         ({"num_decoder_layers": 5}, "num_decoder_layers differs from num_layers = 3; stacks must be equal here"),
         ({"num_layers": 4, "num_decoder_layers": 4}, "its weights lack encoder.block.3"),

@@ -119,7 +119,8 @@ def _parser() -> CommandParser:
         dest="source",
         nargs=2,
         metavar=("KIND", "DIR"),
-        help="megatron and what --save named there, or huggingface and the directory of a GPT-2, Llama or T5",
+        help="megatron and what --save named there, or huggingface and the directory of a GPT-2, Llama, Qwen2, Qwen3 "
+        "or T5",
     )
     parser.add_argument(
         "--to",

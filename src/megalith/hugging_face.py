@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalith.config import Run, flag_of
+from megalith.config import Run, flag_of, known_settings
 from megalith.hugging_face_config import count, number, refuse_others
 from megalith.layers.rotary import FEW_TURNS, FIRST_LENGTH, MANY_TURNS
 from megalith.models.shape import key_heads, shape_of
@@ -114,15 +114,18 @@ def kind_of(run: Run, where: str) -> str:
         raise ValueError(f"{where}: holds a {run.task} model; only a gpt can be converted.")
     faults = []
     for name in known:
-        kind = KINDS[name]
-        others = {key: getattr(run.model, key) for key, fit in kind.needs.items() if getattr(run.model, key) not in fit}
-        said = [f"{flag_of(key)} = {value}" for key, value in others.items()]
+        kind, told = KINDS[name], dict[str, list[str]]()
+        for key, fit in kind.needs.items():
+            if (value := getattr(run.model, key)) not in fit:
+                is_missing = isinstance(value, bool) and value == known_settings()[key].field.default
+                flag = flag_of(key) if isinstance(value, bool) else f"{flag_of(key)} = {value}"
+                told.setdefault("without" if is_missing else "with", []).append(flag)
         shape = shape_of(run.model)
         if name == "gpt2" and shape.num_heads * shape.head_width != shape.width:
-            said.append(f"{flag_of('kv_channels')} = {shape.head_width}")
-        if not said:
+            told.setdefault("with", []).append(f"{flag_of('kv_channels')} = {shape.head_width}")
+        if not told:
             return name
-        faults.append(f"a {name} is none with {', '.join(said)}")
+        faults.append(f"a {name} is none " + " and ".join(f"{how} {', '.join(flags)}" for how, flags in told.items()))
     raise ValueError(f"{where}: Hugging Face has no such model: {'; '.join(faults)}.")
 
 
@@ -219,6 +222,8 @@ def _llama_names(run: Run) -> Names:
         in_block={
             "attention_norm": ("input_layernorm",),
             "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "attention.q_norm": ("self_attn.q_norm",),
+            "attention.k_norm": ("self_attn.k_norm",),
             "attention.out": ("self_attn.o_proj",),
             "feedforward_norm": ("post_attention_layernorm",),
             "feedforward.gate": ("mlp.gate_proj",),
@@ -319,6 +324,51 @@ def _llama_config(run: Run, vocab_size: int) -> dict[str, Any]:
     }
 
 
+# What a config.json of a Qwen2 or Qwen3 need not say.
+QWENS_USUAL = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
+
+
+def _qwen_settings(config: Mapping[str, Any], where: Path, own_output: bool) -> dict[str, Any]:
+    """What both have. Neither knows of biases in a feed-forward."""
+    refuse_others(config, where, {"use_sliding_window": (False,)})
+    seen = config.get("layer_types")
+    if seen is not None and (not isinstance(seen, list) or any(kind != "full_attention" for kind in seen)):
+        raise ValueError(f"{where}: layer_types is {seen!r:.60}; full_attention in every layer can be converted")
+    return _llama_settings({**QWENS_USUAL, **config, "mlp_bias": False}, where, own_output)
+
+
+def _qwen2_settings(config: Mapping[str, Any], where: Path, own_output: bool) -> dict[str, Any]:
+    # Its biases are those of queries, keys and values, whatever attention_bias says.
+    settings = _qwen_settings({**config, "attention_bias": False}, where, own_output)
+    return {**settings, "add_qkv_bias": True}
+
+
+def _qwen3_settings(config: Mapping[str, Any], where: Path, own_output: bool) -> dict[str, Any]:
+    refuse_others(config, where, {"attention_bias": (False,)})
+    settings = _qwen_settings({"head_dim": 128, **config, "attention_bias": False}, where, own_output)
+    return {**settings, "qk_layernorm": True}
+
+
+def _qwen2_config(run: Run, vocab_size: int) -> dict[str, Any]:
+    llama = _llama_config(run, vocab_size)
+    del llama["attention_bias"], llama["mlp_bias"]
+    return {
+        **llama,
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "use_sliding_window": False,
+    }
+
+
+def _qwen3_config(run: Run, vocab_size: int) -> dict[str, Any]:
+    return {
+        **_qwen2_config(run, vocab_size),
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "attention_bias": False,
+    }
+
+
 def _t5_names(run: Run) -> Names:
     up = "wi" if run.model.activation_function == "relu" else "wi_1"
     return Names(
@@ -390,6 +440,13 @@ def _t5_settings(config: Mapping[str, Any], where: Path, own_output: bool) -> di
 
 
 PLAIN: tuple[object, ...] = (False,)
+OF_LLAMAS: dict[str, tuple[object, ...]] = {
+    "normalization": ("RMSNorm",),
+    "swiglu": (True,),
+    "position_embedding_type": ("rope",),
+    "rotary_percent": (1.0,),
+    "apply_residual_connection_post_layernorm": PLAIN,
+}
 KINDS: dict[str, Kind] = {
     "gpt2": Kind(
         "gpt",
@@ -399,6 +456,7 @@ KINDS: dict[str, Kind] = {
         needs={
             "normalization": ("LayerNorm",),
             "add_bias_linear": (True,),
+            "qk_layernorm": PLAIN,
             "activation_function": ("gelu", "relu"),
             "swiglu": PLAIN,
             "position_embedding_type": ("learned_absolute",),
@@ -411,13 +469,21 @@ KINDS: dict[str, Kind] = {
         _llama_names,
         _llama_settings,
         _llama_config,
-        needs={
-            "normalization": ("RMSNorm",),
-            "swiglu": (True,),
-            "position_embedding_type": ("rope",),
-            "rotary_percent": (1.0,),
-            "apply_residual_connection_post_layernorm": PLAIN,
-        },
+        needs={**OF_LLAMAS, "add_qkv_bias": PLAIN, "qk_layernorm": PLAIN},
+    ),
+    "qwen2": Kind(
+        "gpt",
+        _llama_names,
+        _qwen2_settings,
+        _qwen2_config,
+        needs={**OF_LLAMAS, "add_bias_linear": PLAIN, "add_qkv_bias": (True,), "qk_layernorm": PLAIN},
+    ),
+    "qwen3": Kind(
+        "gpt",
+        _llama_names,
+        _qwen3_settings,
+        _qwen3_config,
+        needs={**OF_LLAMAS, "add_bias_linear": PLAIN, "add_qkv_bias": PLAIN, "qk_layernorm": (True,)},
     ),
     "t5": Kind("t5", _t5_names, _t5_settings, roles=("pad", "eos")),
 }
