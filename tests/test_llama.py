@@ -11,6 +11,7 @@ from megalith.bench import made_for_measuring
 from megalith.check import check
 from megalith.convert_to_megatron import gpt_of
 from megalith.models.decoder import Decoder
+from megalith.optim.groups import decays
 from megalith.plan.job import parameters_on_rank
 from megalith.planned import padded_vocabulary, planned
 from megalith.run_state import differing
@@ -153,6 +154,42 @@ def test_the_preset_of_a_large_one_has_its_parameters() -> None:
     assert check(run, 1) == []
     job = planned(run, 1, vocab_size=padded_vocabulary(run), device="cuda")
     assert parameters_on_rank(job) == 8_030_261_248  # as Hugging Face's index of its files has it, 16,060,522,496 bytes
+
+
+# Parameters as Hugging Face's indexes of their files have them, of 2 bytes each.
+QWENS = {
+    "Qwen2.5-7B": (
+        7_615_616_512,
+        152064,
+        "--num-layers 28 --hidden-size 3584 --num-attention-heads 28 --ffn-hidden-size 18944 --num-query-groups 4 "
+        "--add-qkv-bias",
+    ),
+    "Qwen3-8B": (
+        8_190_735_360,
+        151936,
+        "--num-layers 36 --hidden-size 4096 --num-attention-heads 32 --ffn-hidden-size 12288 --num-query-groups 8 "
+        "--kv-channels 128 --qk-layernorm",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", QWENS)
+def test_qwens_have_their_parameters(name: str) -> None:
+    count, vocab_size, words = QWENS[name]
+    of_llamas = "--untie-embeddings-and-output-weights --position-embedding-type rope --group-query-attention"
+    words = f"{words} --normalization RMSNorm --swiglu --disable-bias-linear {of_llamas} --vocab-size {vocab_size}"
+    sizes = "--seq-length 4096 --max-position-embeddings 32768 --micro-batch-size 1".split()
+    run = made_for_measuring(read_command_line([*words.split(), *sizes]), steps=1)
+    assert check(run, 1) == []
+    assert parameters_on_rank(planned(run, 1, vocab_size=padded_vocabulary(run), device="cuda")) == count
+
+
+def test_norms_and_biases_of_queries_and_keys_do_not_decay() -> None:
+    model = model_of("--qk-layernorm --disable-bias-linear --add-qkv-bias", device="meta")
+    constant = {name for name, parameter in model.named_parameters() if not decays(name, parameter)}
+    for what in ("q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias", "qkv.bias"):
+        assert f"layers.1.attention.{what}" in constant
+    assert "layers.1.attention.qkv.weight" not in constant
 
 
 def test_a_checkpoint_of_another_kind_of_model_is_told_by_its_options() -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from megalith.parallel.step import nested_order
 from tests.layouts.runs import Runs, largest_difference, steps_of
+from tests.layouts.test_layouts import MODELS
 
 WORDS = ["--train-iters", "14", "--deterministic"]
 
@@ -29,9 +30,9 @@ def test_so_they_do_with_microbatches_that_cannot_be_halved_to_one(world_size: i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cut", [[], ["--sequence-parallel"]], ids=["whole", "cut"])
-def test_so_they_do_within_tensor_parallelism(cut: list[str], runs: Runs) -> None:
-    words = [*WORDS, "--tensor-model-parallel-size", "2", *cut]
+@pytest.mark.parametrize("further", [[], ["--sequence-parallel"], MODELS["qwen"]], ids=["plain", "sequence", "qwen"])
+def test_so_they_do_within_tensor_parallelism(further: list[str], runs: Runs) -> None:
+    words = [*WORDS, "--tensor-model-parallel-size", "2", *further]
     assert largest_difference(runs(4, *words), runs(2, *words)) == 0.0
 
 

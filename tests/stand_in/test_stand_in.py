@@ -25,6 +25,7 @@ LLAMA = """
     --normalization RMSNorm --disable-bias-linear --swiglu --position-embedding-type rope
     --group-query-attention --num-query-groups 2 --reset-position-ids
 """
+QWEN = f"{LLAMA} --add-qkv-bias --qk-layernorm"
 
 pytestmark = [
     pytest.mark.slow,
@@ -92,6 +93,9 @@ def run(library: Path, device: str, words: list[str], *, folder: Path, ranks: in
         (f"{LLAMA} --bf16 --hidden-dropout 0 --attention-dropout 0", 1),
         (f"{LLAMA} --tensor-model-parallel-size 2 --sequence-parallel", 2),
         (f"{LLAMA} --context-parallel-size 2 --context-exchange all-to-all", 2),
+        (f"{QWEN} --bf16 --hidden-dropout 0 --attention-dropout 0", 1),
+        (f"{QWEN} --tensor-model-parallel-size 2", 2),
+        ("--qk-layernorm --bf16 --hidden-dropout 0 --attention-dropout 0", 1),
     ],
 )
 def test_a_gpt_has_the_cpus_losses(words: str, ranks: int, library: Path, tmp_path: Path) -> None:
@@ -130,6 +134,7 @@ def test_a_run_is_saved_from_the_device_and_goes_on_there(ranks: int, library: P
     [
         ("", 1),
         (LLAMA, 1),
+        (QWEN, 1),
         ("--context-parallel-size 2", 2),
         ("--context-parallel-size 2 --reset-attention-mask --attention-dropout 0", 2),
         ("--context-parallel-size 2 --context-exchange all-to-all", 2),
