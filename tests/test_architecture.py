@@ -94,6 +94,8 @@ LEVELS = [
         "convert_to_hugging_face",
         "hugging_face",
         "hugging_face_config",
+        "hugging_face_llama",
+        "hugging_face_weights",
         "convert_to_megatron",
     },
     {"cli"},

@@ -22,8 +22,9 @@ from megalith.convert_from_megatron import padded_to, required_tokenizer
 from megalith.data.tokenizer import Tokenizer
 from megalith.derived import num_layers
 from megalith.files import DISK, make_directories
-from megalith.hugging_face import KINDS, Names, made_ours, stored
+from megalith.hugging_face import KINDS
 from megalith.hugging_face_config import refuse_others
+from megalith.hugging_face_weights import Names, made_ours, stored
 from megalith.models.shape import shape_of
 from megalith.monitor.interval import Interval
 from megalith.monitor.ledger import Ledger

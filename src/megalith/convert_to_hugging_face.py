@@ -12,7 +12,8 @@ from megalith.config import Run
 from megalith.convert_from_hugging_face import CONFIG, INDEX, WEIGHTS
 from megalith.data.tokenizer import Tokenizer, load_saved_tokenizer
 from megalith.files import DISK, make_directories, write_whole
-from megalith.hugging_face import KINDS, kind_of, made_theirs, stored
+from megalith.hugging_face import KINDS, kind_of
+from megalith.hugging_face_weights import made_theirs, stored
 from megalith.run_state import WEIGHT
 from megalith.trained import load_tensors, refuse_another_tokenizer, run_of
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+LONGEST_AT_FIRST = 4096  # tokens of a sequence, unless the command line says otherwise
 LARGEST_COUNT = 1 << 28  # of layers, features or places; the sizes of tensors of such shapes can be reckoned with
 
 
