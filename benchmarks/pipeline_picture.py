@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from megalith.parallel.pipeline import Pipeline
+from megalith.parallel.reduce import Replicated
 from tests.ranks import run_ranks
 
 WIDTH = 4  # of the stream that travels
@@ -131,6 +132,7 @@ def events_on(rank: int, *, picture: Picture, unit: float, backward: bool = True
         device=torch.device("cpu"),
         stream_shape=(2, WIDTH),
         stream_dtype=torch.float32,
+        reduction=Replicated([], None, overlap=False),
         num_losses=1,
         sums_over=(),
     )

@@ -76,6 +76,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "zero2": (2, [SHARD, "gradients"]),
     "zero3": (2, [SHARD, "parameters"]),
     "hybrid": (4, [SHARD, "parameters", "--data-parallel-shard-size", "2"]),
+    "pp2-zero1": (4, [PP, "2", SHARD, "optimizer"]),
     "pp2-zero2": (4, [PP, "2", SHARD, "gradients"]),
     "pp2-zero3": (4, [PP, "2", SHARD, "parameters"]),
     # Two sequences, so that what is sent of the losses is more than a few numbers.

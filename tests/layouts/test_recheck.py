@@ -46,6 +46,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "zero2": (2, [SHARD, "gradients"]),
     "zero3": (2, [SHARD, "parameters"]),
     "dp2-tp2": (4, [TP, "2"]),
+    "dp2-tp2-sequence": (4, [TP, "2", "--sequence-parallel"]),
     "pp2-dp2": (4, [PP, "2"]),
     "pp2-zero3": (4, [PP, "2", SHARD, "parameters"]),
     "hybrid": (4, [SHARD, "parameters", "--data-parallel-shard-size", "2"]),

@@ -19,7 +19,7 @@ def made(rank: int) -> tuple[nn.Module, Tensor]:
     return model, torch.randn(5, 4, generator=torch.Generator().manual_seed(rank))
 
 
-def on_rank(rank: int, kind: str, overlap: bool) -> tuple[int, list[Tensor], list[Tensor]]:
+def on_rank(rank: int, kind: str, overlap: bool, passes: int) -> tuple[int, list[Tensor], list[Tensor]]:
     """(buckets on their way before the end, what was summed, what it should be) after two microbatches."""
     reduce.BUCKET_BYTES = 64  # several buckets
     model, batch = made(rank)
@@ -30,8 +30,9 @@ def on_rank(rank: int, kind: str, overlap: bool) -> tuple[int, list[Tensor], lis
     else:
         reduction = OptimizerSharded(parameters, group, overlap=overlap)
     for number in range(2):
-        if number == 1:
-            reduction.before_last_backward()
+        if number == 2 - passes:
+            reduction.before_last_backward(passes)
+        assert not reduction._travelling
         model(batch + number).square().sum().backward()
     travelling = len(reduction._travelling)
     expected = []
@@ -51,10 +52,11 @@ def on_rank(rank: int, kind: str, overlap: bool) -> tuple[int, list[Tensor], lis
     return travelling, found, expected
 
 
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("kind", ["replicated", "optimizer"])
-def test_gradients_are_summed_whenever_they_travel(kind: str, overlap: bool) -> None:
-    for travelling, found, expected in run_ranks(lambda rank: on_rank(rank, kind, overlap), RANKS):
+def test_gradients_are_summed_whenever_they_travel(kind: str, overlap: bool, passes: int) -> None:
+    for travelling, found, expected in run_ranks(lambda rank: on_rank(rank, kind, overlap, passes), RANKS):
         assert travelling > 1 if overlap else travelling == 0
         assert len(found) == 4
         for gradient, total in zip(found, expected, strict=True):

@@ -336,7 +336,13 @@ REDUCTIONS: dict[str, tuple[Changes, Changes, Changes, float]] = {
         (62 + 7 * 105 + 7 * 105) / 2 / 4,
     ),
     # A pipeline has 944 bytes a stage, and a table of 160 at both ends.
-    "of a pipeline, after its last pass": ({"data": 2, "pipeline": 2}, {}, {}, 119 / 2 + 21 / 2),
+    "of a pipeline": ({"data": 2, "pipeline": 2}, {}, {}, 119 / 2 / 2 + 21 / 2),
+    "of a pipeline that splits its backward passes, after the last": (
+        {"data": 2, "pipeline": 2, "schedule": "zero-bubble"},
+        {},
+        {},
+        119 / 2 + 21 / 2,
+    ),
     "of the ends of a pipeline alone": ({"pipeline": 2}, {}, {}, 21 / 2),
     "of a pipeline whose ends are not tied": ({"pipeline": 2, "tied": False}, {}, {}, 0.0),
     # 8 gathers of 300 bytes and a sum of 472, hidden by one microbatch; a table of 80 bytes.

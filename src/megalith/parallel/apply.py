@@ -93,13 +93,13 @@ class Laid:
 
     def finish_gradients(self) -> None:
         """After the last backward pass: every gradient that the optimizer looks at is whole; in place."""
-        if self.has_tied_copy and self.groups.embedding is not None:
-            parameters = {name: p for part in self.parts.values() for name, p in part.named_parameters()}
-            sum_gradients([local_part(gradient_of(parameters[TIED]))], self.groups.embedding)
         self.reduction.finish()
-        # Those of all replicas, which travelled during the backward pass; of a shard of them a part is as good.
-        held = {name: one.parameter for name, one in self.trained.held.items() if self.cuts[name].partial_gradient}
-        sum_gradients([local_part(gradient_of(parameter)) for parameter in held.values()], self.groups.tensor)
+        # Sums over other ranks than replicas are of what these have, which travelled during the backward pass.
+        held = {name: one.parameter for name, one in self.trained.held.items()}
+        by_rank = [parameter for name, parameter in held.items() if self.cuts[name].partial_gradient]
+        sum_gradients([local_part(gradient_of(parameter)) for parameter in by_rank], self.groups.tensor)
+        if self.has_tied_copy and self.groups.embedding is not None:
+            sum_gradients([local_part(gradient_of(held[TIED]))], self.groups.embedding)
 
     def clear_gradients(self) -> None:
         """Forget all gradients, in place."""
@@ -305,8 +305,8 @@ def _reduction(
         return Sharded(list(parts.values()), keep_gathered=keep_gathered)
     if config.deterministic:
         return FixedOrder(list(parameters.values()), groups.replicas)
-    # The table of a pipeline's ends has still to be summed over them when the backward pass ends.
-    overlap = layout.pipeline == 1
+    # torch's pipelines do not tell when they have made the gradients of weights by themselves.
+    overlap = layout.pipeline == 1 or schedule_of(config) != SPLIT_BACKWARD
     if config.data_parallel_sharding == "optimizer" and groups.replicas is not None:
         return OptimizerSharded(parameters, groups.replicas, overlap=overlap)
     return Replicated(list(parameters.values()), groups.replicas, overlap=overlap)
@@ -342,6 +342,7 @@ def _engine(
         device=device,
         stream_shape=(tokens, sizes.width),
         stream_dtype=sizes.stream_dtype,
+        reduction=reduction,
         num_losses=sizes.num_losses,
         entering=sizes.entering,
         sums_over=(groups.replicas, groups.pipeline),

@@ -21,6 +21,7 @@ from torch.distributed.pipelining.schedules import (
 
 from megalith.parallel.collectives import Group, all_reduce
 from megalith.parallel.journal import JOURNAL
+from megalith.parallel.reduce import Reduction
 from megalith.parallel.step import Batch, RunPart, Timers
 
 # By name: the class, and whether it takes several parts of a rank.
@@ -49,7 +50,7 @@ class _Part(nn.Module):
         entering = entering if self._is_first else JOURNAL.entering(entering)
         leaving = self._run_part(self.part, entering, batch)
         # Losses may be a view, to which FSDP2 cannot fix what it has to do before the backward pass.
-        # A stream that a reduce-scatter gave lies in memory by tokens; what is sent must lie by samples.
+        # What is sent must lie in memory in order.
         if leaving.dim() == 1:
             return leaving.clone()
         leaving = leaving.contiguous()
@@ -98,6 +99,7 @@ class Pipeline:
         device: torch.device,
         stream_shape: tuple[int, ...],
         stream_dtype: torch.dtype,
+        reduction: Reduction,
         num_losses: int,
         sums_over: Sequence[Group],
         entering: str = "tokens",
@@ -109,6 +111,7 @@ class Pipeline:
         self._device = device
         self._stream_shape = stream_shape
         self._stream_dtype = stream_dtype
+        self._reduction = reduction
         self._num_losses = num_losses
         self._sums_over = sums_over
         self._entering = entering
@@ -123,8 +126,10 @@ class Pipeline:
         target = batch[self._entering] if self._num_parts - 1 in self._parts else None
         self._losses = []
         if backward:
+            self._reduction.before_last_backward(len(microbatches))
             with timers("forward-backward"):
                 schedule.step(*entering, target=target, return_outputs=False, **batch)
+            self._reduction.after_last_backward()
         else:
             schedule.eval(*entering, target=target, **batch)
         losses = [torch.stack(self._losses).sum(0)] if self._losses else []

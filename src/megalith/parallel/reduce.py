@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalith.parallel.collectives import (
+    SUMMED,
     Group,
     all_gather,
     all_reduce,
@@ -22,6 +23,7 @@ from megalith.parallel.collectives import (
     size_of,
     start_reduce_scatter,
 )
+from megalith.parallel.journal import JOURNAL
 
 # Large enough that a reduction is bound by bandwidth, small enough that its copy costs little memory.
 BUCKET_BYTES = 32 * 2**20
@@ -30,11 +32,11 @@ BUCKET_BYTES = 32 * 2**20
 class Reduction(Protocol):
     """The sum of gradients over replicas."""
 
-    def before_last_backward(self) -> None:
-        """The next backward pass is the step's last: what it completes may travel."""
+    def before_last_backward(self, passes: int = 1) -> None:
+        """The next backward passes, so many through each part, are the step's last: what they complete may travel."""
 
     def after_last_backward(self) -> None:
-        """It is over: what it did not complete leaves before anything else travels in the same group."""
+        """They are over: what it did not complete leaves before anything else travels in the same group."""
 
     def finish(self) -> None:
         """All gradients that the optimizer will look at are those of the whole step."""
@@ -83,8 +85,8 @@ class _Buckets:
                 for parameter in bucket:
                     parameter.register_post_accumulate_grad_hook(self._filled)
 
-    def before_last_backward(self) -> None:
-        self._missing = [len(bucket) for bucket in self._buckets]
+    def before_last_backward(self, passes: int = 1) -> None:
+        self._missing = [passes * len(bucket) for bucket in self._buckets]
 
     def _filled(self, parameter: Tensor) -> None:
         if not self._missing:
@@ -120,6 +122,7 @@ class _Buckets:
         self._send_rest()
         for bucket, (work, summed) in zip(self._buckets, self._travelling, strict=True):
             work.wait()
+            JOURNAL.received(summed, SUMMED)
             self._arrived(bucket, summed)
         self._travelling, self._missing = [], []
 
@@ -147,7 +150,7 @@ class FixedOrder:
         self._buckets = make_buckets(parameters) if size_of(group) > 1 else []
         self._group = group
 
-    def before_last_backward(self) -> None:
+    def before_last_backward(self, passes: int = 1) -> None:
         """Nothing may travel early: the order is fixed."""
 
     def after_last_backward(self) -> None:
@@ -234,7 +237,7 @@ class Sharded:
         self._parts = parts if keep_gathered else ()
         self.finish()
 
-    def before_last_backward(self) -> None:
+    def before_last_backward(self, passes: int = 1) -> None:
         """The optimizer will change the shards, so nothing gathered may stay."""
         for part in self._parts:
             part.set_reshard_after_backward(True)

@@ -269,7 +269,7 @@ def reduction_seconds(
     if job.shares_weights:
         # FSDP2 gathers the next layer while this one computes; a pipeline's gradients wait for its last pass.
         hidden = job.num_microbatches * microbatch.total if job.pipeline == 1 else microbatch.total
-    elif job.pipeline == 1:
+    elif job.schedule != "zero-bubble":
         hidden = microbatch.backward + microbatch.again
     if not program.overlaps:
         hidden = 0.0

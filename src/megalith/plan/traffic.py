@@ -117,7 +117,7 @@ def _pipeline(job: Job) -> Iterator[Transfer]:
     ways = 2 * job.parts - (1 if job.pipeline == 2 else 0)
     yield Transfer("send", "pipeline", job.stream, job.num_microbatches * ways, 2, stride)
     if job.tied:
-        shared = job.sharers if job.shares_weights else 1
+        shared = job.replicas if job.sharding == "optimizer" else job.sharers if job.shares_weights else 1
         table = FP32 * table_parameters(job) / shared
         yield Transfer("all-reduce", "tables", table, 1, 2, stride * (job.pipeline - 1))
 
