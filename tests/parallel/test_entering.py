@@ -113,6 +113,23 @@ def test_a_compiled_block_exchanges_beside_its_products(gated: bool, sequence: b
         assert not (sequence and whole)
 
 
+def without_gradients(rank: int, *, gated: bool, sequence: bool) -> float:
+    """Of a block's output the largest difference when it is compiled, as evaluations call it."""
+    block, stream = block_and_stream(gated=gated, sequence=sequence)
+    torch._dynamo.reset()  # what other tests of this process have compiled
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        plain, found = (way(stream, make_mask(T, causal=True)) for way in (block, compiled))
+    return float((plain - found).abs().max())
+
+
+@pytest.mark.filterwarnings("default")  # the compiler has warnings of its own
+@pytest.mark.parametrize("sequence", [True, False])
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_block_is_compiled_whole_for_evaluations_too(gated: bool, sequence: bool) -> None:
+    assert max(run_ranks(partial(without_gradients, gated=gated, sequence=sequence), 2, timeout=120.0)) < 2e-6
+
+
 def first_tokens(rank: int) -> tuple[bool, bool, bool]:
     whole = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(1))
     group = dist.group.WORLD

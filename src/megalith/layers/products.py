@@ -47,6 +47,10 @@ def entered_linears(
     again: of x; followed in fp32 on a CPU, where the compiler does not choose itself.
     """
     is_followed = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    if not torch.is_grad_enabled():
+        # Without gradients torch 2.13's compiler passes no ctx where a forward pass has as many names as arguments, and
+        # _EnteredLinears has with one factor.
+        return _products(enter.whole(x), [factor.weight for factor in factors], [factor.bias for factor in factors])
     make, of = (None, ()) if again is None or not is_followed else again
     flat = [part for factor in factors for part in (factor.weight, factor.bias)]
     products: tuple[Tensor, ...] = _EnteredLinears.apply(x, enter, make, len(factors), *flat, *of)
@@ -142,12 +146,7 @@ class _EnteredLinears(torch.autograd.Function):
         weights, biases, of = tensors[: 2 * count : 2], tensors[1 : 2 * count : 2], tensors[2 * count :]
         ctx.enter, ctx.make, ctx.count = enter, make, count
         ctx.save_for_backward(*weights, *(of or (x,)))
-        whole, products = enter.whole(x), []
-        for weight_OI, bias_O in zip(weights, biases, strict=True):
-            assert weight_OI is not None
-            multiply = times_transposed if suits_onednn(whole, weight_OI) else F.linear
-            products.append(multiply(whole, weight_OI, bias_O))
-        return tuple(products)
+        return _products(enter.whole(x), weights, biases)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -169,6 +168,15 @@ class _EnteredLinears(torch.autograd.Function):
             by_factor.append(grad_NO.sum(0) if needs_bias else None)
         beside = of if ctx.make is not None else ()
         return None if summed is None else summed(), None, None, None, *by_factor, *(None for _ in beside)
+
+
+def _products(whole: Tensor, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    products = []
+    for weight_OI, bias_O in zip(weights, biases, strict=True):
+        assert weight_OI is not None
+        multiply = times_transposed if suits_onednn(whole, weight_OI) else F.linear
+        products.append(multiply(whole, weight_OI, bias_O))
+    return tuple(products)
 
 
 def _by_input(grad: Tensor, weight_OI: Tensor) -> Tensor:
