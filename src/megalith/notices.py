@@ -71,6 +71,12 @@ def notes(run: Run) -> Iterator[str]:
             yield f"note: {setting.flag} changes nothing: {why}."
 
 
+def _rows_of_products(run: Run) -> int:
+    """Tokens of a microbatch that a rank multiplies at once."""
+    length = run.data.seq_length or 0
+    return (run.optimizer.micro_batch_size or 0) * length // run.parallel.context_parallel_size
+
+
 def idle(run: Run) -> Iterator[tuple[str, str]]:
     """Settings that this run has no use for, and why; also those that were not given."""
     parallel, optimizer = run.parallel, run.optimizer
@@ -85,6 +91,11 @@ def idle(run: Run) -> Iterator[tuple[str, str]]:
         yield "on_replica_fault", "nobody looks without --check-replicas"
     if parallel.nproc is None:
         yield "max_restarts", "only --nproc starts lost ranks again"
+    if run.task in ("gpt", "bert") and (rows := _rows_of_products(run)) % 16:
+        yield (
+            "fp8_format",
+            f"the {rows} tokens of a microbatch on a rank are no multiple of 16, as products in 8 bits need",
+        )
     if compute_dtype(run) == "float32":
         yield "loss_scale", "in fp32 the loss is not scaled"
     if not optimizer.fp16 or optimizer.loss_scale is not None:
