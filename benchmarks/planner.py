@@ -41,6 +41,7 @@ DEEPSPEED = Program(
     gap=79 * MICROSECOND,
     fixed=1.27 * MILLISECOND,
     overlaps=False,
+    hides_exchanges=False,
     recomputes_all=True,
 )
 A100_BENEATH_DEEPSPEED = replace(A100, link_latency=44 * MICROSECOND, network_latency=240 * MICROSECOND)

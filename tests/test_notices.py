@@ -262,7 +262,7 @@ def test_what_a_kill_would_cost_is_told_in_hours(save: str | None, interval: int
 def test_products_that_8_bits_do_not_fit_are_told(length: str, is_told: bool) -> None:
     words = f"--bf16 --fp8-format e4m3 --micro-batch-size 1 --seq-length {length} --max-position-embeddings {length}"
     said = (
-        "note: --fp8-format changes nothing: the 24 tokens of a microbatch on a rank are no multiple of 16, as products "
-        "in 8 bits need."
+        "note: --fp8-format changes nothing: the 24 tokens of a microbatch on a rank are no multiple of 16, as "
+        "products in 8 bits need."
     )
     assert (said in list(notes(run_of(words)))) == is_told

@@ -144,7 +144,7 @@ def test_what_a_later_stage_keeps_is_less_until_the_loss_comes_in() -> None:
 
 def test_what_tensor_ranks_exchange_beside_products_costs_what_these_do_not_hide() -> None:
     job = dataclasses.replace(JOB, tensor=8, sequence_parallel=True)
-    alone = dataclasses.replace(COMPILED, overlaps=False)
+    alone = dataclasses.replace(COMPILED, hides_exchanges=False)
     all_of_it = predict_time(job, H100, alone).tensor
     # Of ten transfers of a layer four are beside products.
     one = H100.collective(2 * 2048 * 2048 * 2 * 7 / 8, 8, 1)

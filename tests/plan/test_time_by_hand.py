@@ -208,7 +208,7 @@ def test_what_is_computed_again(job: dict[str, Any], program: dict[str, Any], ag
 
 def test_collectives_of_tensor_and_of_context_ranks() -> None:
     # Sums of 120 bytes four times a layer and once for the loss, of 240 for the embedding, three of 60 for the logits.
-    assert seconds({"tensor": 2}, {"overlaps": False}).tensor == exactly(7 * (9 * 16 + 31 + 3 * 8.5))
+    assert seconds({"tensor": 2}, {"hides_exchanges": False}).tensor == exactly(7 * (9 * 16 + 31 + 3 * 8.5))
     # Two of a layer's are beside the gradients by weights of products 4x6 and 4x4, of 144 and 96 seconds.
     assert seconds({"tensor": 2}).tensor == exactly(7 * (5 * 16 + 31 + 3 * 8.5))
     assert seconds({"tensor": 2}, link=1.0).tensor == exactly(

@@ -39,6 +39,7 @@ class Program:
     gap: float = 8e-6  # seconds that a product costs besides
     fixed: float = 8e-3  # seconds of a step
     overlaps: bool = True  # gradients travel during the backward pass
+    hides_exchanges: bool = True  # those of tensor ranks beside products take no time of these
     recomputes_all: bool = False  # with what no gradient needs
     shares_out_sends: bool = False  # tensor ranks send a part each of what all of them have
 
@@ -75,6 +76,7 @@ CPU = replace(
     recomputes_all=True,  # an operation of ours keeps its input only after it has computed
     logit_bytes=24.0,
     cast_bytes=12.0,
+    hides_exchanges=False,  # the same cores do both
     host_forward=0.2 * MILLISECOND,
     host_backward=0.3 * MILLISECOND,
     gap=0.0,
@@ -237,7 +239,7 @@ def seconds_of(moves: list[Transfer], purpose: str, machine: Machine) -> float:
 def tensor_seconds(job: Job, machine: Machine, program: Program, moves: list[Transfer]) -> float:
     """What tensor ranks wait for each other in a step, as far as no product hides it."""
     beside = [move for move in moves if move.purpose == "tensor" and move.is_beside]
-    if not program.overlaps or not beside:
+    if not program.hides_exchanges or not beside:
         return seconds_of(moves, "tensor", machine)
     waited = seconds_of([move for move in moves if not move.is_beside], "tensor", machine)
     attention, _, *feed_forward, _ = layer_matrices(job)
