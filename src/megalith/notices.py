@@ -14,6 +14,7 @@ from megalith.config import Run, known_settings
 from megalith.data.tokenizer import KINDS
 from megalith.derived import TASK_DEFAULTS, compute_dtype, recompute_granularity, tokenizer_type
 from megalith.fields import describe
+from megalith.layers.float8 import MULTIPLE
 from megalith.layers.products import has_instructions_for
 from megalith.terminal import counted
 
@@ -91,10 +92,10 @@ def idle(run: Run) -> Iterator[tuple[str, str]]:
         yield "on_replica_fault", "nobody looks without --check-replicas"
     if parallel.nproc is None:
         yield "max_restarts", "only --nproc starts lost ranks again"
-    if run.task in ("gpt", "bert") and (rows := _rows_of_products(run)) % 16:
+    if run.task in ("gpt", "bert") and (rows := _rows_of_products(run)) % MULTIPLE:
         yield (
             "fp8_format",
-            f"the {rows} tokens of a microbatch on a rank are no multiple of 16, as products in 8 bits need",
+            f"the {rows} tokens of a microbatch on a rank are no multiple of {MULTIPLE}, as products in 8 bits need",
         )
     if compute_dtype(run) == "float32":
         yield "loss_scale", "in fp32 the loss is not scaled"

@@ -35,10 +35,8 @@ def all_gather(local: Tensor, dim: int, group: Group) -> Tensor:
     if size_of(group) == 1:
         return local
     moved = local.movedim(dim, 0).contiguous()
-    whole = moved.new_empty((size_of(group) * moved.shape[0], *moved.shape[1:]))
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name until torch 2.12
     JOURNAL.made(moved, GATHERED)
-    gather(whole, moved, group=group)
+    _, whole = start_all_gather(moved, group, is_waited_for=True)
     JOURNAL.received(whole, GATHERED)
     return whole.movedim(0, dim)
 
@@ -53,6 +51,16 @@ def reduce_scatter(whole: Tensor, dim: int, group: Group) -> Tensor:
     _, local = start_reduce_scatter(moved, group, is_waited_for=True)
     JOURNAL.received(local, SUMMED)
     return local.movedim(0, dim)
+
+
+def start_all_gather(local: Tensor, group: Group, *, is_waited_for: bool = False) -> tuple[Any, Tensor]:
+    """What to wait for, and where the parts of all ranks joined along the first dimension will be.
+
+    is_waited_for: as of `start_reduce_scatter`.
+    """
+    whole = local.new_empty((size_of(group) * local.shape[0], *local.shape[1:]))
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name until torch 2.12
+    return gather(whole, local, group=group, async_op=not is_waited_for), whole
 
 
 def start_reduce_scatter(whole: Tensor, group: Group, *, is_waited_for: bool = False) -> tuple[Any, Tensor]:
@@ -84,10 +92,8 @@ def start_gather(local: Tensor, group: Group, *, after: Tensor) -> Started:
         gathered = _start_gather_op(local, after, size_of(group), group.group_name)
         return lambda: torch.ops._c10d_functional.wait_tensor(gathered)
     local = local.contiguous()
-    whole = local.new_empty((size_of(group) * local.shape[0], *local.shape[1:]))
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name until torch 2.12
     JOURNAL.made(local, GATHERED)
-    return _waiting(gather(whole, local, group=group, async_op=True), whole, GATHERED)
+    return _waiting(*start_all_gather(local, group), GATHERED)
 
 
 @torch.library.custom_op("megalith::start_gather", mutates_args=())
@@ -113,8 +119,7 @@ def start_scatter_sum(whole: Tensor, group: Group) -> Started:
         part = torch.ops._c10d_functional.reduce_scatter_tensor(whole, "sum", size_of(group), group.group_name)
         return lambda: torch.ops._c10d_functional.wait_tensor(part)
     JOURNAL.made(whole, SUMMED)
-    work, local = start_reduce_scatter(whole, group)
-    return _waiting(work, local, SUMMED)
+    return _waiting(*start_reduce_scatter(whole, group), SUMMED)
 
 
 def start_sum(value: Tensor, group: Group) -> Started:

@@ -71,10 +71,16 @@ def _tensor(job: Job) -> Iterator[Transfer]:
     yield Transfer(sums, "tensor", stream, beside, job.tensor, 1, is_beside=True)
     yield Transfer(sums, "tensor", embedded, job.num_microbatches, job.tensor, 1)
     if held := _held_alike(job):
-        shared = job.replicas if job.sharding == "optimizer" else job.sharers if job.shares_weights else 1
-        yield Transfer("all-reduce", "tensor", FP32 * held / shared, 1, job.tensor, 1)
+        yield Transfer("all-reduce", "tensor", FP32 * held / _sharers_of_sums(job), 1, job.tensor, 1)
     # Largest logit, sum of powers and the label's logit of every token.
     yield Transfer("all-reduce", "tensor", job.tokens * FP32, 3 * job.num_microbatches, job.tensor, 1)
+
+
+def _sharers_of_sums(job: Job) -> int:
+    """Ranks that share out the gradients that replicas have summed."""
+    if job.sharding == "optimizer":
+        return job.replicas
+    return job.sharers if job.shares_weights else 1
 
 
 def _held_alike(job: Job) -> float:
@@ -117,8 +123,7 @@ def _pipeline(job: Job) -> Iterator[Transfer]:
     ways = 2 * job.parts - (1 if job.pipeline == 2 else 0)
     yield Transfer("send", "pipeline", job.stream, job.num_microbatches * ways, 2, stride)
     if job.tied:
-        shared = job.replicas if job.sharding == "optimizer" else job.sharers if job.shares_weights else 1
-        table = FP32 * table_parameters(job) / shared
+        table = FP32 * table_parameters(job) / _sharers_of_sums(job)
         yield Transfer("all-reduce", "tables", table, 1, 2, stride * (job.pipeline - 1))
 
 
