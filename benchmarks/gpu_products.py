@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megalith.layers.attend import AttentionDropout, attend
+from megalith.layers.attend import attend
+from megalith.layers.attend_blocks import AttentionDropout
 from megalith.layers.float8 import in_8_bits
 from megalith.layers.mask import make_mask
 from megalith.layers.random import dropout_rows, mix, number_words

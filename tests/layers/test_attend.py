@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from megalith.layers import attend as attending
-from megalith.layers.attend import AttentionDropout, attend
+from megalith.layers.attend import attend
+from megalith.layers.attend_blocks import AttentionDropout
 from megalith.layers.mask import Mask, document_blocks, make_mask, with_bias
 from megalith.layers.random import dropout_rows, keep_mask, mix, number_words
 from tests.largest import Largest
@@ -81,7 +82,7 @@ def test_attention_and_its_gradients_are_the_formula(name: str, probability: flo
 def test_in_causal_order_fewer_queries_are_the_last_of_the_keys(
     monkeypatch: pytest.MonkeyPatch, probability: float, scores_at_once: int
 ) -> None:
-    monkeypatch.setattr("megalith.layers.attend._SCORES_AT_ONCE", {"cpu": scores_at_once})
+    monkeypatch.setattr("megalith.layers.attend_blocks._SCORES_AT_ONCE", {"cpu": scores_at_once})
     dropout, kept = drop_some(probability) if probability else (None, None)
     if dropout is not None and kept is not None:
         dropout, kept = AttentionDropout(probability, dropout.rows[:, :, T - 5 :]), kept[:, :, T - 5 :]
@@ -145,7 +146,7 @@ def test_heads_that_share_keys_are_as_if_each_had_its_own(name: str, probability
 def test_a_bias_of_the_scores_and_its_gradient_are_the_formula(
     monkeypatch: pytest.MonkeyPatch, name: str, probability: float, scores_at_once: int
 ) -> None:
-    monkeypatch.setattr("megalith.layers.attend._SCORES_AT_ONCE", {"cpu": scores_at_once})
+    monkeypatch.setattr("megalith.layers.attend_blocks._SCORES_AT_ONCE", {"cpu": scores_at_once})
     mask, visible = rule(name)
     dropout, kept = drop_some(probability) if probability else (None, None)
     bias = torch.randn(1, H, T, T, generator=torch.Generator().manual_seed(7), requires_grad=True)
@@ -172,7 +173,7 @@ def test_attention_with_dropout_is_the_same_in_parts_of_any_size(
     inputs = draw()
     expected = attend(*inputs, mask, scale=0.3, dropout=dropout)
     expected_grads = torch.autograd.grad(expected.square().sum(), inputs)
-    monkeypatch.setattr("megalith.layers.attend._SCORES_AT_ONCE", {"cpu": scores_at_once})
+    monkeypatch.setattr("megalith.layers.attend_blocks._SCORES_AT_ONCE", {"cpu": scores_at_once})
     output = attend(*inputs, mask, scale=0.3, dropout=dropout)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
     for grad, expected_grad in zip(torch.autograd.grad(output.square().sum(), inputs), expected_grads, strict=True):

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalith.layers.attend import AttentionDropout, attend
+from megalith.layers.attend import attend
+from megalith.layers.attend_blocks import AttentionDropout
 from megalith.layers.attention import AttentionShape
 from megalith.layers.block import Block, BlockShape
 from megalith.layers.initial import Initial, draw_weights

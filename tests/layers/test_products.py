@@ -155,3 +155,33 @@ def test_onednn_is_given_no_weights_with_gaps(weight: Tensor) -> None:
     torch.testing.assert_close(y, F.linear(x, weight), rtol=0, atol=3e-5)
     ((_, given, *_),) = calls.of(torch.ops.mkldnn._linear_pointwise.default)
     assert given.is_contiguous() or given.t().is_contiguous()
+
+
+def test_batches_of_products_by_onednn_keep_all_bits_and_leave_no_setting_behind() -> None:
+    if not products._multiplies_exactly():
+        pytest.skip("batches of products in fp32 do not go to oneDNN on this processor")
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    left, right = (torch.randn(6, 70, 90, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    exact = left.double() @ right.double().mT
+    with products.batches_by_onednn(left):
+        assert matmul.fp32_precision != before
+        by_onednn = torch.bmm(left, right.mT)
+    assert matmul.fp32_precision == before
+    # fp32 rounding of sums of 90 products of size 1; of bf16 it would be 1e-1.
+    torch.testing.assert_close(by_onednn.double(), exact, rtol=0, atol=2e-5)
+    with pytest.raises(RuntimeError, match="stop"), products.batches_by_onednn(left):
+        raise RuntimeError("stop")
+    assert matmul.fp32_precision == before
+
+
+def test_a_library_that_rounds_to_bf16_gets_no_batches_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "leaves_half_to_onednn", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    multiply = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: multiply(a.bfloat16(), b.bfloat16()).float())
+    products._multiplies_exactly.cache_clear()
+    try:
+        assert not products._multiplies_exactly()
+    finally:
+        products._multiplies_exactly.cache_clear()

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import tests.early  # noqa: F401 - for its effect
-from megalith.layers.attend import AttentionDropout, attend
+from megalith.layers.attend import attend
+from megalith.layers.attend_blocks import AttentionDropout
 from megalith.layers.mask import make_mask
 from megalith.layers.random import dropout_rows, mix, number_words
 from megalith.parallel.context import (
@@ -99,7 +100,7 @@ def largest_on_rank(rank: int, *, dropped: bool) -> int:
 
 @pytest.mark.parametrize("dropped", [False, True])
 def test_no_tensor_has_an_element_for_every_query_and_key(dropped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megalith.layers.attend._SCORES_AT_ONCE", {"cpu": 1 << 12})
+    monkeypatch.setattr("megalith.layers.attend_blocks._SCORES_AT_ONCE", {"cpu": 1 << 12})
     ranks = 2
     # The keys and values of all ranks; or, where no kernel does without it, the mask of a chunk and the keys before.
     allowed = max(2 * B * H * S * K, S // (2 * ranks) * S)

@@ -6,30 +6,19 @@ of keys and values than of queries, of which as many stand one after the other a
 Shape letters: B batch, H heads (of keys and values: perhaps fewer), T query, S key, K head width.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megalith.kernels import HAS_TRITON
+from megalith.layers.attend_blocks import AttentionDropout, attend_in_blocks, suits_blocks
 from megalith.layers.mask import Mask, causal_order
-from megalith.layers.random import keep_mask, number_words
+from megalith.layers.random import number_words
 
-# Scores held at once by attention with dropout: on the CPU what fits its caches, on a GPU what fills it.
-_SCORES_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 27}
 LARGEST_FUSED_HEAD = 256  # features; wider heads do not fit a multiprocessor's shared memory
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionDropout:
-    """Dropout of attention probabilities."""
-
-    probability: float
-    rows: Tensor  # int32 BHT: one word per query and head
 
 
 def attend(
@@ -58,6 +47,8 @@ def attend(
             q_BHTK, k_BHSK, v_BHSK, block_mask=mask.blocks, scale=scale, enable_gqa=in_groups
         )
         return attended
+    if suits_blocks(q_BHTK, k_BHSK):
+        return attend_in_blocks(q_BHTK, k_BHSK, v_BHSK, mask, scale=scale)
     if mask.bias is not None:
         return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask.bias.to(q_BHTK.dtype), scale=scale)
     causal, visible = mask.causal and mask.visible is None, mask.visible
@@ -140,8 +131,7 @@ def _attend_with_dropout(
             words_S=words_S,
             probability=dropout.probability,
         )
-    output: Tensor = _DroppedAttention.apply(q_BHTK, k_BHSK, v_BHSK, mask.bias, mask, scale, divisor, dropout)
-    return output
+    return attend_in_blocks(q_BHTK, k_BHSK, v_BHSK, mask, scale=scale, divisor=divisor, dropout=dropout)
 
 
 def is_fused(head_width: int, device: torch.device, *, biased: bool) -> bool:
@@ -155,116 +145,3 @@ def _compiled_flex_attention() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)
-
-
-class _DroppedAttention(torch.autograd.Function):
-    """Attention with dropout by counter, a bounded number of scores at a time.
-
-    Nothing of the size of the scores is kept: the backward pass computes probabilities and dropout mask again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q_BHTK: Tensor,
-        k_BHSK: Tensor,
-        v_BHSK: Tensor,
-        bias: Tensor | None,
-        mask: Mask,
-        scale: float,
-        divisor: float,
-        dropout: AttentionDropout,
-    ) -> Tensor:
-        batch, heads, num_queries, head_width = q_BHTK.shape
-        # Heads inside tokens in memory, as the projection that follows wants it.
-        o_BHTK = q_BHTK.new_empty(batch, num_queries, heads, head_width).transpose(1, 2)
-        words_S = number_words(k_BHSK.shape[2], device=q_BHTK.device)
-        for part in _parts(q_BHTK, k_BHSK, mask):
-            p = _probabilities(q_BHTK[part.queries], k_BHSK[part.keys], _of_part(bias, part), part, scale, divisor)
-            p *= keep_mask(dropout.rows[part.queries], words_S[part.keys[2]], dropout.probability)
-            o_BHTK[part.queries] = p.to(v_BHSK.dtype) @ v_BHSK[part.keys]
-        o_BHTK *= 1 / (1 - dropout.probability)
-        ctx.mask, ctx.scale, ctx.divisor, ctx.probability = mask, scale, divisor, dropout.probability
-        ctx.save_for_backward(q_BHTK, k_BHSK, v_BHSK, bias, dropout.rows, o_BHTK)
-        return o_BHTK
-
-    @staticmethod
-    def backward(ctx: Any, grad_o_BHTK: Tensor) -> tuple[Tensor | None, ...]:
-        q_BHTK, k_BHSK, v_BHSK, bias, rows_BHT, o_BHTK = ctx.saved_tensors
-        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
-        grad_q, grad_k, grad_v = torch.empty_like(q_BHTK), torch.zeros_like(k_BHSK), torch.zeros_like(v_BHSK)
-        words_S = number_words(k_BHSK.shape[2], device=q_BHTK.device)
-        # sum_s p_s grad_p_s = grad_o . o, also under dropout (Dao et al. 2022, appendix B.4).
-        sums_BHT1 = (grad_o_BHTK.float() * o_BHTK.float()).sum(-1, keepdim=True)
-        grad_o_BHTK = grad_o_BHTK * (1 / (1 - ctx.probability))
-        for part in _parts(q_BHTK, k_BHSK, ctx.mask):
-            q, k, v, grad_o = q_BHTK[part.queries], k_BHSK[part.keys], v_BHSK[part.keys], grad_o_BHTK[part.queries]
-            p = _probabilities(q, k, _of_part(bias, part), part, ctx.scale, ctx.divisor)
-            keep = keep_mask(rows_BHT[part.queries], words_S[part.keys[2]], ctx.probability)
-            grad_v[part.keys] += (p * keep).to(v.dtype).mT @ grad_o
-            grad_s = (grad_o @ v.mT).float()
-            grad_s = grad_s.mul_(keep).sub_(sums_BHT1[part.queries]).mul_(p)
-            if (grad_bias_HTS := _of_part(grad_bias, part)) is not None:
-                grad_bias_HTS += grad_s
-            grad_s = grad_s.mul_(ctx.scale).to(q.dtype)
-            grad_q[part.queries] = grad_s @ k
-            grad_k[part.keys] += grad_s.mT @ q
-        return grad_q, grad_k, grad_v, grad_bias, None, None, None, None
-
-
-class _Part(NamedTuple):
-    """Some heads of one sample, some of their queries, and all keys that these may see; indices into BHTK and BHSK."""
-
-    queries: tuple[int, slice, slice]
-    keys: tuple[int, slice, slice]
-    blocked: Tensor | None  # bool 1TS
-    some_see_nothing: bool
-
-
-def _parts(q_BHTK: Tensor, k_BHSK: Tensor, mask: Mask) -> Iterator[_Part]:
-    """Parts that cover all queries, each with a bounded number of scores."""
-    batch, heads, num_queries, _ = q_BHTK.shape
-    num_keys = k_BHSK.shape[2]
-    allowed = _SCORES_AT_ONCE["cuda" if q_BHTK.is_cuda else "cpu"]
-    # In causal order half of the keys are blocked; pieces of the queries leave a part of these out.
-    num_pieces = 2 if mask.causal and num_queries > 1 else 1
-    queries = min(-(-num_queries // num_pieces), max(1, allowed // num_keys))
-    step = max(1, min(heads, allowed // (queries * num_keys)))
-    plain = mask.causal and mask.visible is None
-    for first in range(0, num_queries, queries):
-        rows = slice(first, min(first + queries, num_queries))
-        seen = slice(0, num_keys - num_queries + rows.stop) if plain else slice(0, num_keys)
-        blocked = None
-        if plain:
-            blocked = ~causal_order(rows.stop - rows.start, seen.stop, q_BHTK.device)[None]
-        for b in range(batch):
-            if mask.visible is not None:
-                blocked = ~mask.visible[b if len(mask.visible) > 1 else 0, :, rows]
-            for h in range(0, heads, step):
-                several = slice(h, h + step)
-                # In causal order every query sees itself at least.
-                yield _Part((b, several, rows), (b, several, seen), blocked, not mask.causal)
-
-
-def _of_part(bias: Tensor | None, part: _Part) -> Tensor | None:
-    """HTS of what is added to the scores of a part; None for nothing."""
-    if bias is None:
-        return None
-    sample, heads, queries = part.queries
-    return bias[sample if len(bias) > 1 else 0, heads, queries, part.keys[2]]
-
-
-def _probabilities(
-    q_HTK: Tensor, k_HSK: Tensor, bias_HTS: Tensor | None, part: _Part, scale: float, divisor: float
-) -> Tensor:
-    """fp32 HTS: the softmax over visible keys, 0 elsewhere."""
-    scores = ((q_HTK * (scale / divisor)) @ k_HSK.mT).float()
-    if divisor != 1:
-        scores *= divisor
-    if bias_HTS is not None:
-        scores += bias_HTS
-    if part.blocked is None:
-        return torch.softmax(scores, -1)
-    p = torch.softmax(scores.masked_fill_(part.blocked, -torch.inf), -1)
-    # Where nothing is visible the softmax is 0 / 0.
-    return p.masked_fill_(part.blocked, 0.0) if part.some_see_nothing else p

@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from megalith.layers.attend import AttentionDropout, attend
+from megalith.layers.attend import attend
+from megalith.layers.attend_blocks import AttentionDropout
 from megalith.layers.cache import KeyValueCache
 from megalith.layers.initial import Initial
 from megalith.layers.linear import Linear

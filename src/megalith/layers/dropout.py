@@ -1,9 +1,11 @@
 """Dropout by counter: which features of a token are dropped depends on the token's word and the place in the model."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from megalith.layers.random import keep_mask, number_words, rows_for
+from megalith.layers.random import keep_mask, number_words, ones_and_zeros, rows_for
 
 
 def drop(
@@ -18,4 +20,20 @@ def drop(
         return x_BTW
     words_W = number_words(x_BTW.shape[-1], device=x_BTW.device) if words_W is None else words_W
     keep_BTW = keep_mask(rows_for(rows_BT, where), words_W, probability)
+    if x_BTW.device.type == "cpu" and not torch.compiler.is_compiling():
+        dropped: Tensor = _Dropped.apply(x_BTW, keep_BTW, 1 / (1 - probability))
+        return dropped
     return torch.where(keep_BTW, x_BTW * (1 / (1 - probability)), 0)
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTW: Tensor, keep_BTW: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(keep_BTW)
+        return ones_and_zeros(keep_BTW, x_BTW.dtype).mul_(scale).mul_(x_BTW)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTW: Tensor) -> tuple[Tensor, None, None]:
+        (keep_BTW,) = ctx.saved_tensors
+        return ones_and_zeros(keep_BTW, grad_BTW.dtype).mul_(ctx.scale).mul_(grad_BTW), None, None

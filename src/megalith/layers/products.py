@@ -7,7 +7,8 @@ Shape letters: N rows, I inputs, O outputs.
 """
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -113,6 +114,40 @@ def linear_without_gradients(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None
     if suits_onednn(x, weight_OI) and leaves_half_to_onednn():
         return times_transposed(x, weight_OI, bias_O)
     return F.linear(x, weight_OI, bias_O)
+
+
+@contextmanager
+def batches_by_onednn(left: Tensor) -> Iterator[None]:
+    """While it lasts batches of products in fp32 on a CPU go to oneDNN, where MKL would leave half of it idle."""
+    suits = left.device.type == "cpu" and left.dtype == torch.float32 and _multiplies_exactly()
+    with _as_if_rounding_to_bf16() if suits else nullcontext():
+        yield
+
+
+@cache
+def _multiplies_exactly() -> bool:
+    """Whether this processor is one for `batches_by_onednn`, and oneDNN keeps all bits of what it multiplies.
+
+    torch sends batches in fp32 to oneDNN only where it is allowed to round them to bf16. For processors without AMX
+    oneDNN has no such code and multiplies in fp32; should that change, a product shows it.
+    """
+    if not leaves_half_to_onednn() or torch.cpu._is_amx_tile_supported() or not torch.backends.mkldnn.is_available():
+        return False
+    number = 1 + 2.0**-12
+    with _as_if_rounding_to_bf16():
+        product = torch.bmm(torch.full((4, 128, 64), number), torch.ones(4, 64, 128))
+    return bool((product == 64 * number).all())
+
+
+@contextmanager
+def _as_if_rounding_to_bf16() -> Iterator[None]:
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 class _Linear(torch.autograd.Function):

@@ -79,6 +79,11 @@ def keep_mask(rows: Tensor, words_W: Tensor, probability: float) -> Tensor:
     return _scramble(rows[..., None] ^ words_W) >= round(probability * 2**32) - 2**31
 
 
+def ones_and_zeros(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as a factor; on a CPU a tenth of the time of a product with the mask itself or of a choice by it."""
+    return keep.view(torch.uint8).to(dtype)
+
+
 def fill_normal(
     part: Tensor, where: int, *, std: float, whole: Sequence[int] | None = None, offset: Sequence[int] | None = None
 ) -> None:

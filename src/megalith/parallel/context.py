@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megalith.layers.attend import AttentionDropout
+from megalith.layers.attend_blocks import AttentionDropout
 from megalith.layers.attention import Attend, SelfAttention
 from megalith.layers.mask import Mask, make_mask
 from megalith.parallel.collectives import Group, all_gather, gather_for_product, rank_in, size_of

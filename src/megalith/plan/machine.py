@@ -139,8 +139,10 @@ def this_cpu(ranks: int, dtype: "torch.dtype") -> Machine:
     *of_libraries, of_layer = (max(rates) for rates in zip(*rested, strict=True))
     flops = max(of_libraries) / ranks
     product_share = min(1.0, of_layer / max(of_libraries))
-    # Attention's kernel multiplies by the library that torch uses by itself (docs/performance.md).
-    attention_share = 0.4 * of_libraries[0] / max(of_libraries)
+    attention_rates = [_attention_rates(dtype) for _ in range(TIMES)]
+    attention_share, attention_backward_share = (
+        max(rates) / max(of_libraries) for rates in zip(*attention_rates, strict=True)
+    )
     numbers = torch.ones(1 << 24)
     target = torch.empty_like(numbers)
     fastest = min(_seconds_of_copy(numbers, target) for _ in range(5))
@@ -157,7 +159,7 @@ def this_cpu(ranks: int, dtype: "torch.dtype") -> Machine:
         product_share_8_bit=product_share,
         memory_share=1.0,
         attention_share=attention_share,
-        attention_backward_share=attention_share,
+        attention_backward_share=attention_backward_share,
         link_share=1.0,
         link_latency=200 * MICROSECOND,
     )
@@ -167,6 +169,23 @@ def _rested_flops(device: "torch.device", dtype: "torch.dtype") -> list[float]:
     """The best product of each library, then the products of a layer."""
     time.sleep(0.05)
     return [*measure_libraries(device, dtype, seconds=MEASURED), measure_layer(dtype, seconds=MEASURED / 2)]
+
+
+def _attention_rates(dtype: "torch.dtype") -> tuple[float, float]:
+    """FLOP/s of causal attention, forward and backward, as `megalith.plan.time.attention_passes` counts them."""
+    import torch
+
+    from megalith.layers.attend import attend
+    from megalith.layers.mask import Mask
+
+    heads, tokens, head_width = 16, 512, 64
+    q, k, v = (torch.ones(1, heads, tokens, head_width, dtype=dtype, requires_grad=True) for _ in range(3))
+    operations = 2 * tokens * tokens * heads * head_width
+    started = time.perf_counter()
+    o_BHTK = attend(q, k, v, Mask(causal=True), scale=head_width**-0.5)
+    computed = time.perf_counter()
+    o_BHTK.backward(torch.ones_like(o_BHTK))
+    return operations / (computed - started), 2.5 * operations / (time.perf_counter() - computed)
 
 
 def _seconds_of_copy(numbers: "torch.Tensor", target: "torch.Tensor") -> float:

@@ -7,6 +7,9 @@ and an allocator's waste come on top.
 
 from dataclasses import dataclass
 
+import torch
+
+from megalith.layers.attend_blocks import are_faster, scores_of_a_block
 from megalith.layers.loss import chunk_rows
 from megalith.layers.loss_blocks import BLOCK
 from megalith.layers.products import LEAST, leaves_half_to_onednn
@@ -143,7 +146,8 @@ def layer_activations(job: Job) -> float:
         # Products keep what entered them in 8 bits; compiled ones make that again of what others keep.
         if job.cut > 1:
             entering += 2 * job.width * (e / job.cut - 1)  # in its own type what comes from other ranks again
-        kept = e * (attended + heads + inside * inner) + (0.0 if job.compiled else entering)
+        coming_out = 0.0 if attends_in_blocks(job) else heads
+        kept = e * (attended + coming_out + inside * inner) + (0.0 if job.compiled else entering)
         copies = 0.0 if job.compiled or is_rounded_once(job) else parameters_in_products(job)
     else:
         # Of a cut sequence its part is kept, or the whole as it was gathered.
@@ -153,7 +157,8 @@ def layer_activations(job: Job) -> float:
         copies = 0.0 if is_rounded_once(job) or job.shares_weights else copy_bytes(job)
     masks = (2 * job.width / job.cut) if job.dropout else 0.0
     normed_heads = (job.query_features + job.key_features) / job.head_width if job.norms_of_heads else 0.0
-    statistics = FP32 * (job.parameters_of_feature * (2 / job.cut + normed_heads) + job.num_heads / job.tensor)
+    sums = 0.0 if attends_in_blocks(job) else job.num_heads / job.tensor  # of the powers of scores
+    statistics = FP32 * (job.parameters_of_feature * (2 / job.cut + normed_heads) + sums)
     words = FP32 * (job.num_heads / job.tensor + 1) if job.attention_dropout else 0.0
     return tokens * (between + kept + masks + statistics + words) + copies + context_activations(job)
 
@@ -178,18 +183,40 @@ def attended_features(job: Job) -> float:
 def context_activations(job: Job) -> float:
     """What attention over context ranks keeps of a layer besides. Of gathered keys: those and the values of all ranks,
     what comes out a chunk at a time, and the masks of its two chunks where no kernel does without
-    (megalith.layers.attend). Of traded heads: what comes out, before it is traded back."""
+    (megalith.layers.attend). Of traded heads: what comes out, before it is traded back. Blocks keep neither of what
+    comes out nor masks."""
     if job.context == 1 or job.recompute == "selective":
         return 0.0
+    in_blocks = attends_in_blocks(job)
+    coming_out = 0.0 if in_blocks else job.query_features
     if job.context_exchange == "all-to-all":
-        return job.compute_bytes * job.tokens * (job.query_features + _kept_as_traded(job))
+        return job.compute_bytes * job.tokens * (coming_out + _kept_as_traded(job))
     heads, chunk = job.query_features, job.sequence_length / (2 * job.context)
     # A rank's two chunks of queries see one chunk more than there are. Each keeps what it repeats of the keys it sees.
     are_repeated = job.key_features < heads and (job.attention_dropout or job.device == "cuda")
     keys = heads * (2 * job.context + 1) if are_repeated else job.key_features * 2 * job.context
-    is_written = (job.device == "cpu" or job.compute_bytes == FP32) and not job.attention_dropout
+    is_written = (job.device == "cpu" or job.compute_bytes == FP32) and not job.attention_dropout and not in_blocks
     pairs = chunk**2 * (2 * job.context + 1) if is_written else 0.0
-    return job.compute_bytes * (job.tokens * (keys + heads) + pairs)
+    return job.compute_bytes * (job.tokens * (keys + coming_out) + pairs)
+
+
+def attends_in_blocks(job: Job) -> bool:
+    """Whether attention is computed a block of queries at a time (megalith.layers.attend_blocks)."""
+    if job.device != "cpu" or job.attention_dropout:
+        return job.device == "cpu"
+    heads, queries = heads_and_queries(job)
+    dtype = torch.float32 if job.compute_bytes == FP32 else torch.bfloat16 if job.bf16 else torch.float16
+    return not job.compiled and are_faster(dtype, heads=heads, queries=queries, keys=job.sequence_length)
+
+
+def heads_and_queries(job: Job) -> tuple[float, float]:
+    """Of one attention on a rank: heads of all samples, and queries of a head."""
+    heads = job.micro_batch_size * job.num_heads / job.tensor
+    if job.context == 1:
+        return heads, job.sequence_length
+    if job.context_exchange == "all-to-all":
+        return heads / job.context, job.sequence_length
+    return heads, job.sequence_length / (2 * job.context)
 
 
 def _kept_as_traded(job: Job) -> float:
@@ -265,7 +292,25 @@ def layer_working(job: Job, *, with_table: bool) -> float:
     inner = job.inner / job.tensor
     waiting = FP32 * job.vocab_size / job.tensor * job.width if with_table and job.tied else 0.0
     matrix = 0.0 if job.num_microbatches > 1 and adds_in_products(job) else FP32 * job.width * inner
-    return tokens * e * (inner + job.width) + matrix + waiting
+    feed_forward = tokens * e * (inner + job.width) + matrix
+    return max(feed_forward, _blocks_working(job)) + waiting
+
+
+def _blocks_working(job: Job) -> float:
+    """What the backward pass of attention in blocks has, less what the feed-forward kept, which is gone by then."""
+    if not attends_in_blocks(job):
+        return 0.0
+    tokens, e = job.tokens, job.compute_bytes
+    heads, queries = heads_and_queries(job)
+    features = job.query_features if job.attention_dropout else job.key_features  # repeated with dropout
+    keys = 2 * features * (job.context if job.context_exchange == "gather" else 1)
+    # Gradients of what comes out, of queries, keys and values, sums of the last two, and copies of them.
+    gradients = tokens * (e * (job.width + 2 * job.query_features + 2 * keys) + FP32 * keys)
+    # Probabilities and two gradients; with dropout probabilities, a gradient, and the words that its mask is made of.
+    of_score = 2 * e + 4 * FP32 if job.attention_dropout else 3 * e
+    most = scores_of_a_block(job.device, e == FP32, heads=heads, queries=queries, keys=job.sequence_length)
+    inside = (3 if job.is_gated else 1) + (job.activation != "relu")
+    return gradients + of_score * most - tokens * e * inside * job.inner / job.tensor
 
 
 def look_up_bytes(job: Job) -> float:

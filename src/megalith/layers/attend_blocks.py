@@ -1,0 +1,278 @@
+"""Attention a block of queries at a time over the keys up to its end: with dropout, and on CPUs where that is faster.
+
+A block's scores are one batch of products over heads and samples, small enough to stay in a processor's caches. Nothing
+of the size of all scores is kept: the backward pass computes probabilities and dropout's mask again. In 16 bits scores,
+probabilities and their gradients are rounded as products of 16 bits are; softmax and sums over blocks are in fp32.
+
+Shape letters: B batch, H heads, R heads of queries that share one of keys, T query, S key, K head width, N rows of a
+batch of products (samples and heads of keys).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalith.layers.mask import Mask, causal_order
+from megalith.layers.products import batches_by_onednn, has_instructions_for
+from megalith.layers.random import keep_mask, number_words, ones_and_zeros
+
+# Scores held at once: on a CPU what its caches hold, on a GPU what fills it.
+_SCORES_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 27}
+# Queries of a block on a CPU: more of them compute more hidden scores, fewer are more calls of a library.
+_QUERIES, _QUERIES_IN_16_BITS = 64, 128
+# Where there is no dropout: the most keys in fp32 that torch's own kernel, which holds a part of a head's scores at
+# once, is not faster for; the fewest queries, and heads of all samples, that are worth a batch of products.
+_MOST_KEYS = 1024
+_LEAST_QUERIES, _LEAST_HEADS = 32, 4
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionDropout:
+    """Dropout of attention probabilities."""
+
+    probability: float
+    rows: Tensor  # int32 BHT: one word per query and head
+
+
+def suits_blocks(q_BHTK: Tensor, k_BHSK: Tensor) -> bool:
+    """Whether attention without dropout goes by blocks, where the compiler does not choose itself."""
+    batch, heads, num_queries, _ = q_BHTK.shape
+    is_on_cpu = q_BHTK.device.type == "cpu" and not torch.compiler.is_compiling()
+    return is_on_cpu and are_faster(q_BHTK.dtype, heads=batch * heads, queries=num_queries, keys=k_BHSK.shape[2])
+
+
+def are_faster(dtype: torch.dtype, *, heads: float, queries: float, keys: float) -> bool:
+    """Whether blocks of attention without dropout are faster on this CPU than torch's kernel (docs/LOG.md).
+
+    In bf16 where the processor has instructions for it, which torch makes no use of; but of AMX it does. In fp32 up to
+    _MOST_KEYS. heads: of all samples.
+    """
+    if queries < _LEAST_QUERIES or heads < _LEAST_HEADS:
+        return False
+    if dtype == torch.bfloat16:
+        return has_instructions_for(torch.bfloat16) and not torch.cpu._is_amx_tile_supported()
+    return dtype == torch.float32 and keys <= _MOST_KEYS
+
+
+def scores_of_a_block(device_type: str, is_in_fp32: bool, *, heads: float, queries: float, keys: float) -> float:
+    """How many scores are held at once where queries are cut on a CPU. heads: of all samples."""
+    rows = min(_QUERIES if is_in_fp32 else _QUERIES_IN_16_BITS, queries)
+    return min(heads * rows * keys, max(_SCORES_AT_ONCE[device_type], rows * keys))
+
+
+def attend_in_blocks(
+    q_BHTK: Tensor,
+    k_BHSK: Tensor,
+    v_BHSK: Tensor,
+    mask: Mask,
+    *,
+    scale: float,
+    divisor: float = 1.0,
+    dropout: AttentionDropout | None = None,
+) -> Tensor:
+    """Attention of every query over its visible keys, BHTK; see `megalith.layers.attend.attend`."""
+    output: Tensor = _Blocks.apply(q_BHTK, k_BHSK, v_BHSK, mask.bias, mask, scale, divisor, dropout)
+    return output
+
+
+class _Blocks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_BHTK: Tensor,
+        k_BHSK: Tensor,
+        v_BHSK: Tensor,
+        bias: Tensor | None,
+        mask: Mask,
+        scale: float,
+        divisor: float,
+        dropout: AttentionDropout | None,
+    ) -> Tensor:
+        batch, num_heads, num_queries, head_width = q_BHTK.shape
+        rows = None if dropout is None else dropout.rows
+        ctx.mask, ctx.scale, ctx.divisor = mask, scale, divisor
+        ctx.probability = 0.0 if dropout is None else dropout.probability
+        ctx.save_for_backward(q_BHTK, k_BHSK, v_BHSK, bias, rows)
+        # Heads inside tokens in memory, as the projection that follows wants it.
+        o_BHTK = q_BHTK.new_empty(batch, num_queries, num_heads, head_width).transpose(1, 2)
+        words_S = number_words(k_BHSK.shape[2], device=q_BHTK.device)
+        with batches_by_onednn(q_BHTK):
+            for heads in _heads_at_once(q_BHTK, k_BHSK, mask):
+                for block in _blocks(heads, mask, device=q_BHTK.device):
+                    q, k, v = block.of_queries(q_BHTK), block.of_keys(k_BHSK), block.of_keys(v_BHSK)
+                    p = _probabilities(q, k, block, bias, scale, divisor)
+                    if rows is not None:
+                        block.by_head(p).mul_(_kept(rows, words_S, block, ctx.probability, p.dtype))
+                    o_BHTK[block.queries] = block.by_head(torch.bmm(p, v))
+        return o_BHTK if rows is None else o_BHTK.mul_(1 / (1 - ctx.probability))
+
+    @staticmethod
+    def backward(ctx: Any, grad_o_BHTK: Tensor) -> tuple[Tensor | None, ...]:
+        q_BHTK, k_BHSK, v_BHSK, bias, rows = ctx.saved_tensors
+        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
+        grad_q, grad_k, grad_v = (torch.empty_like(part) for part in (q_BHTK, k_BHSK, v_BHSK))
+        words_S = number_words(k_BHSK.shape[2], device=q_BHTK.device)
+        if rows is not None:
+            grad_o_BHTK = grad_o_BHTK * (1 / (1 - ctx.probability))
+        with batches_by_onednn(q_BHTK):
+            for heads in _heads_at_once(q_BHTK, k_BHSK, ctx.mask):
+                sum_k, sum_v = (_zeros_in_fp32(part[heads.keys]) for part in (k_BHSK, v_BHSK))
+                for block in _blocks(heads, ctx.mask, device=q_BHTK.device):
+                    q, k, v = block.of_queries(q_BHTK), block.of_keys(k_BHSK), block.of_keys(v_BHSK)
+                    grad_o = block.of_queries(grad_o_BHTK)
+                    p = dropped = _probabilities(q, k, block, bias, ctx.scale, ctx.divisor)
+                    grad_p = torch.bmm(grad_o, v.mT)
+                    if rows is not None:
+                        kept = _kept(rows, words_S, block, ctx.probability, p.dtype).view_as(p)
+                        dropped = p * kept
+                        grad_p *= kept
+                    sum_v[:, : block.seen] += torch.bmm(dropped.mT, grad_o)
+                    grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+                    if grad_bias is not None:
+                        by_bias = block.of_scores(grad_bias)
+                        by_bias += block.by_head(grad_s).sum_to_size(by_bias.shape)
+                    grad_q[block.queries] = block.by_head(_times(grad_s, k, ctx.scale))
+                    sum_k[:, : block.seen] += torch.bmm(grad_s.mT, q)
+                grad_k[heads.keys] = sum_k.mul_(ctx.scale).view(grad_k[heads.keys].shape)
+                grad_v[heads.keys] = sum_v.view(grad_v[heads.keys].shape)
+        return grad_q, grad_k, grad_v, grad_bias, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Some heads of some samples, and the sizes of all that is computed with them."""
+
+    samples: slice
+    heads: slice  # of queries
+    key_heads: slice
+    shared: int  # heads of queries that share one of keys
+    num_queries: int
+    num_keys: int
+    queries_at_once: int
+
+    @property
+    def keys(self) -> tuple[slice, slice]:
+        return self.samples, self.key_heads
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some queries of some heads and all keys that these may see, which are the first."""
+
+    of: _Heads
+    rows: slice  # of queries
+    seen: int
+    hidden: Tensor | None  # bool, 1 or B by 1TS: True where one of the last of these keys is not seen
+    some_see_nothing: bool
+
+    @property
+    def queries(self) -> tuple[slice, slice, slice]:
+        return self.of.samples, self.of.heads, self.rows
+
+    def of_queries(self, whole_BHTK: Tensor) -> Tensor:
+        """N(RT)K, contiguous, as the library multiplies it without a copy of its own."""
+        part = whole_BHTK[self.queries]
+        batch, heads, rows, width = part.shape
+        return part.reshape(batch * heads // self.of.shared, self.of.shared * rows, width).contiguous()
+
+    def of_keys(self, whole_BHSK: Tensor) -> Tensor:
+        """NSK, contiguous."""
+        return whole_BHSK[(*self.of.keys, slice(self.seen))].flatten(0, 1).contiguous()
+
+    def of_scores(self, bias: Tensor) -> Tensor:
+        """BHTS, a view: the part of a bias, 1 or B by HTS."""
+        samples = self.of.samples if len(bias) > 1 else slice(None)
+        return bias[samples, self.of.heads, self.rows, : self.seen]
+
+    def by_head(self, product: Tensor) -> Tensor:
+        """BHTX, a view, of N(RT)X."""
+        num_rows = self.rows.stop - self.rows.start
+        return product.view(-1, self.of.heads.stop - self.of.heads.start, num_rows, product.shape[-1])
+
+
+def _heads_at_once(q_BHTK: Tensor, k_BHSK: Tensor, mask: Mask) -> Iterator[_Heads]:
+    """All heads of all samples, as many at once as have a bounded number of scores in a block."""
+    batch, heads, num_queries, _ = q_BHTK.shape
+    key_heads, num_keys = k_BHSK.shape[1:3]
+    allowed = _SCORES_AT_ONCE["cuda" if q_BHTK.is_cuda else "cpu"]
+    if q_BHTK.is_cuda:
+        # In causal order half of the keys are hidden; pieces of the queries leave a part of these out.
+        queries = -(-num_queries // 2) if mask.causal else num_queries
+    else:
+        queries = _QUERIES if q_BHTK.dtype == torch.float32 else _QUERIES_IN_16_BITS
+    queries = max(1, min(queries, num_queries, allowed // num_keys))
+    shared = heads // key_heads
+    most = max(1, allowed // (queries * num_keys * shared))  # heads of keys
+    samples, step = max(1, most // key_heads), min(most, key_heads)
+    for b in range(0, batch, samples):
+        for h in range(0, key_heads, step):
+            end = min(h + step, key_heads)
+            yield _Heads(
+                slice(b, min(b + samples, batch)),
+                slice(h * shared, end * shared),
+                slice(h, end),
+                shared,
+                num_queries,
+                num_keys,
+                queries,
+            )
+
+
+def _blocks(heads: _Heads, mask: Mask, *, device: torch.device) -> Iterator[_Block]:
+    """Blocks that cover all queries."""
+    for first in range(0, heads.num_queries, heads.queries_at_once):
+        rows = slice(first, min(first + heads.queries_at_once, heads.num_queries))
+        num_rows = rows.stop - rows.start
+        if mask.visible is not None:
+            samples = heads.samples if len(mask.visible) > 1 else slice(None)
+            # In causal order every query sees itself at least.
+            yield _Block(heads, rows, heads.num_keys, ~mask.visible[samples, :, rows], not mask.causal)
+        elif mask.causal:
+            order = causal_order(num_rows, num_rows, device)
+            yield _Block(heads, rows, heads.num_keys - heads.num_queries + rows.stop, ~order[None, None], False)
+        else:
+            yield _Block(heads, rows, heads.num_keys, None, False)
+
+
+def _probabilities(q: Tensor, k: Tensor, block: _Block, bias: Tensor | None, scale: float, divisor: float) -> Tensor:
+    """N(RT)S in the type of q: the softmax over visible keys, 0 elsewhere."""
+    scores = _times(q, k.mT, scale / divisor)
+    if divisor != 1:
+        scores = scores.float().mul_(divisor)
+    if bias is not None:
+        scores = scores.float()
+        block.by_head(scores).add_(block.of_scores(bias))
+    if block.hidden is None:
+        return torch.softmax(scores, -1).to(q.dtype)
+    last = block.by_head(scores)[..., -block.hidden.shape[-1] :]
+    if q.dtype == torch.float16:
+        last.masked_fill_(block.hidden, -torch.inf)  # for it may be infinite
+    else:
+        # Several times as fast on a CPU.
+        last += torch.zeros_like(block.hidden, dtype=scores.dtype).masked_fill_(block.hidden, -torch.inf)
+    p = torch.softmax(scores, -1).to(q.dtype)
+    if block.some_see_nothing:
+        # Where nothing is visible the softmax is 0 / 0.
+        block.by_head(p).masked_fill_(block.hidden, 0.0)
+    return p
+
+
+def _kept(rows_BHT: Tensor, words_S: Tensor, block: _Block, probability: float, dtype: torch.dtype) -> Tensor:
+    """BHTS: 1 for the probabilities of a block that stay, 0 for those that are dropped."""
+    # Contiguous, so that the mask is, whose shape is that of a batch of products.
+    rows = rows_BHT[block.queries].contiguous()
+    return ones_and_zeros(keep_mask(rows, words_S[: block.seen], probability), dtype)
+
+
+def _times(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """left right scale of each row of a batch, rounded once."""
+    return torch.baddbmm(left.new_empty(1), left, right, beta=0, alpha=scale)
+
+
+def _zeros_in_fp32(part_BHSK: Tensor) -> Tensor:
+    """NSK, for a sum over blocks."""
+    dtype = torch.promote_types(part_BHSK.dtype, torch.float32)
+    return torch.zeros_like(part_BHSK.flatten(0, 1), dtype=dtype, memory_format=torch.contiguous_format)
