@@ -119,8 +119,8 @@ def test_in_fp16_scores_beyond_its_range_fit_by_their_divisor() -> None:
 def test_a_processor_for_blocks_attends_by_them_as_torch_does(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(attend_blocks, "has_instructions_for", lambda dtype: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(attend_blocks, "is_amds", lambda: True)
+    monkeypatch.setattr(attend_blocks, "multiplies_bf16_without_amx", lambda: True)
     inputs = draw(dtype)
     assert suits_blocks(inputs[0], inputs[1])
     output = attend(inputs[0], inputs[1], inputs[2], make_mask(T, causal=True), scale=0.3)
@@ -132,8 +132,8 @@ def test_a_processor_for_blocks_attends_by_them_as_torch_does(
 
 
 def test_what_does_not_suit_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attend_blocks, "has_instructions_for", lambda dtype: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(attend_blocks, "is_amds", lambda: True)
+    monkeypatch.setattr(attend_blocks, "multiplies_bf16_without_amx", lambda: True)
     q, k, _ = draw(torch.float32)
     assert suits_blocks(q, k)
     assert not suits_blocks(q[:, :, :5], k)  # few queries, as of a text that is continued
@@ -142,6 +142,8 @@ def test_what_does_not_suit_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert suits_blocks(q.bfloat16(), k.bfloat16().repeat(1, 1, 7, 1))
     assert not suits_blocks(q.half(), k.half())
     assert not suits_blocks(q.to("meta"), k.to("meta"))
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(attend_blocks, "multiplies_bf16_without_amx", lambda: False)
     assert suits_blocks(q, k)
     assert not suits_blocks(q.bfloat16(), k.bfloat16())
+    monkeypatch.setattr(attend_blocks, "is_amds", lambda: False)
+    assert not suits_blocks(q, k)

@@ -11,6 +11,7 @@ from megalith.layers import products
 from megalith.layers.products import (
     LEAST,
     Again,
+    is_amds,
     lacks_avx512,
     leaves_half_to_onednn,
     linear,
@@ -136,13 +137,13 @@ def test_what_is_known_of_the_processor(
     capabilities: dict[str, Any], half: bool, narrow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    for known in (leaves_half_to_onednn, lacks_avx512):
+    for known in (leaves_half_to_onednn, lacks_avx512, is_amds):
         known.cache_clear()
     try:
         assert leaves_half_to_onednn() is half
         assert lacks_avx512() is narrow
     finally:
-        for known in (leaves_half_to_onednn, lacks_avx512):
+        for known in (leaves_half_to_onednn, lacks_avx512, is_amds):
             known.cache_clear()
 
 

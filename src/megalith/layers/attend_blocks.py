@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megalith.layers.mask import Mask, causal_order
-from megalith.layers.products import batches_by_onednn, has_instructions_for
+from megalith.layers.products import batches_by_onednn, is_amds, multiplies_bf16_without_amx
 from megalith.layers.random import keep_mask, number_words, ones_and_zeros
 
 # Scores held at once: on a CPU what its caches hold, on a GPU what fills it.
@@ -45,16 +45,16 @@ def suits_blocks(q_BHTK: Tensor, k_BHSK: Tensor) -> bool:
 
 
 def are_faster(dtype: torch.dtype, *, heads: float, queries: float, keys: float) -> bool:
-    """Whether blocks of attention without dropout are faster on this CPU than torch's kernel (docs/LOG.md).
+    """Whether blocks of attention without dropout are faster on this CPU than torch's kernel, as far as was measured.
 
-    In bf16 where the processor has instructions for it, which torch makes no use of; but of AMX it does. In fp32 up to
-    _MOST_KEYS. heads: of all samples.
+    In bf16 where the processor has AVX-512's instructions for it, which that kernel makes no use of, but not AMX, which
+    it does make use of. In fp32 on AMD's processors up to _MOST_KEYS (docs/LOG.md). heads: of all samples.
     """
     if queries < _LEAST_QUERIES or heads < _LEAST_HEADS:
         return False
     if dtype == torch.bfloat16:
-        return has_instructions_for(torch.bfloat16) and not torch.cpu._is_amx_tile_supported()
-    return dtype == torch.float32 and keys <= _MOST_KEYS
+        return multiplies_bf16_without_amx()
+    return dtype == torch.float32 and keys <= _MOST_KEYS and is_amds()
 
 
 def scores_of_a_block(device_type: str, is_in_fp32: bool, *, heads: float, queries: float, keys: float) -> float:

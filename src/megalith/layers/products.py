@@ -77,7 +77,19 @@ def leaves_half_to_onednn() -> bool:
     the first of them with AVX-VNNI beside AVX-512, is left half idle (docs/LOG.md).
     """
     has = torch.cpu.get_capabilities()
-    return "AMD" in has.get("cpu_name", "") and bool(has.get("avx512_f") and has.get("avx_vnni"))
+    return is_amds() and bool(has.get("avx512_f") and has.get("avx_vnni"))
+
+
+@cache
+def is_amds() -> bool:
+    """Whether this processor is AMD's."""
+    return "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
+
+
+@cache
+def multiplies_bf16_without_amx() -> bool:
+    """Whether this processor has AVX-512's instructions for products of bf16, and not those of AMX."""
+    return bool(torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported())
 
 
 @cache
