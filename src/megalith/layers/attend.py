@@ -34,7 +34,7 @@ def attend(
     """Attention of every query over its visible keys, BHTK; the softmax runs in fp32 whatever the type of q.
 
     scale: what scores are multiplied by. divisor: scores are kept divided by it until the softmax has them in fp32, so
-    that they fit fp16; it matters only where scores are stored at all, that is with dropout.
+    that they fit fp16; it matters only where scores are stored in that type, that is with dropout.
     """
     if dropout is not None or not takes_groups(q_BHTK, k_BHSK, mask):
         k_BHSK, v_BHSK = (for_each_query_head(part, q_BHTK.shape[1]) for part in (k_BHSK, v_BHSK))

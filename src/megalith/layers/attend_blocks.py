@@ -57,10 +57,10 @@ def are_faster(dtype: torch.dtype, *, heads: float, queries: float, keys: float)
     return dtype == torch.float32 and keys <= _MOST_KEYS and is_amds()
 
 
-def scores_of_a_block(device_type: str, is_in_fp32: bool, *, heads: float, queries: float, keys: float) -> float:
-    """How many scores are held at once where queries are cut on a CPU. heads: of all samples."""
-    rows = min(_QUERIES if is_in_fp32 else _QUERIES_IN_16_BITS, queries)
-    return min(heads * rows * keys, max(_SCORES_AT_ONCE[device_type], rows * keys))
+def scores_of_a_block(dtype: torch.dtype, *, heads: float, queries: float, keys: float) -> float:
+    """How many scores are held at once on a CPU. heads: of all samples."""
+    rows = min(_queries_on_cpu(dtype), queries)
+    return min(heads * rows * keys, max(_SCORES_AT_ONCE["cpu"], rows * keys))
 
 
 def attend_in_blocks(
@@ -105,7 +105,7 @@ class _Blocks(torch.autograd.Function):
                     q, k, v = block.of_queries(q_BHTK), block.of_keys(k_BHSK), block.of_keys(v_BHSK)
                     p = _probabilities(q, k, block, bias, scale, divisor)
                     if rows is not None:
-                        block.by_head(p).mul_(_kept(rows, words_S, block, ctx.probability, p.dtype))
+                        p *= _kept(p, rows, words_S, block, ctx.probability)
                     o_BHTK[block.queries] = block.by_head(torch.bmm(p, v))
         return o_BHTK if rows is None else o_BHTK.mul_(1 / (1 - ctx.probability))
 
@@ -126,7 +126,7 @@ class _Blocks(torch.autograd.Function):
                     p = dropped = _probabilities(q, k, block, bias, ctx.scale, ctx.divisor)
                     grad_p = torch.bmm(grad_o, v.mT)
                     if rows is not None:
-                        kept = _kept(rows, words_S, block, ctx.probability, p.dtype).view_as(p)
+                        kept = _kept(p, rows, words_S, block, ctx.probability)
                         dropped = p * kept
                         grad_p *= kept
                     sum_v[:, : block.seen] += torch.bmm(dropped.mT, grad_o)
@@ -202,7 +202,7 @@ def _heads_at_once(q_BHTK: Tensor, k_BHSK: Tensor, mask: Mask) -> Iterator[_Head
         # In causal order half of the keys are hidden; pieces of the queries leave a part of these out.
         queries = -(-num_queries // 2) if mask.causal else num_queries
     else:
-        queries = _QUERIES if q_BHTK.dtype == torch.float32 else _QUERIES_IN_16_BITS
+        queries = _queries_on_cpu(q_BHTK.dtype)
     queries = max(1, min(queries, num_queries, allowed // num_keys))
     shared = heads // key_heads
     most = max(1, allowed // (queries * num_keys * shared))  # heads of keys
@@ -219,6 +219,11 @@ def _heads_at_once(q_BHTK: Tensor, k_BHSK: Tensor, mask: Mask) -> Iterator[_Head
                 num_keys,
                 queries,
             )
+
+
+def _queries_on_cpu(dtype: torch.dtype) -> int:
+    """The most queries of a block."""
+    return _QUERIES if dtype == torch.float32 else _QUERIES_IN_16_BITS
 
 
 def _blocks(heads: _Heads, mask: Mask, *, device: torch.device) -> Iterator[_Block]:
@@ -260,11 +265,11 @@ def _probabilities(q: Tensor, k: Tensor, block: _Block, bias: Tensor | None, sca
     return p
 
 
-def _kept(rows_BHT: Tensor, words_S: Tensor, block: _Block, probability: float, dtype: torch.dtype) -> Tensor:
-    """BHTS: 1 for the probabilities of a block that stay, 0 for those that are dropped."""
-    # Contiguous, so that the mask is, whose shape is that of a batch of products.
+def _kept(p: Tensor, rows_BHT: Tensor, words_S: Tensor, block: _Block, probability: float) -> Tensor:
+    """In the shape and type of a block's probabilities: 1 for those that stay, 0 for those that are dropped."""
+    # Contiguous, so that the mask is.
     rows = rows_BHT[block.queries].contiguous()
-    return ones_and_zeros(keep_mask(rows, words_S[: block.seen], probability), dtype)
+    return ones_and_zeros(keep_mask(rows, words_S[: block.seen], probability), p.dtype).view_as(p)
 
 
 def _times(left: Tensor, right: Tensor, scale: float) -> Tensor:

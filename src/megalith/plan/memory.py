@@ -201,12 +201,18 @@ def context_activations(job: Job) -> float:
 
 
 def attends_in_blocks(job: Job) -> bool:
-    """Whether attention is computed a block of queries at a time (megalith.layers.attend_blocks)."""
+    """Whether attention is computed a block of queries at a time, as `megalith.layers.attend` decides."""
     if job.device != "cpu" or job.attention_dropout:
         return job.device == "cpu"
     heads, queries = heads_and_queries(job)
-    dtype = torch.float32 if job.compute_bytes == FP32 else torch.bfloat16 if job.bf16 else torch.float16
-    return not job.compiled and are_faster(dtype, heads=heads, queries=queries, keys=job.sequence_length)
+    return not job.compiled and are_faster(_dtype(job), heads=heads, queries=queries, keys=job.sequence_length)
+
+
+def _dtype(job: Job) -> torch.dtype:
+    """Of an activation."""
+    if job.compute_bytes == FP32:
+        return torch.float32
+    return torch.bfloat16 if job.bf16 else torch.float16
 
 
 def heads_and_queries(job: Job) -> tuple[float, float]:
@@ -308,7 +314,7 @@ def _blocks_working(job: Job) -> float:
     gradients = tokens * (e * (job.width + 2 * job.query_features + 2 * keys) + FP32 * keys)
     # Probabilities and two gradients; with dropout probabilities, a gradient, and the words that its mask is made of.
     of_score = 2 * e + 4 * FP32 if job.attention_dropout else 3 * e
-    most = scores_of_a_block(job.device, e == FP32, heads=heads, queries=queries, keys=job.sequence_length)
+    most = scores_of_a_block(_dtype(job), heads=heads, queries=queries, keys=job.sequence_length)
     inside = (3 if job.is_gated else 1) + (job.activation != "relu")
     return gradients + of_score * most - tokens * e * inside * job.inner / job.tensor
 
