@@ -1,12 +1,15 @@
 """A hung or dead rank ends the job in a bounded time, named with rank, phase and stack; whole runs on forked ranks."""
 
 import ctypes
+import gc
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -28,7 +31,7 @@ from megalith.launch import HUNG, PEER_LOST
 from megalith.monitor.board import ROW_BYTES, Beat, MemoryBoard
 from megalith.monitor.events import StepDone
 from megalith.monitor.peers import Peer, this_host, this_process
-from megalith.monitor.watch import SECONDS_TO_UNWIND, Watch, find_guilty, is_stuck
+from megalith.monitor.watch import SECONDS_TO_UNWIND, Watch, find_guilty, is_stuck, waits_for_others
 from tests.faults.cluster import Ended, run_ranks
 from tests.faults.disk import slow
 from tests.layouts.runs import MODEL, run_on, steps_of
@@ -335,6 +338,24 @@ def test_who_holds_up_the_others_is_found() -> None:
     assert is_stuck({0: waiting, 1: waiting})
     behind = Beat(step=4, moves=39, idle=9.5, limit=10.0, waits=True)
     assert find_guilty({0: waiting, 1: behind}) == [1]
+
+
+def test_looking_at_what_the_main_thread_does_keeps_nothing_of_what_it_has_at_hand() -> None:
+    class Activation:
+        pass
+
+    def work() -> "weakref.ref[Activation]":
+        at_hand = Activation()
+        watching = threading.Thread(target=waits_for_others, args=[threading.main_thread().ident])
+        watching.start()
+        watching.join()
+        return weakref.ref(at_hand)
+
+    gc.disable()
+    try:
+        assert work()() is None
+    finally:
+        gc.enable()
 
 
 def test_a_row_that_is_being_written_is_not_read() -> None:

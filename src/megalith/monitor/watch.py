@@ -363,14 +363,15 @@ def find_guilty(beats: dict[int, Beat]) -> list[int]:
 def waits_for_others(main: int | None) -> bool:
     """Whether the main thread waits in a collective, or for a thread of this process that does."""
     frames = sys._current_frames()
+    # Its own would hold itself, and with it all that the others have at hand, until the garbage collector comes.
+    del frames[threading.get_ident()]
     if main not in frames:
         return False
     if OF_TORCH in frames[main].f_code.co_filename:
         return True
     if not frames[main].f_code.co_filename.endswith(OF_THREADS):
         return False
-    others = [frame for ident, frame in frames.items() if ident not in (main, threading.get_ident())]
-    return any(_in_collective(frame) for frame in others)
+    return any(_in_collective(frame) for ident, frame in frames.items() if ident != main)
 
 
 def _in_collective(frame: FrameType) -> bool:
