@@ -11,8 +11,9 @@ meets all alike; a ratio is the median over rounds of (this program's tokens per
 round). Where memory does not hold all programs of a size at once, they run in groups, each beside hf-eager. fp32 (with
 --bf16 torch.autocast, and Megalith's --bf16), AdamW (fused), clipping at 1.0, no dropout, random tokens, all cores.
 
-first step: seconds from starting the process to the end of its first step, alone on the machine. peak: high-water mark
-of resident memory. Programs with -tcmalloc have that allocator preloaded (Debian: libtcmalloc-minimal4).
+first step: seconds from starting the process to the end of its first step, alone on the machine, median of --starts.
+peak: high-water mark of resident memory. Programs with -tcmalloc have that allocator preloaded (Debian:
+libtcmalloc-minimal4).
 """
 
 import argparse
@@ -125,14 +126,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument("--bf16", action="store_true", help="in bf16 instead of fp32; only programs that offer it")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each program [7]")
+    parser.add_argument("--starts", type=int, default=3, help="starts of each program, for its first step [3]")
     parser.add_argument("--steps", type=int, help="steps in a turn [3 of the small size, 2 of the others]")
     parser.add_argument(
         "--directory", type=Path, default=Path("peers-environments"), help="where environments are kept"
     )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     arguments = parser.parse_args()
-    if arguments.rounds < 1 or (arguments.steps is not None and arguments.steps < 1):
-        parser.error("--rounds and --steps: must be at least 1")
+    if min(arguments.rounds, arguments.starts) < 1 or (arguments.steps is not None and arguments.steps < 1):
+        parser.error("--rounds, --starts and --steps: must be at least 1")
     if arguments.json is not None and not arguments.json.parent.is_dir():
         parser.error(f"--json = {arguments.json}: there is no directory {arguments.json.parent}")
     return arguments
@@ -244,19 +246,35 @@ def measure_size(size: str, measured: dict[str, Measured], options: argparse.Nam
 
 
 def start(name: str, size: str, found: Measured, options: argparse.Namespace) -> Running | None:
-    """Start a program and let it take its first two steps, alone; None if it fails, which is noted."""
-    program = Running(name, size, options.directory, bf16=options.bf16)
+    """Start a program, as often as is asked for, and let it take its first two steps, alone; None if it fails, which is
+    noted."""
+    seconds: list[float] = []
+    while True:
+        program = Running(name, size, options.directory, bf16=options.bf16)
+        try:
+            said = program.answer()
+        except RuntimeError as error:
+            failed(program, name, size, found, error)
+            return None
+        seconds.append(time.perf_counter() - program.began)
+        if len(seconds) == options.starts:
+            break
+        program.end()
+    found.first_step = statistics.median(seconds)
     try:
-        said = program.answer()
-        found.first_step = time.perf_counter() - program.began
         found.num_parameters, found.threads = said["num_parameters"], said["threads"]
         program.take(1)  # The second step still meets much for the first time.
     except RuntimeError as error:
-        found.failed = str(error)
-        program.end()
-        print(f"{size} {name}: failed: {error}", flush=True)
+        failed(program, name, size, found, error)
         return None
     return program
+
+
+def failed(program: Running, name: str, size: str, found: Measured, error: RuntimeError) -> None:
+    """Note that a program said nothing more, and go on without it."""
+    found.failed = str(error)
+    program.end()
+    print(f"{size} {name}: failed: {error}", flush=True)
 
 
 def take_turns(

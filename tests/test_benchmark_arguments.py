@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("benchmarks/peers.py --rounds 0", "--rounds and --steps: must be at least 1"),
+        ("benchmarks/peers.py --rounds 0", "--rounds, --starts and --steps: must be at least 1"),
+        ("benchmarks/peers.py --starts 0", "--rounds, --starts and --steps: must be at least 1"),
         ("benchmarks/checkpoint.py --saves 0", "--saves, --interval: at least 1"),
         ("benchmarks/checkpoint.py --width 33", "--width: must be at least 64"),
         ("benchmarks/checkpoint.py --device nope", "--device: invalid choice: 'nope'"),

@@ -121,6 +121,8 @@ def test_a_processor_for_blocks_attends_by_them_as_torch_does(
 ) -> None:
     monkeypatch.setattr(attend_blocks, "is_amds", lambda: True)
     monkeypatch.setattr(attend_blocks, "multiplies_bf16_without_amx", lambda: True)
+    monkeypatch.setattr(attend_blocks, "multiplies_batches_by_onednn", lambda: True)
+    monkeypatch.setattr(attend_blocks, "_LEAST_PRODUCTS", 0)
     inputs = draw(dtype)
     assert suits_blocks(inputs[0], inputs[1])
     output = attend(inputs[0], inputs[1], inputs[2], make_mask(T, causal=True), scale=0.3)
@@ -131,19 +133,46 @@ def test_a_processor_for_blocks_attends_by_them_as_torch_does(
     compare(output, by_torch.double(), inputs, ALLOWED[dtype])
 
 
-def test_what_does_not_suit_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def of_size(
+    samples: int, heads: int, tokens: int, width: int, *, dtype: torch.dtype = torch.float32, queries: int | None = None
+) -> tuple[Tensor, Tensor]:
+    nothing = torch.zeros((), dtype=dtype)
+    return nothing.expand(samples, heads, queries or tokens, width), nothing.expand(samples, heads, tokens, width)
+
+
+@pytest.mark.parametrize("by_onednn", [True, False])
+def test_what_suits_blocks(monkeypatch: pytest.MonkeyPatch, by_onednn: bool) -> None:
     monkeypatch.setattr(attend_blocks, "is_amds", lambda: True)
     monkeypatch.setattr(attend_blocks, "multiplies_bf16_without_amx", lambda: True)
-    q, k, _ = draw(torch.float32)
-    assert suits_blocks(q, k)
-    assert not suits_blocks(q[:, :, :5], k)  # few queries, as of a text that is continued
-    assert not suits_blocks(q[:1, :3], k[:1, :3])
-    assert not suits_blocks(q, k.expand(B, H, T, K).repeat(1, 1, 7, 1))  # beyond 1024 keys in fp32
-    assert suits_blocks(q.bfloat16(), k.bfloat16().repeat(1, 1, 7, 1))
-    assert not suits_blocks(q.half(), k.half())
-    assert not suits_blocks(q.to("meta"), k.to("meta"))
+    monkeypatch.setattr(attend_blocks, "multiplies_batches_by_onednn", lambda: by_onednn)
+    usual = of_size(2, 12, 512, 64)
+    assert suits_blocks(*usual)
+    assert suits_blocks(*of_size(1, 12, 2048, 64)) == by_onednn  # torch's kernel is faster than MKL's batches there
+    assert suits_blocks(*of_size(8, 6, 128, 64)) == by_onednn
+    assert suits_blocks(*of_size(4, 16, 512, 32)) == by_onednn
+    assert not suits_blocks(*of_size(8, 4, 128, 32))  # a step of small operations
+    assert not suits_blocks(*of_size(64, 12, 1024, 64, queries=5))  # as of a text that is continued
+    assert not suits_blocks(*of_size(1, 3, 1024, 128))
+    assert not suits_blocks(*(part.to("meta") for part in usual))
+    for dtype, suits in ((torch.bfloat16, True), (torch.float16, False)):
+        assert suits_blocks(*of_size(8, 4, 128, 32, dtype=dtype)) == suits
+        assert suits_blocks(*of_size(1, 12, 2048, 64, dtype=dtype)) == suits
     monkeypatch.setattr(attend_blocks, "multiplies_bf16_without_amx", lambda: False)
-    assert suits_blocks(q, k)
-    assert not suits_blocks(q.bfloat16(), k.bfloat16())
+    assert suits_blocks(*usual)
+    assert not suits_blocks(*of_size(8, 4, 128, 32, dtype=torch.bfloat16))
     monkeypatch.setattr(attend_blocks, "is_amds", lambda: False)
-    assert not suits_blocks(q, k)
+    assert not suits_blocks(*usual)
+
+
+@pytest.mark.parametrize("by_onednn", [True, False])
+def test_a_block_has_more_queries_where_it_hides_a_small_part_of_many_keys(
+    monkeypatch: pytest.MonkeyPatch, by_onednn: bool
+) -> None:
+    monkeypatch.setattr(attend_blocks, "multiplies_batches_by_onednn", lambda: by_onednn)
+    of_keys = [attend_blocks.scores_of_a_block(torch.float32, heads=1, queries=n, keys=n) / n for n in SIZES_OF_KEYS]
+    assert of_keys == ([40, 64, 64, 128, 192, 256, 256] if by_onednn else [40, *[64] * 6])
+    of_16 = [attend_blocks.scores_of_a_block(torch.bfloat16, heads=1, queries=n, keys=n) / n for n in SIZES_OF_KEYS]
+    assert of_16 == [40, *[128] * 6]
+
+
+SIZES_OF_KEYS = (40, 256, 1000, 1024, 1600, 2048, 8192)

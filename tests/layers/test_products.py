@@ -159,7 +159,7 @@ def test_onednn_is_given_no_weights_with_gaps(weight: Tensor) -> None:
 
 
 def test_batches_of_products_by_onednn_keep_all_bits_and_leave_no_setting_behind() -> None:
-    if not products._multiplies_exactly():
+    if not products.multiplies_batches_by_onednn():
         pytest.skip("batches of products in fp32 do not go to oneDNN on this processor")
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
@@ -181,8 +181,8 @@ def test_a_library_that_rounds_to_bf16_gets_no_batches_of_products(monkeypatch: 
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     multiply = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: multiply(a.bfloat16(), b.bfloat16()).float())
-    products._multiplies_exactly.cache_clear()
+    products.multiplies_batches_by_onednn.cache_clear()
     try:
-        assert not products._multiplies_exactly()
+        assert not products.multiplies_batches_by_onednn()
     finally:
-        products._multiplies_exactly.cache_clear()
+        products.multiplies_batches_by_onednn.cache_clear()

@@ -16,17 +16,23 @@ import torch
 from torch import Tensor
 
 from megalith.layers.mask import Mask, causal_order
-from megalith.layers.products import batches_by_onednn, is_amds, multiplies_bf16_without_amx
+from megalith.layers.products import (
+    batches_by_onednn,
+    is_amds,
+    multiplies_batches_by_onednn,
+    multiplies_bf16_without_amx,
+)
 from megalith.layers.random import keep_mask, number_words, ones_and_zeros
 
 # Scores held at once: on a CPU what its caches hold, on a GPU what fills it.
 _SCORES_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 27}
 # Queries of a block on a CPU: more of them compute more hidden scores, fewer are more calls of a library.
-_QUERIES, _QUERIES_IN_16_BITS = 64, 128
-# Where there is no dropout: the most keys in fp32 that torch's own kernel, which holds a part of a head's scores at
-# once, is not faster for; the fewest queries, and heads of all samples, that are worth a batch of products.
-_MOST_KEYS = 1024
+_QUERIES, _MOST_QUERIES, _QUERIES_IN_16_BITS = 64, 256, 128
+# What is worth a batch of products where there is no dropout, as measured (docs/LOG.md): queries, heads of all samples;
+# in fp32 by oneDNN products of queries and keys, for a block is many small operations; by MKL keys and their features.
 _LEAST_QUERIES, _LEAST_HEADS = 32, 4
+_LEAST_PRODUCTS = 1 << 25
+_LEAST_KEYS_OF_MKL, _MOST_KEYS_OF_MKL, _LEAST_WIDTH_OF_MKL = 256, 1024, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,27 +45,32 @@ class AttentionDropout:
 
 def suits_blocks(q_BHTK: Tensor, k_BHSK: Tensor) -> bool:
     """Whether attention without dropout goes by blocks, where the compiler does not choose itself."""
-    batch, heads, num_queries, _ = q_BHTK.shape
-    is_on_cpu = q_BHTK.device.type == "cpu" and not torch.compiler.is_compiling()
-    return is_on_cpu and are_faster(q_BHTK.dtype, heads=batch * heads, queries=num_queries, keys=k_BHSK.shape[2])
+    batch, heads, num_queries, width = q_BHTK.shape
+    if q_BHTK.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return are_faster(q_BHTK.dtype, heads=batch * heads, queries=num_queries, keys=k_BHSK.shape[2], width=width)
 
 
-def are_faster(dtype: torch.dtype, *, heads: float, queries: float, keys: float) -> bool:
+def are_faster(dtype: torch.dtype, *, heads: float, queries: float, keys: float, width: float) -> bool:
     """Whether blocks of attention without dropout are faster on this CPU than torch's kernel, as far as was measured.
 
     In bf16 where the processor has AVX-512's instructions for it, which that kernel makes no use of, but not AMX, which
-    it does make use of. In fp32 on AMD's processors up to _MOST_KEYS (docs/LOG.md). heads: of all samples.
+    it does make use of. In fp32 on AMD's processors (docs/LOG.md). heads: of all samples. width: features of a head.
     """
     if queries < _LEAST_QUERIES or heads < _LEAST_HEADS:
         return False
     if dtype == torch.bfloat16:
         return multiplies_bf16_without_amx()
-    return dtype == torch.float32 and keys <= _MOST_KEYS and is_amds()
+    if dtype != torch.float32 or not is_amds():
+        return False
+    if multiplies_batches_by_onednn():
+        return heads * queries * keys * width >= _LEAST_PRODUCTS
+    return _LEAST_KEYS_OF_MKL <= keys <= _MOST_KEYS_OF_MKL and width >= _LEAST_WIDTH_OF_MKL
 
 
 def scores_of_a_block(dtype: torch.dtype, *, heads: float, queries: float, keys: float) -> float:
     """How many scores are held at once on a CPU. heads: of all samples."""
-    rows = min(_queries_on_cpu(dtype), queries)
+    rows = min(_queries_on_cpu(dtype, keys), queries)
     return min(heads * rows * keys, max(_SCORES_AT_ONCE["cpu"], rows * keys))
 
 
@@ -98,15 +109,16 @@ class _Blocks(torch.autograd.Function):
         ctx.save_for_backward(q_BHTK, k_BHSK, v_BHSK, bias, rows)
         # Heads inside tokens in memory, as the projection that follows wants it.
         o_BHTK = q_BHTK.new_empty(batch, num_queries, num_heads, head_width).transpose(1, 2)
-        words_S = number_words(k_BHSK.shape[2], device=q_BHTK.device)
+        words_S = None if rows is None else number_words(k_BHSK.shape[2], device=q_BHTK.device)
         with batches_by_onednn(q_BHTK):
             for heads in _heads_at_once(q_BHTK, k_BHSK, mask):
-                for block in _blocks(heads, mask, device=q_BHTK.device):
+                for block in _blocks(heads, mask, q_BHTK):
                     q, k, v = block.of_queries(q_BHTK), block.of_keys(k_BHSK), block.of_keys(v_BHSK)
                     p = _probabilities(q, k, block, bias, scale, divisor)
-                    if rows is not None:
+                    if rows is not None and words_S is not None:
                         p *= _kept(p, rows, words_S, block, ctx.probability)
                     o_BHTK[block.queries] = block.by_head(torch.bmm(p, v))
+                    del p  # before the next block's are made
         return o_BHTK if rows is None else o_BHTK.mul_(1 / (1 - ctx.probability))
 
     @staticmethod
@@ -114,30 +126,32 @@ class _Blocks(torch.autograd.Function):
         q_BHTK, k_BHSK, v_BHSK, bias, rows = ctx.saved_tensors
         grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
         grad_q, grad_k, grad_v = (torch.empty_like(part) for part in (q_BHTK, k_BHSK, v_BHSK))
-        words_S = number_words(k_BHSK.shape[2], device=q_BHTK.device)
+        words_S = None
         if rows is not None:
+            words_S = number_words(k_BHSK.shape[2], device=q_BHTK.device)
             grad_o_BHTK = grad_o_BHTK * (1 / (1 - ctx.probability))
         with batches_by_onednn(q_BHTK):
             for heads in _heads_at_once(q_BHTK, k_BHSK, ctx.mask):
-                sum_k, sum_v = (_zeros_in_fp32(part[heads.keys]) for part in (k_BHSK, v_BHSK))
-                for block in _blocks(heads, ctx.mask, device=q_BHTK.device):
+                sums: list[Tensor] = []  # of the gradients of keys and values
+                for block in _blocks(heads, ctx.mask, q_BHTK):
                     q, k, v = block.of_queries(q_BHTK), block.of_keys(k_BHSK), block.of_keys(v_BHSK)
                     grad_o = block.of_queries(grad_o_BHTK)
                     p = dropped = _probabilities(q, k, block, bias, ctx.scale, ctx.divisor)
                     grad_p = torch.bmm(grad_o, v.mT)
-                    if rows is not None:
+                    if rows is not None and words_S is not None:
                         kept = _kept(p, rows, words_S, block, ctx.probability)
                         dropped = p * kept
                         grad_p *= kept
-                    sum_v[:, : block.seen] += torch.bmm(dropped.mT, grad_o)
+                        del kept
+                    by_v = torch.bmm(dropped.mT, grad_o)
                     grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
                     if grad_bias is not None:
                         by_bias = block.of_scores(grad_bias)
                         by_bias += block.by_head(grad_s).sum_to_size(by_bias.shape)
                     grad_q[block.queries] = block.by_head(_times(grad_s, k, ctx.scale))
-                    sum_k[:, : block.seen] += torch.bmm(grad_s.mT, q)
-                grad_k[heads.keys] = sum_k.mul_(ctx.scale).view(grad_k[heads.keys].shape)
-                grad_v[heads.keys] = sum_v.view(grad_v[heads.keys].shape)
+                    _add_up(sums, _times(grad_s.mT, q, ctx.scale), by_v)
+                    del p, dropped, grad_p, grad_s
+                grad_k[heads.keys], grad_v[heads.keys] = (total.view(grad_k[heads.keys].shape) for total in sums)
         return grad_q, grad_k, grad_v, grad_bias, None, None, None, None
 
 
@@ -166,6 +180,7 @@ class _Block:
     rows: slice  # of queries
     seen: int
     hidden: Tensor | None  # bool, 1 or B by 1TS: True where one of the last of these keys is not seen
+    hiding: Tensor | None  # of the same shape, in the type of q: minus infinity there, else 0
     some_see_nothing: bool
 
     @property
@@ -202,7 +217,7 @@ def _heads_at_once(q_BHTK: Tensor, k_BHSK: Tensor, mask: Mask) -> Iterator[_Head
         # In causal order half of the keys are hidden; pieces of the queries leave a part of these out.
         queries = -(-num_queries // 2) if mask.causal else num_queries
     else:
-        queries = _queries_on_cpu(q_BHTK.dtype)
+        queries = _queries_on_cpu(q_BHTK.dtype, num_keys)
     queries = max(1, min(queries, num_queries, allowed // num_keys))
     shared = heads // key_heads
     most = max(1, allowed // (queries * num_keys * shared))  # heads of keys
@@ -221,25 +236,41 @@ def _heads_at_once(q_BHTK: Tensor, k_BHSK: Tensor, mask: Mask) -> Iterator[_Head
             )
 
 
-def _queries_on_cpu(dtype: torch.dtype) -> int:
+def _queries_on_cpu(dtype: torch.dtype, keys: float) -> int:
     """The most queries of a block."""
-    return _QUERIES if dtype == torch.float32 else _QUERIES_IN_16_BITS
+    if dtype != torch.float32:
+        return _QUERIES_IN_16_BITS
+    if not multiplies_batches_by_onednn():
+        return _QUERIES
+    # Where there are many keys a larger part of a block's are not hidden.
+    return max(_QUERIES, min(_MOST_QUERIES, int(keys) // 8 // _QUERIES * _QUERIES))
 
 
-def _blocks(heads: _Heads, mask: Mask, *, device: torch.device) -> Iterator[_Block]:
-    """Blocks that cover all queries."""
-    for first in range(0, heads.num_queries, heads.queries_at_once):
+def _blocks(heads: _Heads, mask: Mask, q_BHTK: Tensor) -> Iterator[_Block]:
+    """Blocks that cover all queries, the last first: that one sees all keys."""
+    causal_hidden = causal_hiding = None
+    if mask.causal and mask.visible is None:
+        causal_hidden = ~causal_order(heads.queries_at_once, heads.queries_at_once, q_BHTK.device)[None, None]
+        causal_hiding = _hiding(causal_hidden, q_BHTK.dtype)
+    for first in reversed(range(0, heads.num_queries, heads.queries_at_once)):
         rows = slice(first, min(first + heads.queries_at_once, heads.num_queries))
         num_rows = rows.stop - rows.start
         if mask.visible is not None:
             samples = heads.samples if len(mask.visible) > 1 else slice(None)
+            hidden = ~mask.visible[samples, :, rows]
             # In causal order every query sees itself at least.
-            yield _Block(heads, rows, heads.num_keys, ~mask.visible[samples, :, rows], not mask.causal)
-        elif mask.causal:
-            order = causal_order(num_rows, num_rows, device)
-            yield _Block(heads, rows, heads.num_keys - heads.num_queries + rows.stop, ~order[None, None], False)
+            yield _Block(heads, rows, heads.num_keys, hidden, _hiding(hidden, q_BHTK.dtype), not mask.causal)
+        elif causal_hidden is not None and causal_hiding is not None:
+            corner = (..., slice(num_rows), slice(num_rows))
+            seen = heads.num_keys - heads.num_queries + rows.stop
+            yield _Block(heads, rows, seen, causal_hidden[corner], causal_hiding[corner], False)
         else:
-            yield _Block(heads, rows, heads.num_keys, None, False)
+            yield _Block(heads, rows, heads.num_keys, None, None, False)
+
+
+def _hiding(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """What hides scores where it is added: several times as fast on a CPU as filling them in."""
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
 def _probabilities(q: Tensor, k: Tensor, block: _Block, bias: Tensor | None, scale: float, divisor: float) -> Tensor:
@@ -250,14 +281,13 @@ def _probabilities(q: Tensor, k: Tensor, block: _Block, bias: Tensor | None, sca
     if bias is not None:
         scores = scores.float()
         block.by_head(scores).add_(block.of_scores(bias))
-    if block.hidden is None:
+    if block.hidden is None or block.hiding is None:
         return torch.softmax(scores, -1).to(q.dtype)
     last = block.by_head(scores)[..., -block.hidden.shape[-1] :]
     if q.dtype == torch.float16:
         last.masked_fill_(block.hidden, -torch.inf)  # for it may be infinite
     else:
-        # Several times as fast on a CPU.
-        last += torch.zeros_like(block.hidden, dtype=scores.dtype).masked_fill_(block.hidden, -torch.inf)
+        last += block.hiding
     p = torch.softmax(scores, -1).to(q.dtype)
     if block.some_see_nothing:
         # Where nothing is visible the softmax is 0 / 0.
@@ -277,7 +307,10 @@ def _times(left: Tensor, right: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(left.new_empty(1), left, right, beta=0, alpha=scale)
 
 
-def _zeros_in_fp32(part_BHSK: Tensor) -> Tensor:
-    """NSK, for a sum over blocks."""
-    dtype = torch.promote_types(part_BHSK.dtype, torch.float32)
-    return torch.zeros_like(part_BHSK.flatten(0, 1), dtype=dtype, memory_format=torch.contiguous_format)
+def _add_up(sums: list[Tensor], *products_NSK: Tensor) -> None:
+    """Sums over blocks, NSK in fp32, of which the first sees all keys and the others the first of them."""
+    if not sums:
+        sums += [product.to(torch.promote_types(product.dtype, torch.float32)) for product in products_NSK]
+        return
+    for total, product in zip(sums, products_NSK, strict=True):
+        total[:, : product.shape[1]] += product

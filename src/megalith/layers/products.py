@@ -131,13 +131,13 @@ def linear_without_gradients(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None
 @contextmanager
 def batches_by_onednn(left: Tensor) -> Iterator[None]:
     """While it lasts batches of products in fp32 on a CPU go to oneDNN, where MKL would leave half of it idle."""
-    suits = left.device.type == "cpu" and left.dtype == torch.float32 and _multiplies_exactly()
+    suits = left.device.type == "cpu" and left.dtype == torch.float32 and multiplies_batches_by_onednn()
     with _as_if_rounding_to_bf16() if suits else nullcontext():
         yield
 
 
 @cache
-def _multiplies_exactly() -> bool:
+def multiplies_batches_by_onednn() -> bool:
     """Whether this processor is one for `batches_by_onednn`, and oneDNN keeps all bits of what it multiplies.
 
     torch sends batches in fp32 to oneDNN only where it is allowed to round them to bf16. For processors without AMX

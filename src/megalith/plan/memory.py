@@ -205,7 +205,8 @@ def attends_in_blocks(job: Job) -> bool:
     if job.device != "cpu" or job.attention_dropout:
         return job.device == "cpu"
     heads, queries = heads_and_queries(job)
-    return not job.compiled and are_faster(_dtype(job), heads=heads, queries=queries, keys=job.sequence_length)
+    sizes = {"queries": queries, "keys": job.sequence_length, "width": job.head_width}
+    return not job.compiled and are_faster(_dtype(job), heads=heads, **sizes)
 
 
 def _dtype(job: Job) -> torch.dtype:
@@ -313,7 +314,7 @@ def _blocks_working(job: Job) -> float:
     # Gradients of what comes out, of queries, keys and values, sums of the last two, and copies of them.
     gradients = tokens * (e * (job.width + 2 * job.query_features + 2 * keys) + FP32 * keys)
     # Probabilities and two gradients; with dropout probabilities, a gradient, and the words that its mask is made of.
-    of_score = 2 * e + 4 * FP32 if job.attention_dropout else 3 * e
+    of_score = 2 * e + 2 * FP32 if job.attention_dropout else 3 * e
     most = scores_of_a_block(_dtype(job), heads=heads, queries=queries, keys=job.sequence_length)
     inside = (3 if job.is_gated else 1) + (job.activation != "relu")
     return gradients + of_score * most - tokens * e * inside * job.inner / job.tensor
