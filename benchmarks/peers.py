@@ -246,35 +246,24 @@ def measure_size(size: str, measured: dict[str, Measured], options: argparse.Nam
 
 
 def start(name: str, size: str, found: Measured, options: argparse.Namespace) -> Running | None:
-    """Start a program, as often as is asked for, and let it take its first two steps, alone; None if it fails, which is
-    noted."""
+    """Start a program as often as is asked for; the last takes a second step. None if it fails, which is noted."""
     seconds: list[float] = []
-    while True:
-        program = Running(name, size, options.directory, bf16=options.bf16)
-        try:
-            said = program.answer()
-        except RuntimeError as error:
-            failed(program, name, size, found, error)
-            return None
-        seconds.append(time.perf_counter() - program.began)
-        if len(seconds) == options.starts:
-            break
-        program.end()
-    found.first_step = statistics.median(seconds)
     try:
-        found.num_parameters, found.threads = said["num_parameters"], said["threads"]
+        for left in reversed(range(options.starts)):
+            program = Running(name, size, options.directory, bf16=options.bf16)
+            said = program.answer()
+            seconds.append(time.perf_counter() - program.began)
+            if left:
+                program.end()
         program.take(1)  # The second step still meets much for the first time.
     except RuntimeError as error:
-        failed(program, name, size, found, error)
+        found.failed = str(error)
+        program.end()
+        print(f"{size} {name}: failed: {error}", flush=True)
         return None
+    found.first_step = statistics.median(seconds)
+    found.num_parameters, found.threads = said["num_parameters"], said["threads"]
     return program
-
-
-def failed(program: Running, name: str, size: str, found: Measured, error: RuntimeError) -> None:
-    """Note that a program said nothing more, and go on without it."""
-    found.failed = str(error)
-    program.end()
-    print(f"{size} {name}: failed: {error}", flush=True)
 
 
 def take_turns(

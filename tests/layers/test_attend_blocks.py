@@ -164,6 +164,9 @@ def test_what_suits_blocks(monkeypatch: pytest.MonkeyPatch, by_onednn: bool) -> 
     assert not suits_blocks(*usual)
 
 
+SIZES_OF_KEYS = (40, 256, 1000, 1024, 1600, 2048, 8192)
+
+
 @pytest.mark.parametrize("by_onednn", [True, False])
 def test_a_block_has_more_queries_where_it_hides_a_small_part_of_many_keys(
     monkeypatch: pytest.MonkeyPatch, by_onednn: bool
@@ -173,6 +176,3 @@ def test_a_block_has_more_queries_where_it_hides_a_small_part_of_many_keys(
     assert of_keys == ([40, 64, 64, 128, 192, 256, 256] if by_onednn else [40, *[64] * 6])
     of_16 = [attend_blocks.scores_of_a_block(torch.bfloat16, heads=1, queries=n, keys=n) / n for n in SIZES_OF_KEYS]
     assert of_16 == [40, *[128] * 6]
-
-
-SIZES_OF_KEYS = (40, 256, 1000, 1024, 1600, 2048, 8192)

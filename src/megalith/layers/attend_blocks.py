@@ -106,30 +106,29 @@ class _Blocks(torch.autograd.Function):
         rows = None if dropout is None else dropout.rows
         ctx.mask, ctx.scale, ctx.divisor = mask, scale, divisor
         ctx.probability = 0.0 if dropout is None else dropout.probability
+        kept = _Kept.of(rows, ctx.probability, num_keys=k_BHSK.shape[2])
         ctx.save_for_backward(q_BHTK, k_BHSK, v_BHSK, bias, rows)
         # Heads inside tokens in memory, as the projection that follows wants it.
         o_BHTK = q_BHTK.new_empty(batch, num_queries, num_heads, head_width).transpose(1, 2)
-        words_S = None if rows is None else number_words(k_BHSK.shape[2], device=q_BHTK.device)
         with batches_by_onednn(q_BHTK):
             for heads in _heads_at_once(q_BHTK, k_BHSK, mask):
                 for block in _blocks(heads, mask, q_BHTK):
                     q, k, v = block.of_queries(q_BHTK), block.of_keys(k_BHSK), block.of_keys(v_BHSK)
                     p = _probabilities(q, k, block, bias, scale, divisor)
-                    if rows is not None and words_S is not None:
-                        p *= _kept(p, rows, words_S, block, ctx.probability)
+                    if kept is not None:
+                        p *= kept.among(p, block)
                     o_BHTK[block.queries] = block.by_head(torch.bmm(p, v))
                     del p  # before the next block's are made
-        return o_BHTK if rows is None else o_BHTK.mul_(1 / (1 - ctx.probability))
+        return o_BHTK if kept is None else o_BHTK.mul_(1 / (1 - kept.probability))
 
     @staticmethod
     def backward(ctx: Any, grad_o_BHTK: Tensor) -> tuple[Tensor | None, ...]:
         q_BHTK, k_BHSK, v_BHSK, bias, rows = ctx.saved_tensors
         grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
         grad_q, grad_k, grad_v = (torch.empty_like(part) for part in (q_BHTK, k_BHSK, v_BHSK))
-        words_S = None
-        if rows is not None:
-            words_S = number_words(k_BHSK.shape[2], device=q_BHTK.device)
-            grad_o_BHTK = grad_o_BHTK * (1 / (1 - ctx.probability))
+        kept = _Kept.of(rows, ctx.probability, num_keys=k_BHSK.shape[2])
+        if kept is not None:
+            grad_o_BHTK = grad_o_BHTK * (1 / (1 - kept.probability))
         with batches_by_onednn(q_BHTK):
             for heads in _heads_at_once(q_BHTK, k_BHSK, ctx.mask):
                 sums: list[Tensor] = []  # of the gradients of keys and values
@@ -138,11 +137,11 @@ class _Blocks(torch.autograd.Function):
                     grad_o = block.of_queries(grad_o_BHTK)
                     p = dropped = _probabilities(q, k, block, bias, ctx.scale, ctx.divisor)
                     grad_p = torch.bmm(grad_o, v.mT)
-                    if rows is not None and words_S is not None:
-                        kept = _kept(p, rows, words_S, block, ctx.probability)
-                        dropped = p * kept
-                        grad_p *= kept
-                        del kept
+                    if kept is not None:
+                        ones = kept.among(p, block)
+                        dropped = p * ones
+                        grad_p *= ones
+                        del ones
                     by_v = torch.bmm(dropped.mT, grad_o)
                     grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
                     if grad_bias is not None:
@@ -179,8 +178,8 @@ class _Block:
     of: _Heads
     rows: slice  # of queries
     seen: int
-    hidden: Tensor | None  # bool, 1 or B by 1TS: True where one of the last of these keys is not seen
-    hiding: Tensor | None  # of the same shape, in the type of q: minus infinity there, else 0
+    # 1 or B by 1TS in the type of q: minus infinity where one of the last of these keys is not seen, else 0.
+    hiding: Tensor | None
     some_see_nothing: bool
 
     @property
@@ -206,6 +205,27 @@ class _Block:
         """BHTX, a view, of N(RT)X."""
         num_rows = self.rows.stop - self.rows.start
         return product.view(-1, self.of.heads.stop - self.of.heads.start, num_rows, product.shape[-1])
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Which probabilities dropout keeps."""
+
+    rows: Tensor  # int32 BHT: one word per query and head
+    words: Tensor  # int32 S: one per key
+    probability: float
+
+    @classmethod
+    def of(cls, rows_BHT: Tensor | None, probability: float, *, num_keys: int) -> "_Kept | None":
+        if rows_BHT is None:
+            return None
+        return cls(rows_BHT, number_words(num_keys, device=rows_BHT.device), probability)
+
+    def among(self, p: Tensor, block: _Block) -> Tensor:
+        """In the shape and type of a block's probabilities: 1 for those that stay, 0 for those that are dropped."""
+        # Contiguous, so that the mask is.
+        rows = self.rows[block.queries].contiguous()
+        return ones_and_zeros(keep_mask(rows, self.words[: block.seen], self.probability), p.dtype).view_as(p)
 
 
 def _heads_at_once(q_BHTK: Tensor, k_BHSK: Tensor, mask: Mask) -> Iterator[_Heads]:
@@ -248,24 +268,23 @@ def _queries_on_cpu(dtype: torch.dtype, keys: float) -> int:
 
 def _blocks(heads: _Heads, mask: Mask, q_BHTK: Tensor) -> Iterator[_Block]:
     """Blocks that cover all queries, the last first: that one sees all keys."""
-    causal_hidden = causal_hiding = None
+    in_order = None
     if mask.causal and mask.visible is None:
-        causal_hidden = ~causal_order(heads.queries_at_once, heads.queries_at_once, q_BHTK.device)[None, None]
-        causal_hiding = _hiding(causal_hidden, q_BHTK.dtype)
+        order = causal_order(heads.queries_at_once, heads.queries_at_once, q_BHTK.device)
+        in_order = _hiding(~order[None, None], q_BHTK.dtype)
     for first in reversed(range(0, heads.num_queries, heads.queries_at_once)):
         rows = slice(first, min(first + heads.queries_at_once, heads.num_queries))
         num_rows = rows.stop - rows.start
         if mask.visible is not None:
             samples = heads.samples if len(mask.visible) > 1 else slice(None)
-            hidden = ~mask.visible[samples, :, rows]
+            hiding = _hiding(~mask.visible[samples, :, rows], q_BHTK.dtype)
             # In causal order every query sees itself at least.
-            yield _Block(heads, rows, heads.num_keys, hidden, _hiding(hidden, q_BHTK.dtype), not mask.causal)
-        elif causal_hidden is not None and causal_hiding is not None:
-            corner = (..., slice(num_rows), slice(num_rows))
+            yield _Block(heads, rows, heads.num_keys, hiding, not mask.causal)
+        elif in_order is not None:
             seen = heads.num_keys - heads.num_queries + rows.stop
-            yield _Block(heads, rows, seen, causal_hidden[corner], causal_hiding[corner], False)
+            yield _Block(heads, rows, seen, in_order[..., :num_rows, :num_rows], False)
         else:
-            yield _Block(heads, rows, heads.num_keys, None, None, False)
+            yield _Block(heads, rows, heads.num_keys, None, False)
 
 
 def _hiding(hidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -281,25 +300,18 @@ def _probabilities(q: Tensor, k: Tensor, block: _Block, bias: Tensor | None, sca
     if bias is not None:
         scores = scores.float()
         block.by_head(scores).add_(block.of_scores(bias))
-    if block.hidden is None or block.hiding is None:
+    if block.hiding is None:
         return torch.softmax(scores, -1).to(q.dtype)
-    last = block.by_head(scores)[..., -block.hidden.shape[-1] :]
+    last = block.by_head(scores)[..., -block.hiding.shape[-1] :]
     if q.dtype == torch.float16:
-        last.masked_fill_(block.hidden, -torch.inf)  # for it may be infinite
+        last.masked_fill_(block.hiding.isinf(), -torch.inf)  # for it may be infinite
     else:
         last += block.hiding
     p = torch.softmax(scores, -1).to(q.dtype)
     if block.some_see_nothing:
         # Where nothing is visible the softmax is 0 / 0.
-        block.by_head(p).masked_fill_(block.hidden, 0.0)
+        block.by_head(p).masked_fill_(block.hiding.isinf(), 0.0)
     return p
-
-
-def _kept(p: Tensor, rows_BHT: Tensor, words_S: Tensor, block: _Block, probability: float) -> Tensor:
-    """In the shape and type of a block's probabilities: 1 for those that stay, 0 for those that are dropped."""
-    # Contiguous, so that the mask is.
-    rows = rows_BHT[block.queries].contiguous()
-    return ones_and_zeros(keep_mask(rows, words_S[: block.seen], probability), p.dtype).view_as(p)
 
 
 def _times(left: Tensor, right: Tensor, scale: float) -> Tensor:

@@ -204,9 +204,10 @@ def attends_in_blocks(job: Job) -> bool:
     """Whether attention is computed a block of queries at a time, as `megalith.layers.attend` decides."""
     if job.device != "cpu" or job.attention_dropout:
         return job.device == "cpu"
+    if job.compiled:
+        return False
     heads, queries = heads_and_queries(job)
-    sizes = {"queries": queries, "keys": job.sequence_length, "width": job.head_width}
-    return not job.compiled and are_faster(_dtype(job), heads=heads, **sizes)
+    return are_faster(_dtype(job), heads=heads, queries=queries, keys=job.sequence_length, width=job.head_width)
 
 
 def _dtype(job: Job) -> torch.dtype:
