@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from megalith.bench import made_for_measuring, prepared
 from megalith.sources import read_command_line
-from megalith.train import take_step
+from megalith.train import take_told_step
 
 ROWS = 30
 
@@ -69,12 +69,12 @@ def main() -> None:
     run = made_for_measuring(read_command_line(sys.argv[1:]), steps=5)
     with prepared(run, started=time.monotonic()) as (job, keeper):
         for _ in range(3):
-            take_step(job, keeper)
+            take_told_step(job, keeper)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=1_000_000)
-        take_step(job, keeper)
+        take_told_step(job, keeper)
         torch.cuda.synchronize()
         peak = peak_of(torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()])
         most = torch.cuda.max_memory_allocated()

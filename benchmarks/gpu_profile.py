@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megalith.bench import made_for_measuring, prepared
 from megalith.sources import read_command_line
-from megalith.train import take_step
+from megalith.train import take_told_step
 
 ROWS = 40
 # Kinds of kernels by what their names hold; the first that fits counts.
@@ -55,12 +55,12 @@ def main() -> None:
     activity = ProfilerActivity.CPU if options.toy else ProfilerActivity.CUDA
     with prepared(run, started=time.monotonic()) as (job, keeper):
         for _ in range(3):
-            take_step(job, keeper)
+            take_told_step(job, keeper)
         _wait(job.device)
         with profile(activities=[activity], acc_events=True) as tracer:
             began = time.perf_counter()
             for _ in range(options.steps):
-                take_step(job, keeper)
+                take_told_step(job, keeper)
             _wait(job.device)
             wall = (time.perf_counter() - began) / options.steps
     seconds: dict[str, float] = defaultdict(float)

@@ -178,7 +178,7 @@ def test_a_measurement_without_memory_speaks_of_no_checkpoint(
     def exhaust(*arguments: object, **settings: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-    monkeypatch.setattr("megalith.bench.take_step", exhaust)
+    monkeypatch.setattr("megalith.train.take_step", exhaust)
     assert main(["bench", *MODEL]) == OUT_OF_MEMORY
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("megalith: out of memory: ")

@@ -1,22 +1,14 @@
-"""Megalith: the step of `megalith pretrain`, on made-up tokens."""
+"""Megalith: the step of `megalith pretrain`, logged and watched as there, on made-up tokens."""
 
-import os
 import time
-from contextlib import ExitStack
 
 import torch
 from protocol import asked_size, serve
 
-from megalith.allocator import keep_freed_memory
-from megalith.bench import made_for_measuring
+from megalith.bench import made_for_measuring, prepared
 from megalith.check import check
-from megalith.job import build_job
-from megalith.keeper import Keeper
-from megalith.loaders import open_data
-from megalith.monitor.log import RunLog
-from megalith.parallel.mesh import choose_device, make_layout
 from megalith.sources import read_command_line
-from megalith.train import take_step
+from megalith.train import take_told_step
 
 size = asked_size()
 words = f"""
@@ -31,16 +23,9 @@ if size.bf16:
     words += ["--bf16"]
 run = made_for_measuring(read_command_line(words), steps=100_000)
 assert not check(run, 1)
-layout = make_layout({}, tensor=1, pipeline=1)
-keep_freed_memory()  # As `megalith pretrain` does on a CPU.
-with ExitStack() as stack:
-    silent = stack.enter_context(open(os.devnull, "w"))
-    log = stack.enter_context(RunLog("json", silent, is_printing_rank=False))
-    job = build_job(run, layout, choose_device("cpu", 0), log, started=time.monotonic())
-    keeper = stack.enter_context(Keeper(job))
-    open_data(job)
+with prepared(run, started=time.monotonic()) as (job, keeper):
     serve(
-        lambda: float(take_step(job, keeper).losses["lm loss"]),
+        lambda: float(take_told_step(job, keeper).losses["lm loss"]),
         num_parameters=job.laid.num_parameters,
         threads=torch.get_num_threads(),
     )

@@ -1,7 +1,8 @@
 """`megalith bench`: how fast a model trains on this machine, and what it needs; with made-up tokens, so without data.
 
-What runs is pretrain's own step. After the warm-up every step is timed by itself, from one synchronization of the
-device to the next; where the time goes is measured in further steps, since timers that synchronize cost time.
+What runs is pretrain's own step, told and watched as there, into a log that nobody reads. After the warm-up every step
+is timed by itself, from one synchronization of the device to the next; where the time goes is measured in further
+steps, since timers that synchronize cost time.
 """
 
 import argparse
@@ -24,13 +25,13 @@ from megalith.allocator import keep_freed_memory
 from megalith.check import check
 from megalith.command_line import CommandParser
 from megalith.config import ConfigError, Run, known_settings
-from megalith.derived import compute_dtype, given_length, global_batch_size
+from megalith.derived import collective_timeout, compute_dtype, given_length, global_batch_size
 from megalith.job import Job, build_job
 from megalith.keeper import Keeper
 from megalith.launch import as_program, launch, ranks_in
 from megalith.loaders import open_data
 from megalith.monitor.flops import TERA
-from megalith.monitor.log import RunLog
+from megalith.monitor.log import RunLog, choose_format
 from megalith.monitor.memory import memory_use
 from megalith.monitor.timers import STEP_TIMERS, Timers
 from megalith.notices import USUAL_LOSS_SCALE
@@ -41,7 +42,8 @@ from megalith.ranks import Ranks
 from megalith.room import refuse_what_cannot_fit
 from megalith.sources import read_command_line
 from megalith.task_rows import TASK_ROWS
-from megalith.train import take_step
+from megalith.train import take_step, take_told_step
+from megalith.watching import Places, open_watch
 
 # What the timers of a step are called in the split; the optimizer's contains those of its parts.
 SPLIT = {
@@ -57,7 +59,7 @@ SPLIT_STEPS = 3
 LEARNING_RATE = 1e-4
 # Settings that nothing looks at while steps are measured, beside those that are replaced.
 UNUSED_PARTS = ("checkpoint", "evaluate")
-UNUSED = ("max_restarts", "hang_timeout")
+UNUSED = ("max_restarts",)
 
 
 def main(words: Sequence[str], *, started: float) -> int:
@@ -165,7 +167,7 @@ def without_effect(words: Sequence[str], asked: Run, measured: Run) -> list[str]
 
 @contextmanager
 def prepared(run: Run, *, started: float) -> Iterator[tuple[Job, Keeper]]:
-    """The job of a checked run that is only measured, ready for `take_step`."""
+    """The job of a checked run that is only measured, watched and ready for `take_told_step`."""
     layout = make_layout(
         os.environ,
         tensor=run.parallel.tensor_model_parallel_size,
@@ -177,13 +179,19 @@ def prepared(run: Run, *, started: float) -> Iterator[tuple[Job, Keeper]]:
         refuse_what_cannot_fit(run, layout, device)
         if device.type == "cpu":
             keep_freed_memory()
-        stack.enter_context(joined(layout, device, join_timeout=run.parallel.join_timeout))
+        meeting = joined(layout, device, join_timeout=run.parallel.join_timeout, timeout=collective_timeout(run))
+        watch = stack.enter_context(open_watch(run, layout, stack.enter_context(meeting)))
         require_same_settings(run)
         silent: TextIO = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-        log = stack.enter_context(RunLog("json", silent, is_printing_rank=False))
+        speaks = layout.rank == layout.world_size - 1
+        log_format = choose_format(run.monitor.log_format, silent)
+        log = stack.enter_context(RunLog(log_format, silent, is_printing_rank=speaks))
         job = build_job(run, layout, device, log, started=started)
+        watch.follow(Places(job))
         keeper = stack.enter_context(Keeper(job))
         open_data(job)
+        job.ledger.switch("other")
+        job.first_step = job.progress.step
         yield job, keeper
 
 
@@ -229,9 +237,9 @@ class Step(NamedTuple):
 
 
 def _step(job: Job, keeper: Keeper, synchronize: Callable[[], None]) -> Step:
-    """Take a step."""
+    """Take a step as pretrain does."""
     began = time.perf_counter()
-    done = take_step(job, keeper)
+    done = take_told_step(job, keeper)
     synchronize()
     seconds = time.perf_counter() - began
     return Step(seconds, float(done.losses[job.task.losses(job.run)[0]]), done.skipped)
@@ -240,7 +248,12 @@ def _step(job: Job, keeper: Keeper, synchronize: Callable[[], None]) -> Step:
 def _split(job: Job, keeper: Keeper, synchronize: Callable[[], None]) -> dict[str, float]:
     """Seconds of each part of a step, means over a few; what no timer covers is `other`."""
     job.timers = Timers(synchronize)
-    total = sum(_step(job, keeper, synchronize).seconds for _ in range(SPLIT_STEPS)) / SPLIT_STEPS
+    began = time.perf_counter()
+    for _ in range(SPLIT_STEPS):
+        with job.ledger.spend("step"):
+            take_step(job, keeper)  # not told: a line would read the timers
+        synchronize()
+    total = (time.perf_counter() - began) / SPLIT_STEPS
     measured = job.timers.elapsed(STEP_TIMERS)
     split = {word: measured[name] / SPLIT_STEPS for name, word in SPLIT.items() if name in measured}
     return {**split, "other": total - sum(split.values())}

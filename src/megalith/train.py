@@ -187,24 +187,15 @@ def run_steps(job: Job, keeper: Keeper, signals: StopSignals) -> str | None:
 
 def _run_on(job: Job, keeper: Keeper, signals: StopSignals, profile: Profile | None) -> str | None:
     """The steps of `run_steps`."""
-    run, progress, log = job.run, job.progress, job.log
+    run, progress = job.run, job.progress
     while progress.step < job.last_step:
         if cut := evaluate_if_owed(job, signals):
             return cut
         if profile is not None:
             profile.before_step(progress.step + 1)
-        with job.ledger.spend("step"):
-            done = take_step(job, keeper)
+        take_told_step(job, keeper)
         if profile is not None:
             profile.after_step(progress.step)
-        log.report(done)
-        keeper.poll()
-        if job.book is not None:
-            job.book.write_if_due(job.ledger)
-        job.interval.add(done)
-        if every(progress.step, run.monitor.log_interval):
-            report_interval(job, done)
-            report_slow_ranks(job)
         if every(progress.step, run.evaluate.eval_interval):
             progress.owes = "interval"
         if job.stop is None and not evaluate_if_owed(job, signals) and progress.step == job.last_step:
@@ -215,6 +206,21 @@ def _run_on(job: Job, keeper: Keeper, signals: StopSignals, profile: Profile | N
         if reason:
             return reason
     return None
+
+
+def take_told_step(job: Job, keeper: Keeper) -> StepDone:
+    """Take a step and do what follows each: log it, look after the checkpoint being written, print the line if due."""
+    with job.ledger.spend("step"):
+        done = take_step(job, keeper)
+    job.log.report(done)
+    keeper.poll()
+    if job.book is not None:
+        job.book.write_if_due(job.ledger)
+    job.interval.add(done)
+    if every(job.progress.step, job.run.monitor.log_interval):
+        report_interval(job, done)
+        report_slow_ranks(job)
+    return done
 
 
 def every(step: int, interval: int | None) -> bool:

@@ -104,6 +104,21 @@ def test_a_hung_rank_is_named_with_phase_and_stack_at_the_timeout(
     assert f"line {hang.__code__.co_firstlineno + 1} in {hang.__name__}" in ended.said, ended.said
 
 
+def test_a_hung_rank_of_a_measurement_is_named_too(tmp_path: Path) -> None:
+    def disturb(rank: int) -> None:
+        if rank == 1:
+            at_step(hang_asleep)
+
+    model = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --micro-batch-size 1".split()
+    words = ["bench", *model, "--vocab-size", "64", "--device", "cpu", "--hang-timeout", str(HANG_TIMEOUT)]
+    ended = run_ranks(words, 2, tmp_path, disturb=disturb, follow=1.0)
+    assert not ended.hung and HUNG in ended.statuses, ended
+    assert re.search(r"rank 1 \(process \d+ on [^)]+\) made no progress for \S+ s.* at step 3 in step", ended.said), (
+        ended.said
+    )
+    assert f"in {hang_asleep.__name__}" in ended.said, ended.said
+
+
 def test_a_hung_data_thread_is_named_with_phase_and_stack(data: Path, tmp_path: Path) -> None:
     def disturb(rank: int) -> None:
         read = CausalBatches.read
