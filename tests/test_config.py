@@ -320,6 +320,8 @@ def test_the_remedy_for_a_warm_up_fits_both_ends_of_its_range(fraction: str) -> 
         ("--rampup-batch-size 2 2 8", "--rampup-batch-size"),
         ("--lr-warmup-fraction 0.1 --lr-warmup-iters 2", "--lr-warmup-iters"),
         ("--lr-warmup-iters 10", "--lr-warmup-iters"),
+        ("--lr-warmup-init 1", "--lr-warmup-init"),
+        ("--lr-warmup-init -1", "--lr-warmup-init"),
         ("--lr-decay-style WSD", "--lr-wsd-decay-iters"),
         ("--lr-decay-style WSD --lr-wsd-decay-iters 0", "--lr-wsd-decay-iters"),
         ("--lr-decay-style WSD --lr-wsd-decay-iters 8 --lr-warmup-iters 3", "--lr-wsd-decay-iters"),

@@ -137,6 +137,7 @@ def made_for_measuring(run: Run, *, steps: int) -> Run:
             lr_warmup_iters=0,
             lr_warmup_samples=0,
             lr_warmup_fraction=None,
+            lr_warmup_init=0.0,
             rampup_batch_size=None,
             on_nan="skip",
             # Steps whose gradients overflow update nothing: they are shorter than others.

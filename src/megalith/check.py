@@ -97,7 +97,8 @@ def _positive(run: Run) -> Iterator[Fault]:
                 yield fault(name, value, "must be greater than 0", "Give a positive number")
     not_negative = {
         "model": "init_method_std",
-        "optimizer": "lr min_lr weight_decay clip_grad lr_warmup_iters lr_warmup_samples max_bad_steps spike_threshold",
+        "optimizer": "lr min_lr lr_warmup_init weight_decay clip_grad lr_warmup_iters lr_warmup_samples max_bad_steps "
+        "spike_threshold",
         "data": "num_workers vocab_extra_ids train_hard_neg val_av_rank_hard_neg val_av_rank_other_neg",
         "evaluate": "eval_iters",
         "parallel": "max_restarts stop_grace hang_timeout check_compute",
@@ -241,6 +242,8 @@ def _schedule(run: Run) -> Iterator[Fault]:
     optimizer, train = run.optimizer, run.train
     if optimizer.lr is not None and optimizer.min_lr > optimizer.lr >= 0:
         yield fault("min_lr", optimizer.min_lr, f"is above --lr = {optimizer.lr}", "Lower it")
+    if optimizer.lr is not None and optimizer.lr_warmup_init > optimizer.lr >= 0:
+        yield fault("lr_warmup_init", optimizer.lr_warmup_init, f"is above --lr = {optimizer.lr}", "Lower it")
     if optimizer.lr_warmup_fraction is not None and not 0 <= optimizer.lr_warmup_fraction < 1:
         rule = "must be at least 0 and below 1"
         yield fault("lr_warmup_fraction", optimizer.lr_warmup_fraction, rule, "Give such a number")

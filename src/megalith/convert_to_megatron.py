@@ -59,6 +59,8 @@ def to_megatron(
     if run.optimizer.lr_decay_style in LATER_STYLES:
         style = run.optimizer.lr_decay_style
         yield f"note: Megatron-LM of 2021 has no --lr-decay-style {style}: load it with --override-lr-scheduler"
+    if run.optimizer.lr_warmup_init:
+        yield "note: Megatron-LM of 2021 has no --lr-warmup-init: its warm-up begins at 0"
     if grid.chunks > 1 and grid.stages <= 2:
         yield f"note: Megatron-LM of 2021 interleaves more than two stages, not {grid.stages}; later versions may"
     yield f"its tokenizer: {Path(run_dir) / 'tokenizer'}"

@@ -207,6 +207,7 @@ OURS = (
     "lr_wsd_decay_style",
     "lr_wsd_decay_iters",
     "lr_wsd_decay_samples",
+    "lr_warmup_init",
     "on_nan",
     "max_bad_steps",
     "spike_threshold",

@@ -32,6 +32,7 @@ _NAMES: dict[str, str] = {
     "lr_decay_iters": "decay_steps lr_decay_steps",
     "lr_wsd_decay_iters": "decay_ratio wsd_decay_steps num_decay_steps cooldown_steps cooldown_iters warmdown_iters",
     "lr_warmup_iters": "warmup_steps warmup_iters num_warmup_steps lr_warmup_steps",
+    "lr_warmup_init": "warmup_init_lr warmup_start_lr init_lr start_lr",
     "lr_warmup_fraction": "warmup_ratio warmup_fraction",
     "optimizer": "optim adamw",
     "adam_eps": "adam_epsilon",

@@ -126,9 +126,8 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     ),
     (
         "Megalith has nothing of the kind; the training without it is another one",
-        "--decoupled-lr --decoupled-min-lr "
-        "--lr-warmup-init --start-weight-decay --end-weight-decay --weight-decay-incr-style --first-last-layers-bf16 "
-        "--num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16",
+        "--decoupled-lr --decoupled-min-lr --start-weight-decay --end-weight-decay --weight-decay-incr-style "
+        "--first-last-layers-bf16 --num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16",
     ),
     (
         "leave it out: Megalith has nothing of the kind, and what is computed is the same without it",

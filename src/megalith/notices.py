@@ -104,6 +104,8 @@ def idle(run: Run) -> Iterator[tuple[str, str]]:
             yield name, "only --fp16 without --loss-scale has a loss scale that moves"
     if optimizer.lr_decay_style == "constant":
         yield "min_lr", "a constant rate does not fall"
+    if not (optimizer.lr_warmup_iters or optimizer.lr_warmup_samples or optimizer.lr_warmup_fraction):
+        yield "lr_warmup_init", "there is no warm-up"
     if optimizer.lr_decay_style != "WSD":
         for name in ("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"):
             yield name, "only --lr-decay-style WSD falls at its end alone"
@@ -175,7 +177,7 @@ def warnings_of(run: Run, *, num_steps: int, device_type: str) -> Iterator[str]:
     warmup = "lr_warmup_iters" if run.train.train_iters else "lr_warmup_samples"
     if optimizer.lr_warmup_fraction is not None:
         warmup = "lr_warmup_fraction"
-    if num_steps == 1 and getattr(optimizer, warmup) > 0:
+    if num_steps == 1 and getattr(optimizer, warmup) > 0 and not optimizer.lr_warmup_init:
         yield (
             "the one step is the first of the warm-up, at learning rate 0: it changes nothing. "
             f"{known_settings()[warmup].flag} 0 leaves the warm-up out."

@@ -63,6 +63,32 @@ def test_the_rate_rises_to_the_peak_and_falls_to_the_minimum(style: str) -> None
     assert rates[100:] == sorted(rates[100:], reverse=True)
 
 
+def test_a_warm_up_may_begin_above_0() -> None:
+    schedule = make_schedule(
+        replace(CONFIG, lr=1e-3, lr_warmup_fraction=None, lr_warmup_iters=4, lr_warmup_init=2e-4),
+        global_batch_size=10,
+        train_iters=100,
+        train_samples=None,
+    )
+    rates = [learning_rate(n, schedule) for n in (0, 10, 20, 30, 40)]
+    assert rates == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3])
+    plain = replace(schedule, init_lr=0.0)
+    assert [learning_rate(n, schedule) for n in range(40, 1001)] == [learning_rate(n, plain) for n in range(40, 1001)]
+    saved = json.loads(json.dumps(schedule_to_json(schedule)))
+    assert resumed_schedule(schedule, saved)[0] == schedule
+    assert "init_lr" not in schedule_to_json(plain)  # as checkpoints of earlier versions
+    for wanted, kept in ((schedule, plain), (plain, schedule)):
+        with pytest.raises(ValueError, match=r"^initial learning rate of the warmup is .*\(--lr-warmup-init\)"):
+            resumed_schedule(wanted, schedule_to_json(kept))
+        assert resumed_schedule(wanted, schedule_to_json(kept), override_lr_scheduler=True)[0] == wanted
+        assert resumed_schedule(wanted, schedule_to_json(kept), use_checkpoint_lr_scheduler=True)[0] == kept
+    for wrong in (-1e-4, 2e-3):
+        with pytest.raises(ValueError, match="--lr-warmup-init"):
+            replace(schedule, init_lr=wrong)
+    with pytest.raises(ValueError, match="init_lr=True"):
+        resumed_schedule(schedule, {**saved, "init_lr": True})
+
+
 def test_wsd_rises_stays_and_falls_at_its_end_alone() -> None:
     assert set(FALLS) == set(WSD_DECAY_STYLES)
     halfway = {"exponential": 2 / 2**0.5 - 1, "linear": 0.5, "cosine": 0.5, "minus_sqrt": 1 - 0.5**0.5}

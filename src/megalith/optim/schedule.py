@@ -2,7 +2,7 @@
 
 The rate is a pure function of the number of samples that successful steps have consumed, so that one integer in the
 checkpoint restores it. The rules are Megatron-LM's, among them that a warm-up makes the very first step run at rate 0;
-those of the styles inverse-square-root and WSD are of its later versions.
+those of the styles inverse-square-root and WSD, and of another rate to begin with, are of its later versions.
 """
 
 import math
@@ -21,7 +21,8 @@ FALLS: dict[str, Callable[[float], float]] = {
     "cosine": lambda ratio: 0.5 * (math.cos(math.pi * ratio) + 1.0),
     "minus_sqrt": lambda ratio: 1.0 - math.sqrt(ratio),
 }
-# The settings that a checkpoint fixes, with the names that Megatron-LM prints for them, in its order; then WSD's.
+# The settings that a checkpoint fixes, with the names that Megatron-LM prints for them, in its order; then those of its
+# later versions.
 SPOKEN_NAMES = {
     "max_lr": "learning rate",
     "min_lr": "minimum learning rate",
@@ -30,6 +31,7 @@ SPOKEN_NAMES = {
     "style": "decay style",
     "wsd_decay": "iterations of the WSD decay",
     "wsd_style": "WSD decay style",
+    "init_lr": "initial learning rate of the warmup",
 }
 OF_WSD = ("wsd_decay", "wsd_style")
 # The flags that set them, to say where a difference can be removed.
@@ -41,15 +43,16 @@ FLAGS = {
     "style": "--lr-decay-style",
     "wsd_decay": "--lr-wsd-decay-iters or --lr-wsd-decay-samples",
     "wsd_style": "--lr-wsd-decay-style",
+    "init_lr": "--lr-warmup-init",
 }
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The settings of a learning-rate schedule: five, and two of the style WSD.
+    """The settings of a learning-rate schedule: five, two of the style WSD, and the rate that a warm-up begins with.
 
     Raises ValueError if a style is unknown, the lengths are not 0 <= warmup < decay and, with WSD, 0 < wsd_decay <=
-    decay - warmup, or the rates not 0 <= min_lr <= max_lr.
+    decay - warmup, or the rates not 0 <= min_lr <= max_lr and 0 <= init_lr <= max_lr.
     """
 
     max_lr: float
@@ -59,6 +62,7 @@ class Schedule:
     style: str
     wsd_decay: int = 0  # samples, the last of the decay length, in which WSD falls
     wsd_style: str = "exponential"
+    init_lr: float = 0.0
 
     def __post_init__(self) -> None:
         if self.style not in LR_DECAY_STYLES:
@@ -69,6 +73,11 @@ class Schedule:
             raise ValueError(
                 f"min_lr={self.min_lr} must be at least 0 and at most max_lr={self.max_lr}: "
                 "lower --min-lr or raise --lr"
+            )
+        if not 0 <= self.init_lr <= self.max_lr:
+            raise ValueError(
+                f"init_lr={self.init_lr} must be at least 0 and at most max_lr={self.max_lr}: "
+                f"lower {FLAGS['init_lr']} or raise --lr"
             )
         if not self.decay > 0:
             raise ValueError(f"decay={self.decay} samples must be greater than 0: change {FLAGS['decay']}")
@@ -113,9 +122,10 @@ def make_schedule(
         warmup = config.lr_warmup_fraction * decay
     if config.lr is None:
         raise ValueError("lr=None: the peak learning rate must be given. Use --lr")
-    if config.lr_decay_style != "WSD":
-        return Schedule(config.lr, config.min_lr, warmup, decay, config.lr_decay_style)
-    return Schedule(config.lr, config.min_lr, warmup, decay, "WSD", wsd_decay, config.lr_wsd_decay_style)
+    style, init_lr = config.lr_decay_style, config.lr_warmup_init
+    if style != "WSD":
+        return Schedule(config.lr, config.min_lr, warmup, decay, style, init_lr=init_lr)
+    return Schedule(config.lr, config.min_lr, warmup, decay, style, wsd_decay, config.lr_wsd_decay_style, init_lr)
 
 
 def learning_rate(num_samples: int, schedule: Schedule) -> float:
@@ -125,7 +135,7 @@ def learning_rate(num_samples: int, schedule: Schedule) -> float:
     section 5.3). WSD: warm-up, a stable rate, a decay at the end (Hu et al. 2024, arXiv:2404.06395).
     """
     if schedule.warmup > 0 and num_samples <= schedule.warmup:
-        return schedule.max_lr * num_samples / schedule.warmup
+        return schedule.init_lr + (schedule.max_lr - schedule.init_lr) * num_samples / schedule.warmup
     if schedule.style == "constant":
         return schedule.max_lr
     if num_samples > schedule.decay:
@@ -144,13 +154,14 @@ def learning_rate(num_samples: int, schedule: Schedule) -> float:
 
 
 def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
-    """The settings as a checkpoint keeps them, those of WSD only with it."""
-    return {name: getattr(schedule, name) for name in _names_of(schedule.style)}
+    """The settings as a checkpoint keeps them, those of WSD only with it, and no rate of 0 to begin with."""
+    return {name: getattr(schedule, name) for name in _names_of(schedule.style, begins_at_0=schedule.init_lr == 0)}
 
 
-def _names_of(style: object) -> list[str]:
+def _names_of(style: object, *, begins_at_0: bool) -> list[str]:
     """The settings of a schedule of this style."""
-    return [name for name in SPOKEN_NAMES if style == "WSD" or name not in OF_WSD]
+    left_out = (() if style == "WSD" else OF_WSD) + (("init_lr",) if begins_at_0 else ())
+    return [name for name in SPOKEN_NAMES if name not in left_out]
 
 
 def resumed_schedule(
@@ -179,11 +190,12 @@ def resumed_schedule(
     kept = _schedule_from_json(saved)
     kept_values = schedule_to_json(kept)
     flags = {**FLAGS, "decay": length_flag}
+    compared = [name for name in SPOKEN_NAMES if name not in OF_WSD or (name in given and name in kept_values)]
     differences = [
-        f"{SPOKEN_NAMES[name]} is {_told(name, given[name], step_samples)} on the command line ({flags[name]}) "
-        f"and {_told(name, kept_values[name], step_samples)} in the checkpoint"
-        for name in SPOKEN_NAMES
-        if name in given and name in kept_values and given[name] != kept_values[name]
+        f"{SPOKEN_NAMES[name]} is {_told(name, getattr(wanted, name), step_samples)} on the command line "
+        f"({flags[name]}) and {_told(name, getattr(kept, name), step_samples)} in the checkpoint"
+        for name in compared
+        if getattr(wanted, name) != getattr(kept, name)
     ]
     if differences and not use_checkpoint_lr_scheduler:
         raise ValueError(
@@ -210,7 +222,7 @@ def length_flag(config: OptimizerConfig, *, train_iters: int | None) -> str:
 
 
 def _schedule_from_json(saved: Mapping[str, Any]) -> Schedule:
-    names = _names_of(saved.get("style"))
+    names = _names_of(saved.get("style"), begins_at_0="init_lr" not in saved)
     for name in names:
         kinds: tuple[type, ...] = (int, float)
         if name in ("style", "wsd_style"):

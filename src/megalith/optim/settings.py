@@ -46,6 +46,7 @@ class OptimizerConfig:
     )
     lr_warmup_iters: int = setting(0, "warm-up iterations", section="learning rate", unit="steps")
     lr_warmup_samples: int = setting(0, "warm-up samples", section="learning rate", unit="sequences")
+    lr_warmup_init: float = setting(0.0, "rate at which the warm-up begins", section="learning rate")
     min_lr: float = setting(0.0, "LR floor", section="learning rate")
     override_lr_scheduler: bool = setting(
         False,
