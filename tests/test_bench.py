@@ -55,6 +55,18 @@ def test_one_json_object_is_printed() -> None:
     assert found["first_loss"] == pytest.approx(math.log(60), rel=0.1)
 
 
+def test_numbers_that_json_lacks_are_texts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *MODEL, *"--fp16 --loss-scale 1e38 --steps 2 --warmup 1 --json".split()]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["first_loss"] == found["last_loss"] == "Infinity"
+
+
+def test_quartiles_of_two_steps_lie_between_them() -> None:
+    figures = measure(made_for_measuring(read_command_line(MODEL), steps=6), warmup=1, steps=2, started=0.0)
+    low, high = figures["step_seconds_quartiles"]
+    assert figures["step_seconds_lowest"] <= low <= high <= figures["step_seconds_highest"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

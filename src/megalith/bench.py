@@ -33,6 +33,7 @@ from megalith.loaders import open_data
 from megalith.monitor.flops import TERA
 from megalith.monitor.log import RunLog, choose_format
 from megalith.monitor.memory import memory_use
+from megalith.monitor.outlet import plain
 from megalith.monitor.timers import STEP_TIMERS, Timers
 from megalith.notices import USUAL_LOSS_SCALE
 from megalith.parallel.mesh import Layout, choose_device, joined, make_layout
@@ -83,7 +84,7 @@ def main(words: Sequence[str], *, started: float) -> int:
         print(text, file=sys.stderr)
     figures = measure(run, warmup=options.warmup, steps=options.steps, started=started)
     if rank == 0:
-        print(json.dumps(figures) if options.json else table(figures), flush=True)
+        print(json.dumps(plain(figures), allow_nan=False) if options.json else table(figures), flush=True)
     return 0
 
 
@@ -273,7 +274,10 @@ def _speed(job: Job, seconds: Sequence[float], device: torch.device) -> dict[str
         "step_seconds": median,
         "step_seconds_lowest": min(seconds),
         "step_seconds_highest": max(seconds),
-        "step_seconds_quartiles": statistics.quantiles(seconds, n=4)[::2] if len(seconds) > 1 else [median, median],
+        # Of two steps as well, they lie between the lowest and the highest.
+        "step_seconds_quartiles": statistics.quantiles(seconds, n=4, method="inclusive")[::2]
+        if len(seconds) > 1
+        else [median, median],
         "timed_steps": len(seconds),
         "model_tflops": reached / TERA,
         "model_tflops_causal": None
