@@ -1,5 +1,6 @@
 """`megalith bench` measures the step that pretrain takes, without data."""
 
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from megalith.cli import OUT_OF_MEMORY, main
 from megalith.data.mock import MockRows
 from megalith.data.tokenizer import load_tokenizer
 from megalith.monitor.memory import memory_use
+from megalith.passes import run_microbatches
 from megalith.planned import vocabulary_of
 from megalith.sources import read_command_line
 from tests.layouts.runs import configured
@@ -73,6 +75,7 @@ def test_quartiles_of_two_steps_lie_between_them() -> None:
         (["--micro-batch-siz", "3"], "did you mean --micro-batch-size?"),
         (["--steps", "0"], "--steps = 0"),
         (["--steps", "many"], "invalid int value"),
+        (["retriever", *MODEL], "megalith: retriever: bench makes data up for gpt, bert, t5, ict, vit only"),
         ([], "--num-layers: is required"),
     ],
 )
@@ -144,6 +147,10 @@ def test_what_changes_nothing_is_told(tmp_path: Path) -> None:
     asked = read_command_line([*SMALL, *given])
     told = without_effect(given, asked, made_for_measuring(asked, steps=6))
     assert told == ["--data-path", "--max-restarts", "--save", "--eval-iters"]
+    given = "--check-replicas 1 --tensorboard-dir board --max-bad-steps 2 --slow-rank-ratio 2 --check-compute 2".split()
+    asked = read_command_line([*SMALL, *given])
+    told = without_effect(given, asked, made_for_measuring(asked, steps=6))
+    assert told == ["--max-bad-steps", "--check-replicas", "--tensorboard-dir"]
     # The table of words is that of the run's own tokenizer.
     load_tokenizer("ByteLevelTokenizer").save(tmp_path / "tokenizer")
     given = ["--save", str(tmp_path), "--corpus", "python"]
@@ -195,6 +202,22 @@ def test_a_measurement_without_memory_speaks_of_no_checkpoint(
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("megalith: out of memory: ")
     assert second == "megalith: a smaller --micro-batch-size needs less"
+
+
+def test_nothing_is_measured_of_a_rank_that_computes_wrongly(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = itertools.count()
+
+    def disturbed(*arguments: Any, **settings: Any) -> dict[str, torch.Tensor]:
+        number = next(passes)  # no two passes of a step agree
+        return {name: loss + number for name, loss in run_microbatches(*arguments, **settings).items()}
+
+    monkeypatch.setattr("megalith.recheck.run_microbatches", disturbed)
+    assert main(["bench", *MODEL, "--check-compute", "2"]) == 2
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("megalith: --check-compute: stopped at step 2 by a rank that computes wrongly")
 
 
 def test_made_up_tokens_are_the_same_for_the_same_seed_and_evenly_distributed() -> None:

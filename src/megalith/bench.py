@@ -20,12 +20,14 @@ from typing import Any, NamedTuple, TextIO
 import torch
 
 from megalith import __version__
-from megalith.agreement import require_same_settings
+from megalith.agreement import refuse, require_same_settings
 from megalith.allocator import keep_freed_memory
 from megalith.check import check
+from megalith.check_tasks import MOCKED
 from megalith.command_line import CommandParser
 from megalith.config import ConfigError, Run, known_settings
 from megalith.derived import collective_timeout, compute_dtype, given_length, global_batch_size
+from megalith.guard import COMPUTES_WRONGLY
 from megalith.job import Job, build_job
 from megalith.keeper import Keeper
 from megalith.launch import as_program, launch, ranks_in
@@ -60,7 +62,12 @@ SPLIT_STEPS = 3
 LEARNING_RATE = 1e-4
 # Settings that nothing looks at while steps are measured, beside those that are replaced.
 UNUSED_PARTS = ("checkpoint", "evaluate")
-UNUSED = ("max_restarts",)
+UNUSED = (
+    *("max_restarts", "max_bad_steps", "check_replicas", "on_replica_fault", "exit_duration_in_mins"),
+    *("slow_save_ratio", "profile_step_start", "profile_step_end", "profile_dir"),
+    *("tensorboard_dir", "tensorboard_queue_size", "log_timers_to_tensorboard", "log_batch_size_to_tensorboard"),
+    *("log_learning_rate_to_tensorboard", "log_loss_scale_to_tensorboard", "log_validation_ppl_to_tensorboard"),
+)
 
 
 def main(words: Sequence[str], *, started: float) -> int:
@@ -69,6 +76,10 @@ def main(words: Sequence[str], *, started: float) -> int:
     asked = read_command_line(rest)
     if asked.monitor.profile:
         raise ValueError("--profile: bench traces nothing. megalith pretrain --mock-data --profile ... does")
+    if asked.task not in MOCKED:
+        raise ValueError(
+            f"{asked.task}: bench makes data up for {', '.join(MOCKED)} only. A run tells its speed in SAVE/log.jsonl."
+        )
     run = made_for_measuring(asked, steps=options.warmup + options.steps + SPLIT_STEPS)
     if run.parallel.nproc is not None and "RANK" not in os.environ:
         command = as_program("megalith", "bench", *words)
@@ -239,9 +250,12 @@ class Step(NamedTuple):
 
 
 def _step(job: Job, keeper: Keeper, synchronize: Callable[[], None]) -> Step:
-    """Take a step as pretrain does."""
+    """Take a step as pretrain does. Raises ConfigError on every rank if what was computed is not to be trusted."""
     began = time.perf_counter()
     done = take_told_step(job, keeper)
+    if job.stop == COMPUTES_WRONGLY:
+        text = f"--check-compute: stopped at step {done.step} by {COMPUTES_WRONGLY}, so nothing is measured. "
+        refuse(Ranks(), f"{text}megalith pretrain --mock-data names it with the same flags.")
     synchronize()
     seconds = time.perf_counter() - began
     return Step(seconds, float(done.losses[job.task.losses(job.run)[0]]), done.skipped)
