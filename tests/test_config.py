@@ -262,6 +262,21 @@ def test_a_run_file_keeps_every_character() -> None:
         assert tomllib.loads(as_toml(run))["checkpoint"]["save"] == word
 
 
+@pytest.mark.parametrize("flag", ["--save", "--tensorboard-dir", "--profile-dir", "--data-cache-path"])
+def test_a_directory_without_a_name_is_not_the_current_one(flag: str) -> None:
+    assert rules_broken([*SMALL, "--save", "run", "--save-interval", "5", f"{flag}="]) == {flag: "is empty"}
+
+
+def test_of_two_run_files_or_tasks_none_is_left_out_without_a_word(tmp_path: Path) -> None:
+    for name in ("a.toml", "b.toml"):
+        (tmp_path / name).write_text("num_layers = 2\n")
+    first, second = str(tmp_path / "a.toml"), str(tmp_path / "b.toml")
+    with pytest.raises(ConfigError, match=r"b\.toml: is a second run file, beside .*a\.toml\. Give one"):
+        read_command_line([first, second, *SMALL])
+    with pytest.raises(ConfigError, match=r"^bert: is a second task, beside gpt\. Give one"):
+        read_command_line(["gpt", first, "bert", *SMALL])
+
+
 @pytest.mark.parametrize("flag", ["--save", "--load", "--data-path", "--sample-prompt"])
 def test_bytes_that_are_no_text_are_refused(flag: str) -> None:
     with pytest.raises(ConfigError, match=f"{flag} = e7\udcff\udcfe: is not valid UTF-8. Rename"):

@@ -25,6 +25,7 @@ def check(run: Run, world_size: int) -> list[Fault]:
     """Every fault of the run on that many ranks; none if it can start."""
     return [
         *_required(run),
+        *_named(run),
         *_finite(run),
         *_positive(run),
         *_shape(run),
@@ -56,6 +57,19 @@ def _required(run: Run) -> Iterator[Fault]:
             yield fault(name, None, "is required and was not given", f"Add {flag_of(name)}, or start from a --preset")
     if run.data.seq_length is None and run.data.encoder_seq_length is None:
         yield fault("seq_length", None, "is required and was not given", "Add --seq-length, or start from a --preset")
+
+
+def _named(run: Run) -> Iterator[Fault]:
+    """A directory without a name would be the current one: of --save "$DIR" where DIR is not set."""
+    places = {
+        "save": run.checkpoint.save,
+        "tensorboard_dir": run.monitor.tensorboard_dir,
+        "profile_dir": run.monitor.profile_dir,
+        "data_cache_path": run.data.data_cache_path,
+    }
+    for name, place in places.items():
+        if place == "":
+            yield fault(name, None, "is empty", "Name a directory, or leave it out")
 
 
 def _finite(run: Run) -> Iterator[Fault]:

@@ -280,14 +280,20 @@ def read_command_line(words: Sequence[str]) -> Run:
     """
     words = list(words)
     task: str | None = None
+    run_file: str | None = None
     file_values: dict[str, Any] = {}
     faults: list[Fault] = []
     while words and not words[0].startswith("-"):
         word = words.pop(0)
         if word.endswith(".toml"):
+            if run_file is not None:
+                faults.append(Fault(word, None, f"is a second run file, beside {run_file}", "Give one of them"))
+            run_file = word
             file_values, found = read_run_file(Path(word))
             faults += found
         elif word in TASKS:
+            if task is not None:
+                faults.append(Fault(word, None, f"is a second task, beside {task}", "Give one of them"))
             task = word
         else:
             remedy = nearest(word, TASKS)
