@@ -29,6 +29,24 @@ give_up_privileges()
 sys.exit(main())
 """
 
+# As C code of numpy's and torch's does at times, the import loses the exception that Ctrl-C is in Python.
+LOSES_INTERRUPTION = """
+import signal
+import sys
+from contextlib import suppress
+from megalith.cli import main
+
+class Losing:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            with suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Losing())
+sys.exit(main(["bench", "--num-layers", "0"]))
+"""
+
 
 def megalith(*words: str, cwd: Path | None = None, unprivileged: bool = False) -> "subprocess.CompletedProcess[str]":
     """The command, ended. unprivileged: permissions hold for it, even if it is root's."""
@@ -454,6 +472,11 @@ def test_zero_shot_tasks_print_the_lines_of_megatron(trained: Path, tmp_path: Pa
     passages.write_text('{"text": "one two three"}\n{"txt": "four"}\n')
     done = megalith(*words)
     assert done.returncode == 2 and "lambada.jsonl, line 2: has no key text" in done.stderr
+
+
+def test_an_interruption_while_torch_is_imported_is_not_lost() -> None:
+    done = subprocess.run([sys.executable, "-c", LOSES_INTERRUPTION], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "megalith: interrupted\n")
 
 
 @pytest.mark.parametrize("command", ["pretrain", "preprocess"])

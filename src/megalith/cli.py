@@ -6,16 +6,18 @@ Nothing heavy is imported before it is known that the words make sense.
 import difflib
 import errno
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, TextIO, cast
 
 from megalith.descriptors import allow_most_descriptors, descriptor_remedy, open_standard_streams
 from megalith.launch import PEER_LOST, PeerLostError, end_with_parent, ranks_in, speaks_for_all
 from megalith.spinning import spin_shortly
-from megalith.terminal import Answer, printable
+from megalith.terminal import Answer, printable, say
 
 if TYPE_CHECKING:
     from megalith.config import Run
@@ -36,6 +38,7 @@ REMEDIES = {
     errno.ENOTDIR: "Correct the path",
     errno.EROFS: "Choose another place",
 }
+INTERRUPTED = 130  # by Ctrl-C; what shells call a process that SIGINT has ended
 OUT_OF_MEMORY = 79  # of one that got no more memory, on the host or on a device
 WHOLE = "checkpoints that were saved are whole; the same command goes on from the newest"
 # What to know then, by command.
@@ -76,7 +79,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         print("megalith: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         return _without_reader()
     except PeerLostError as error:
@@ -102,6 +105,27 @@ def main(words: Sequence[str] | None = None) -> int:
         return OUT_OF_MEMORY
     except (ValueError, OSError) as error:
         return _tell(error)
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """While entered, Ctrl-C ends the process at once: raised while a library is imported, it may be lost there, or
+    come out as another error.
+    """
+
+    def end(number: int, frame: object) -> None:
+        say("interrupted")
+        os._exit(INTERRUPTED)
+
+    before = signal.getsignal(signal.SIGINT)
+    takes_over = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if takes_over:
+        signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        if takes_over:
+            signal.signal(signal.SIGINT, before)
 
 
 def _is_first(command: str) -> bool:
@@ -225,63 +249,72 @@ def start_ranks(words: Sequence[str], run: "Run") -> int:
 
 def preprocess(words: Sequence[str], started: float) -> int:
     """Turn text (JSON lines, plain text, parquet) into the token files that training reads."""
-    from megalith.preprocess import main as preprocess_main
+    with _importing():
+        from megalith.preprocess import main as preprocess_main
 
     return preprocess_main(words)
 
 
 def verify(words: Sequence[str], started: float) -> int:
     """Hold token files and run directories against what was recorded of them, byte for byte."""
-    from megalith.verify import main as verify_main
+    with _importing():
+        from megalith.verify import main as verify_main
 
     return verify_main(words)
 
 
 def generate(words: Sequence[str], started: float) -> int:
     """Continue prompts with a trained model."""
-    from megalith.generating import main as generate_main
+    with _importing():
+        from megalith.generating import main as generate_main
 
     return generate_main(words)
 
 
 def evaluate(words: Sequence[str], started: float) -> int:
     """Loss and perplexity of a trained model on its data or on files; a vit's accuracy; what a retriever finds."""
-    from megalith.measuring import main as evaluate_main
+    with _importing():
+        from megalith.measuring import main as evaluate_main
 
     return evaluate_main(words)
 
 
 def index(words: Sequence[str], started: float) -> int:
     """Embed passages with a trained bi-encoder (ict), to be searched by megalith evaluate."""
-    from megalith.indexing import main as index_main
+    with _importing():
+        from megalith.indexing import main as index_main
 
     return index_main(words)
 
 
 def finetune(words: Sequence[str], started: float) -> int:
     """Fine-tune a trained BERT to class pairs of sentences, or an ict to answer questions; with pretrain's flags."""
-    from megalith.finetune import main as finetune_main
+    with _importing():
+        from megalith.finetune import main as finetune_main
 
     return finetune_main(words, started=started, pretrain=pretrain)
 
 
 def convert(words: Sequence[str], started: float) -> int:
     """Turn a checkpoint of Megatron-LM or Hugging Face into a run directory, or a run directory into one."""
-    from megalith.convert import main as convert_main
+    with _importing():
+        from megalith.convert import main as convert_main
 
     return convert_main(words)
 
 
 def bench(words: Sequence[str], started: float) -> int:
     """Measure how fast a model trains on this machine, with the flags of pretrain and without data."""
-    from megalith.bench import main as bench_main
+    with _importing():
+        from megalith.bench import main as bench_main
 
     return bench_main(words, started=started)
 
 
 def plan(words: Sequence[str], started: float) -> int:
     """Say what a job of any size will need on each rank, before it is queued."""
-    from megalith.forecast import main as plan_main
+    with _importing():
+        from megalith.forecast import main as plan_main
 
     return plan_main(words)
 
