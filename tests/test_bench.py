@@ -126,7 +126,14 @@ def test_steps_that_update_nothing_are_not_measured_or_told(words: str, skipped:
     given = read_command_line([*MODEL, "--fp16", *words.split()])
     figures = measure(made_for_measuring(given, steps=6), warmup=1, steps=2, started=0.0)
     assert figures["skipped_steps"] == skipped
-    assert (f"skipped               {skipped} of 2 steps" in table(figures)) == (skipped > 0)
+    assert (f"skipped               {skipped} of 2 steps updated nothing" in table(figures)) == (skipped > 0)
+
+
+def test_steps_skipped_for_a_spike_are_not_called_overflows() -> None:
+    given = read_command_line([*MODEL, *"--on-spike skip --spike-threshold 0.5 --spike-window 4".split()])
+    figures = measure(made_for_measuring(given, steps=24), warmup=1, steps=20, started=0.0)
+    assert figures["skipped_steps"] > 0
+    assert "steps updated nothing: an overflow, a number that is not finite, or a spike" in table(figures)
 
 
 def test_shares_of_the_split_add_up() -> None:

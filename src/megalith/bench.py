@@ -352,9 +352,8 @@ def table(figures: dict[str, Any]) -> str:
         ("model TFLOP/s", f"{figures['model_tflops']:.3f} (Megatron's convention)"),
     ]
     if skipped := figures["skipped_steps"]:
-        rows.insert(
-            3, ("  skipped", f"{skipped} of {figures['timed_steps']} steps: they overflowed and updated nothing")
-        )
+        why = "an overflow, a number that is not finite, or a spike"
+        rows.insert(3, ("  skipped", f"{skipped} of {figures['timed_steps']} steps updated nothing: {why}"))
     if figures["model_tflops_causal"] is not None:
         rows.append(("", f"{figures['model_tflops_causal']:.3f} (causal)"))
     rows.append(("MFU", f"{100 * figures['mfu']:.1f} % of a measured {figures['matmul_tflops']:.3f} TFLOP/s"))
