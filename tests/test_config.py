@@ -361,6 +361,7 @@ def test_the_remedy_for_a_warm_up_fits_both_ends_of_its_range(fraction: str) -> 
         ("--join-timeout nan", "--join-timeout"),
         ("--join-timeout inf", "--join-timeout"),
         ("--hang-timeout 1e30", "--hang-timeout"),
+        ("--hang-timeout 0.5", "--hang-timeout"),
         ("--stop-grace nan", "--stop-grace"),
         ("--hidden-size 4 --num-attention-heads 9999999999999999999", "--num-attention-heads"),
         ("--num-layers 9999999999999999999", "--num-layers"),

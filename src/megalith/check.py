@@ -83,6 +83,9 @@ def _finite(run: Run) -> Iterator[Fault]:
     for name, remedy in (("join_timeout", "Give less"), ("hang_timeout", "Give less, or 0 for no limit")):
         if (seconds := getattr(run.parallel, name)) > LONGEST_WAIT:
             yield fault(name, seconds, f"is beyond {LONGEST_WAIT} seconds", remedy)
+    if 0 < run.parallel.hang_timeout < 1:
+        rule = "is below 1 second, in which a rank is hardly looked at"
+        yield fault("hang_timeout", run.parallel.hang_timeout, rule, "Give more, or 0 for no limit")
     if run.train.seed > MOST_SEED:
         yield fault("seed", run.train.seed, f"must be from 1 to {MOST_SEED}", "Give such a number")
 

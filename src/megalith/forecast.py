@@ -116,7 +116,7 @@ def forecast(run: Run, ranks: int, machine: Machine) -> dict[str, Any]:
     tokens = batch * job.sequence_length
     whole = dataclasses.replace(job, tensor=1, pipeline=1)
     return {
-        "parameters": parameters_on_rank(whole),
+        "parameters": round(parameters_on_rank(whole)),
         "parameters_on_a_rank": parameters_on_rank(job),
         "vocabulary": job.vocab_size,
         "vocabulary_of": vocabulary_of(run).known_by,
