@@ -167,3 +167,14 @@ def test_without_rows_or_probability_nothing_is_dropped() -> None:
 def test_dropout_keeps_16_bit_types(dtype: torch.dtype) -> None:
     x = torch.ones(1, 2, 3, dtype=dtype)
     assert drop(x, dropout_rows(1, torch.arange(1), 2), 0.5, 7).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_dropout_keeps_is_rounded_once(dtype: torch.dtype) -> None:
+    x = torch.randn(4, 64, 32, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
+    dropped = drop(x, dropout_rows(1234, torch.arange(4), 64), 0.1, key("here"))
+    kept = dropped != 0
+    assert torch.equal(dropped[kept], x[kept] * (1 / 0.9))
+    grad_of_one = torch.full_like(x, 1 / 3)
+    (grad,) = torch.autograd.grad(dropped, x, grad_of_one)
+    assert torch.equal(grad, torch.where(kept, grad_of_one * (1 / 0.9), 0))

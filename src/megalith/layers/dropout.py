@@ -31,9 +31,10 @@ class _Dropped(torch.autograd.Function):
     def forward(ctx: Any, x_BTW: Tensor, keep_BTW: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
         ctx.save_for_backward(keep_BTW)
-        return ones_and_zeros(keep_BTW, x_BTW.dtype).mul_(scale).mul_(x_BTW)
+        # x goes first: a rounded scale would make all that stays larger or smaller, by 0.16 % for a tenth in bf16.
+        return ones_and_zeros(keep_BTW, x_BTW.dtype).mul_(x_BTW).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad_BTW: Tensor) -> tuple[Tensor, None, None]:
         (keep_BTW,) = ctx.saved_tensors
-        return ones_and_zeros(keep_BTW, grad_BTW.dtype).mul_(ctx.scale).mul_(grad_BTW), None, None
+        return ones_and_zeros(keep_BTW, grad_BTW.dtype).mul_(grad_BTW).mul_(ctx.scale), None, None
