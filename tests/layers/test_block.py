@@ -219,6 +219,24 @@ def test_a_block_compiles_whole_without_dropout(norm: Normalization | None) -> N
     torch.testing.assert_close(grad, expected)
 
 
+@pytest.mark.filterwarnings("default")  # the compiler has warnings of its own
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "differing", [{}, {"normalization": "RMSNorm"}, {"activation": "swiglu"}, {"activation": "relu"}], ids=str
+)
+def test_a_compiled_block_has_the_gradients_of_the_plain_one(differing: dict[str, Any], dtype: torch.dtype) -> None:
+    torch._dynamo.reset()  # it compiles one function for so many blocks only
+    shape = dataclasses.replace(SHAPE, hidden_dropout=0.1, dtype=dtype, **differing)
+    block, x, rows = block_of(shape), stream().to(dtype).requires_grad_(), rows_of([0, 1])
+    leaves = [x, *block.parameters()]
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(compiled(x, CAUSAL, rows).float().square().sum(), leaves)
+    right = torch.autograd.grad(block(x, CAUSAL, rows).float().square().sum(), leaves)
+    for one, other in zip(found, right, strict=True):
+        assert (one - other).norm() <= (1e-5 if dtype == torch.float32 else 0.03) * right[0].norm()
+        assert (one - other).norm() <= 0.05 * other.norm() + 1e-5
+
+
 @pytest.mark.parametrize(
     "differing", [{}, {"residual_after_norm": True}, {"normalization": "RMSNorm"}], ids=["plain", "residual", "rms"]
 )

@@ -77,7 +77,9 @@ def _rms_norm(x: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:
 
 
 def _scaled(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
-    return (x.float() * inverse * weight).to(x.dtype)
+    y = x.float() * inverse * weight
+    # Where a conversion that changes nothing ends a forward pass, torch 2.11's compiler makes all gradients zero.
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
