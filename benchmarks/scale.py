@@ -18,7 +18,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,17 +27,12 @@ import numpy as np
 import torch
 
 from megalith.allocator import keep_freed_memory
-from megalith.bench import made_for_measuring
+from megalith.bench import made_for_measuring, prepared
 from megalith.check import check
 from megalith.data.index_maps import build_index_maps
-from megalith.job import build_job
-from megalith.keeper import Keeper
-from megalith.loaders import open_data
 from megalith.monitor.flops import training_flops
-from megalith.monitor.log import RunLog
-from megalith.parallel.mesh import make_layout
 from megalith.sources import read_command_line
-from megalith.train import take_step
+from megalith.train import take_told_step
 from tests.ranks import run_ranks
 
 FAR = 0.15  # a point departs if its cost is so far from the expected one, relative
@@ -117,17 +111,12 @@ def step_seconds(model: Model, *, steps: int, rank: int = 0, world_size: int = 1
     """The least CPU seconds of this process for a step of pretrain, after two that are not counted."""
     run = made_for_measuring(read_command_line(words_of(model)), steps=steps + 2)
     assert not check(run, world_size)
-    layout = make_layout({"RANK": str(rank), "WORLD_SIZE": str(world_size)}, tensor=1, pipeline=1)
-    with ExitStack() as stack:
-        silent = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-        log = stack.enter_context(RunLog("json", silent, is_printing_rank=False))
-        job = build_job(run, layout, torch.device("cpu"), log, started=time.monotonic())
-        keeper = stack.enter_context(Keeper(job))
-        open_data(job)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    with prepared(run, started=time.monotonic()) as (job, keeper):
         seconds = []
         for _ in range(steps + 2):
             began = time.process_time()
-            take_step(job, keeper)
+            take_told_step(job, keeper)
             seconds.append(time.process_time() - began)
     return min(seconds[2:])
 

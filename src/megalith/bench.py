@@ -28,12 +28,11 @@ from megalith.command_line import CommandParser
 from megalith.config import ConfigError, Run, known_settings
 from megalith.derived import collective_timeout, compute_dtype, given_length, global_batch_size
 from megalith.guard import COMPUTES_WRONGLY
-from megalith.job import Job, build_job
+from megalith.job import Job, build_job, open_log
 from megalith.keeper import Keeper
 from megalith.launch import as_program, launch, ranks_in
 from megalith.loaders import open_data
 from megalith.monitor.flops import TERA
-from megalith.monitor.log import RunLog, choose_format
 from megalith.monitor.memory import memory_use
 from megalith.monitor.outlet import plain
 from megalith.monitor.timers import STEP_TIMERS, Timers
@@ -65,7 +64,7 @@ UNUSED_PARTS = ("checkpoint", "evaluate")
 UNUSED = (
     *("max_restarts", "max_bad_steps", "check_replicas", "on_replica_fault", "exit_duration_in_mins"),
     *("slow_save_ratio", "profile_step_start", "profile_step_end", "profile_dir"),
-    *("tensorboard_dir", "tensorboard_queue_size", "log_timers_to_tensorboard", "log_batch_size_to_tensorboard"),
+    *("tensorboard_queue_size", "log_timers_to_tensorboard", "log_batch_size_to_tensorboard"),
     *("log_learning_rate_to_tensorboard", "log_loss_scale_to_tensorboard", "log_validation_ppl_to_tensorboard"),
 )
 
@@ -160,6 +159,7 @@ def made_for_measuring(run: Run, *, steps: int) -> Run:
             run.checkpoint, save=None, load=None, finetune=False, save_interval=None, keep_last=None, keep_every=None
         ),
         evaluate=dataclasses.replace(run.evaluate, eval_iters=0, eval_first=False, sample_prompt=None),
+        monitor=dataclasses.replace(run.monitor, tensorboard_dir=None),
         train=dataclasses.replace(
             run.train, train_iters=steps, train_samples=None, exit_interval=None, exit_before_training=False
         ),
@@ -196,9 +196,7 @@ def prepared(run: Run, *, started: float) -> Iterator[tuple[Job, Keeper]]:
         watch = stack.enter_context(open_watch(run, layout, stack.enter_context(meeting)))
         require_same_settings(run)
         silent: TextIO = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-        speaks = layout.rank == layout.world_size - 1
-        log_format = choose_format(run.monitor.log_format, silent)
-        log = stack.enter_context(RunLog(log_format, silent, is_printing_rank=speaks))
+        log = stack.enter_context(open_log(run, layout, silent))
         job = build_job(run, layout, device, log, started=started)
         watch.follow(Places(job))
         keeper = stack.enter_context(Keeper(job))

@@ -5,7 +5,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -120,18 +120,20 @@ class Job:
     book: LedgerFile | None = None  # on the rank that keeps the ledger in the run directory
 
 
-def open_log(run: Run, layout: Layout) -> RunLog:
+def open_log(run: Run, layout: Layout, stream: TextIO | None = None) -> RunLog:
     """The log of a run; only the last rank speaks, as in Megatron-LM, for the last stage knows the loss.
 
+    stream: None for standard output.
     What exits before training owns no run directory and writes nothing there.
     """
     speaks = layout.rank == layout.world_size - 1
     writes = speaks and not run.train.exit_before_training
     folder = Path(run.checkpoint.save) if run.checkpoint.save is not None else None
     scalars = Scalars(Path(to), run.monitor) if writes and (to := scalars_folder(run)) is not None else None
+    stream = stream or sys.stdout
     return RunLog(
-        choose_format(run.monitor.log_format, sys.stdout),
-        sys.stdout,
+        choose_format(run.monitor.log_format, stream),
+        stream,
         jsonl_path=folder / "log.jsonl" if folder is not None and writes else None,
         scalars=scalars,
         is_printing_rank=speaks,
