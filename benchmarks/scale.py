@@ -107,11 +107,13 @@ def words_of(model: Model) -> list[str]:
     """.split()
 
 
-def step_seconds(model: Model, *, steps: int, rank: int = 0, world_size: int = 1) -> float:
-    """The least CPU seconds of this process for a step of pretrain, after two that are not counted."""
+def step_seconds(model: Model, *, steps: int, world_size: int = 1) -> float:
+    """The least CPU seconds of this process for a step of pretrain, after two that are not counted.
+
+    world_size: of a rank whose environment says which it is.
+    """
     run = made_for_measuring(read_command_line(words_of(model)), steps=steps + 2)
     assert not check(run, world_size)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     with prepared(run, started=time.monotonic()) as (job, keeper):
         seconds = []
         for _ in range(steps + 2):
@@ -199,7 +201,8 @@ def ranks(quick: bool, steps: int) -> Curve:
 
 def _step_on_rank(rank: int, *, steps: int, world_size: int) -> float:
     torch.set_num_threads(1)
-    return step_seconds(Model(batch=2), steps=steps, rank=rank, world_size=world_size)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    return step_seconds(Model(batch=2), steps=steps, world_size=world_size)
 
 
 # Ranks first: they are forked, and a process that has computed with threads does not fork well.
