@@ -56,6 +56,7 @@ LEVELS = [
     {
         "adopt",
         "agreement",
+        "asked",
         "bench",
         "candidates",
         "evaluations",

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megalith.bench import main as bench_main
 from megalith.check import check
 from megalith.cli import main
 from megalith.config import Run
@@ -226,7 +225,7 @@ def test_the_flags_of_megatrons_program_train_two_steps(data: Path) -> None:
 
 def test_bench_measures_a_bert_without_data(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*MODEL, "--mock-data", "--vocab-size", "50", "--train-iters", "4", "--device", "cpu"]
-    assert bench_main(words, started=0.0) == 0
+    assert main(["bench", *words]) == 0
     assert "tokens" in capsys.readouterr().out
 
 

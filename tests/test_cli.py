@@ -29,6 +29,13 @@ give_up_privileges()
 sys.exit(main())
 """
 
+NO_TORCH = """
+class Asking:
+    def find_spec(self, name, path=None, target=None):
+        assert name != "torch"
+
+"""
+
 # As C code of numpy's and torch's does at times, the import loses the exception that Ctrl-C is in Python.
 LOSES_INTERRUPTION = """
 import signal
@@ -114,12 +121,16 @@ def test_torchrun_gives_one_answer(trained: Path) -> None:
 
 
 @pytest.mark.parametrize(("place", "said"), [("0", 1), ("1", 0)])
-def test_a_mistake_is_said_by_one_rank_of_a_node(place: str, said: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "words", ["pretrain --num-layer 3", "bench --num-layer 3", "bench --steps 0", "index run --steps 3", "finetune run"]
+)
+def test_a_mistake_is_said_by_one_rank_of_a_node(
+    words: str, place: str, said: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", place)):
         monkeypatch.setenv(name, value)
-    done = megalith("pretrain", "--num-layer", "3")
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == said
+    assert main(words.split()) == 2
+    assert len(capsys.readouterr().err.splitlines()) == said
 
 
 def test_without_words_the_commands_are_listed() -> None:
@@ -472,6 +483,18 @@ def test_zero_shot_tasks_print_the_lines_of_megatron(trained: Path, tmp_path: Pa
     passages.write_text('{"text": "one two three"}\n{"txt": "four"}\n')
     done = megalith(*words)
     assert done.returncode == 2 and "lambada.jsonl, line 2: has no key text" in done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("words", ["--help", "--no-such-flag 3"])
+def test_help_and_a_wrong_flag_are_answered_before_torch_is_imported(command: str, words: str) -> None:
+    needed = {"finetune": "run --task MNLI --train-data a --valid-data b", "convert": "--from megatron a --to b"}
+    given = [command, *([] if words == "--help" else needed.get(command, "run").split()), *words.split()]
+    program = f"import sys; from megalith.cli import main; sys.meta_path.insert(0, Asking()); sys.exit(main({given}))"
+    done = subprocess.run([sys.executable, "-c", NO_TORCH + program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == (0 if words == "--help" else 2), done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"megalith {command}" in done.stdout if words == "--help" else "no-such-flag" in done.stderr
 
 
 def test_an_interruption_while_torch_is_imported_is_not_lost() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megalith.asked import asked_of_finetune
 from megalith.check import check
 from megalith.cli import main
 from megalith.data.pair_files import LAYOUTS, ClassBatches, Pair, read_pairs
@@ -68,7 +69,7 @@ def finetune_words(pretrained: Path, files: tuple[Path, Path], save: Path, *word
 
 
 def finetune_on(world_size: int, pretrained: Path, files: tuple[Path, Path], save: Path, *words: str) -> Path:
-    asked = pretrain_words(finetune_words(pretrained, files, save, *words))
+    asked = pretrain_words(*asked_of_finetune(finetune_words(pretrained, files, save, *words)))
     assert run_ranks(partial(run_rank, world_size=world_size, words=asked, before=None), world_size) == [0] * world_size
     return save
 
@@ -125,7 +126,8 @@ def test_every_validation_measures_all_pairs_once(
 
 
 def test_validations_are_the_same_while_the_batch_grows(runs: Runs, files: tuple[Path, Path], tmp_path: Path) -> None:
-    words = pretrain_words(finetune_words(runs(1), files, tmp_path / "run", "--lr", "0", "--eval-interval", "1"))
+    given = finetune_words(runs(1), files, tmp_path / "run", "--lr", "0", "--eval-interval", "1")
+    words = pretrain_words(*asked_of_finetune(given))
     length = words.index("--train-iters")
     words[length : length + 2] = ["--train-samples", "80", "--rampup-batch-size", "16", "16", "32"]
     assert main(["pretrain", *words]) == 0

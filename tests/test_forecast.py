@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from megalith.asked import asked_of_plan
 from megalith.bench import made_for_measuring
 from megalith.candidates import candidates, fits, flags_of
 from megalith.check import check
@@ -22,7 +23,7 @@ WIDE = """--num-layers 32 --hidden-size 8192 --num-attention-heads 64 --seq-leng
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert main(words) == 0
+    assert main(asked_of_plan(words)) == 0
     return capsys.readouterr().out
 
 
@@ -66,7 +67,7 @@ def test_what_pretrain_refuses_is_refused_alike(words: str) -> None:
     assert faults
     for search in ([], ["--search"]):
         with pytest.raises(ConfigError) as refused:
-            main(["--ranks", "2", *given, *search])
+            main(asked_of_plan(["--ranks", "2", *given, *search]))
         # A search chooses the microbatch, by which batches are divided.
         assert set(map(str, refused.value.faults)) <= set(map(str, faults))
         assert search or len(refused.value.faults) == len(faults)
@@ -120,11 +121,11 @@ def test_a_search_keeps_what_was_given_and_shows_the_fastest_that_fit(capsys: py
 
 def test_a_search_without_a_batch_or_without_room_says_what_to_do() -> None:
     with pytest.raises(ConfigError, match=r"--global-batch-size.*is missing"):
-        main(["--search", "--ranks", "8", *XL[:-2]])
+        main(asked_of_plan(["--search", "--ranks", "8", *XL[:-2]]))
     with pytest.raises(ValueError, match=r"none of .* layouts fits into 79 GiB.*Use more ranks"):
-        main(["--search", "--ranks", "2", *WIDE])
+        main(asked_of_plan(["--search", "--ranks", "2", *WIDE]))
     with pytest.raises(ValueError, match="no layout suits"):
-        main(["--search", "--ranks", "7", *XL])
+        main(asked_of_plan(["--search", "--ranks", "7", *XL]))
 
 
 def test_a_machine_with_more_memory_fits_more() -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 import megalith.indexing as indexing
+from megalith.asked import asked_of_index
 from megalith.cli import main
 from megalith.data.evidence import read_passages
 from megalith.evaluate.embeddings import open_embeddings
@@ -69,7 +70,7 @@ def index_words(run: Path, evidence: Path, path: Path, *more: str) -> list[str]:
 
 def make(words: Sequence[str], *, ranks: int = 1, disk: Disk = DISK) -> None:
     """What the command does on one rank, or on several."""
-    options = indexing._parser().parse_args(words)
+    options = asked_of_index(words)
     if ranks == 1:
         layout = make_layout({}, tensor=1, pipeline=1)
         indexing.make_index(indexing.plan(options, layout), layout, disk=disk)
@@ -213,7 +214,8 @@ def test_ranks_whose_spans_are_there_wait_a_day_for_those_that_embed(monkeypatch
         work = SimpleNamespace(path="embeddings", log_interval=1, made_from={})
         monkeypatch.setattr(indexing, "plan", lambda options, layout: work)
         monkeypatch.setattr(indexing, "make_index", noting)
-        assert indexing.main(["run", "--device", "cpu"]) == 0
+        words = ["run", "--device", "cpu"]
+        assert indexing.main(asked_of_index(words), words) == 0
         return found[0]
 
     with socket.create_server(("127.0.0.1", 0)) as server:

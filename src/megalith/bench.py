@@ -5,7 +5,6 @@ is timed by itself, from one synchronization of the device to the next; where th
 steps, since timers that synchronize cost time.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -22,9 +21,9 @@ import torch
 from megalith import __version__
 from megalith.agreement import refuse, require_same_settings
 from megalith.allocator import keep_freed_memory
+from megalith.asked import Asked
 from megalith.check import check
 from megalith.check_tasks import MOCKED
-from megalith.command_line import CommandParser
 from megalith.config import ConfigError, Run, known_settings
 from megalith.derived import collective_timeout, compute_dtype, given_length, global_batch_size
 from megalith.guard import COMPUTES_WRONGLY
@@ -42,7 +41,6 @@ from megalith.plan.ceiling import measure_matmul_flops
 from megalith.planned import kept_tokenizer, vocabulary_of
 from megalith.ranks import Ranks
 from megalith.room import refuse_what_cannot_fit
-from megalith.sources import read_command_line
 from megalith.task_rows import TASK_ROWS
 from megalith.train import take_step, take_told_step
 from megalith.watching import Places, open_watch
@@ -69,10 +67,12 @@ UNUSED = (
 )
 
 
-def main(words: Sequence[str], *, started: float) -> int:
-    """Measure, and print a table or one JSON object. started: when the program began, by time.monotonic."""
-    options, rest = _parse(words)
-    asked = read_command_line(rest)
+def main(given: Asked, words: Sequence[str], *, started: float) -> int:
+    """Measure what the words ask for, and print a table or one JSON object.
+
+    started: when the program began, by time.monotonic.
+    """
+    options, rest, asked = given
     if asked.monitor.profile:
         raise ValueError("--profile: bench traces nothing. megalith pretrain --mock-data --profile ... does")
     if asked.task not in MOCKED:
@@ -96,22 +96,6 @@ def main(words: Sequence[str], *, started: float) -> int:
     if rank == 0:
         print(json.dumps(plain(figures), allow_nan=False) if options.json else table(figures), flush=True)
     return 0
-
-
-def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = CommandParser(
-        prog="megalith bench",
-        usage="megalith bench [TASK] [RUN.toml] [--preset NAME] [--steps N] [--warmup N] [--json] [--flags ...]",
-        description="How fast a model trains on this machine. Takes the flags of megalith pretrain; needs no data.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="timed steps [default 20]")
-    parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before those [default 3]")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options, rest = parser.parse_known_args(words)
-    if options.steps < 1 or options.warmup < 1:
-        raise ValueError(f"--steps = {options.steps}, --warmup = {options.warmup}: both must be at least 1")
-    return options, rest
 
 
 def made_for_measuring(run: Run, *, steps: int) -> Run:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING, TextIO, TypeVar, cast
 
 from megalith.descriptors import allow_most_descriptors, descriptor_remedy, open_standard_streams
 from megalith.launch import PEER_LOST, PeerLostError, end_with_parent, ranks_in, speaks_for_all
@@ -21,6 +21,8 @@ from megalith.terminal import Answer, printable, say
 
 if TYPE_CHECKING:
     from megalith.config import Run
+
+Asked = TypeVar("Asked")
 
 FAULT = 2  # exit status of a command that could not start
 ANSWERING = ("verify", "generate", "evaluate", "bench", "plan")  # commands of which nothing is left but what they print
@@ -200,13 +202,7 @@ def pretrain(words: Sequence[str], started: float) -> int:
         flag_parser().print_help()
         return 0
     rank, world_size, local_rank = ranks_in(os.environ)
-    try:
-        run = read_command_line(words)
-    except ConfigError:
-        # Said by one rank of each node.
-        if local_rank == 0:
-            raise
-        return FAULT
+    run = _once_a_node(lambda: read_command_line(words))
     if run.parallel.nproc is not None and "RANK" not in os.environ:
         return start_ranks(words, run)
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -229,6 +225,18 @@ def pretrain(words: Sequence[str], started: float) -> int:
         from megalith.train import train
 
         return train(run, started=started)
+
+
+def _once_a_node(read: Callable[[], Asked]) -> Asked:
+    """What words ask for. What is wrong with them is said by one rank of each node, since all find it alike."""
+    try:
+        return read()
+    except (ValueError, OSError):
+        if ranks_in(os.environ)[2] == 0:
+            raise
+        from megalith.config import ConfigError
+
+        raise ConfigError(()) from None
 
 
 def start_ranks(words: Sequence[str], run: "Run") -> int:
@@ -258,9 +266,13 @@ def preprocess(words: Sequence[str], started: float) -> int:
 def verify(words: Sequence[str], started: float) -> int:
     """Hold token files and run directories against what was recorded of them, byte for byte."""
     with _importing():
-        from megalith.verify import main as verify_main
+        from megalith.asked import asked_of_verify
 
-    return verify_main(words)
+    options = asked_of_verify(words)
+    with _importing():
+        from megalith.verify import verify_all
+
+    return verify_all(options.path, vocab_size=options.vocab_size, as_json=options.json)
 
 
 def generate(words: Sequence[str], started: float) -> int:
@@ -282,17 +294,25 @@ def evaluate(words: Sequence[str], started: float) -> int:
 def index(words: Sequence[str], started: float) -> int:
     """Embed passages with a trained bi-encoder (ict), to be searched by megalith evaluate."""
     with _importing():
+        from megalith.asked import asked_of_index
+
+    options = _once_a_node(lambda: asked_of_index(words))
+    with _importing():
         from megalith.indexing import main as index_main
 
-    return index_main(words)
+    return index_main(options, words)
 
 
 def finetune(words: Sequence[str], started: float) -> int:
     """Fine-tune a trained BERT to class pairs of sentences, or an ict to answer questions; with pretrain's flags."""
     with _importing():
-        from megalith.finetune import main as finetune_main
+        from megalith.asked import asked_of_finetune
 
-    return finetune_main(words, started=started, pretrain=pretrain)
+    options, rest = _once_a_node(lambda: asked_of_finetune(words))
+    with _importing():
+        from megalith.finetune import pretrain_words
+
+    return pretrain(_once_a_node(lambda: pretrain_words(options, rest)), started)
 
 
 def convert(words: Sequence[str], started: float) -> int:
@@ -306,17 +326,25 @@ def convert(words: Sequence[str], started: float) -> int:
 def bench(words: Sequence[str], started: float) -> int:
     """Measure how fast a model trains on this machine, with the flags of pretrain and without data."""
     with _importing():
+        from megalith.asked import asked_of_bench
+
+    asked = _once_a_node(lambda: asked_of_bench(words))
+    with _importing():
         from megalith.bench import main as bench_main
 
-    return bench_main(words, started=started)
+    return bench_main(asked, words, started=started)
 
 
 def plan(words: Sequence[str], started: float) -> int:
     """Say what a job of any size will need on each rank, before it is queued."""
     with _importing():
+        from megalith.asked import asked_of_plan
+
+    asked = asked_of_plan(words)
+    with _importing():
         from megalith.forecast import main as plan_main
 
-    return plan_main(words)
+    return plan_main(asked)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str], float], int]] = {

@@ -6,11 +6,12 @@ Sizes and tokenizer are those of the run that is started from, the length follow
 pretrain may stand behind and wins.
 """
 
-from collections.abc import Callable, Sequence
+import argparse
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from megalith.command_line import CommandParser
+from megalith.asked import QUESTIONS, task_of_finetune
 from megalith.config import Run, known_settings
 from megalith.data.pair_files import LAYOUTS, read_pairs
 from megalith.data.questions import read_training_questions
@@ -25,38 +26,14 @@ USUAL = """
     --micro-batch-size 8 --global-batch-size 32 --lr 5e-5 --lr-decay-style linear --lr-warmup-fraction 0.065
     --log-interval 10 --eval-first --unigram-baseline
 """.split()
-EPOCHS = 3
-# Megatron-LM's name for learning from questions, whatever their source.
-QUESTIONS = "RET-FINETUNE-NQ"
 REPORTED = ("1", "5", "20")  # of the accuracies among all passages of a microbatch
 
 
-def main(words: Sequence[str], *, started: float, pretrain: Callable[[Sequence[str], float], int]) -> int:
-    """Fine-tune as the words say; pretrain: the command that does it. Raises ValueError for what is unfit."""
-    return pretrain(pretrain_words(words), started)
+def pretrain_words(options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
+    """The words of `megalith pretrain` that do what those of `megalith finetune` ask for (`asked_of_finetune`).
 
-
-def pretrain_words(words: Sequence[str]) -> list[str]:
-    """The words of `megalith pretrain` that do what the words of `megalith finetune` ask for."""
-    parser = CommandParser(
-        prog="megalith finetune",
-        usage="megalith finetune RUN --task TASK --train-data FILE.. --valid-data FILE.. [--epochs N] [--flags]",
-        description="Fine-tune a trained BERT to class pairs of sentences, or a bi-encoder (ict) to answer questions; "
-        "every flag of megalith pretrain may follow.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("run", help="run directory of a bert, or of an ict (what --save named)")
-    parser.add_argument("--task", required=True, choices=[*sorted(LAYOUTS), QUESTIONS], help="what the files hold")
-    parser.add_argument(
-        "--train-data", nargs="+", required=True, metavar="FILE", help="pairs, or questions, to learn from"
-    )
-    parser.add_argument(
-        "--valid-data", nargs="+", required=True, metavar="FILE", help="pairs, or questions, to validate on"
-    )
-    parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help=f"[{EPOCHS}]")
-    options, rest = parser.parse_known_args(words)
-    if options.epochs < 1:
-        raise ValueError(f"--epochs = {options.epochs}: must be greater than 0. Give a positive number")
+    Raises ValueError for what is unfit.
+    """
     pretrained = run_of(options.run)
     for_questions = options.task == QUESTIONS
     wanted = ("ict", "retriever", "bert") if for_questions else ("bert",)
@@ -68,7 +45,7 @@ def pretrain_words(words: Sequence[str]) -> list[str]:
     folder = Path(options.run) / "tokenizer"
     tokenizer = load_saved_tokenizer(folder)
     begun = [
-        "retriever" if for_questions else "classify",
+        task_of_finetune(options.task),
         *model_words(pretrained),
         *("--seq-length", str(sequence_length(pretrained))),
         *("--tokenizer-type", tokenizer.name, "--vocab-file", str(folder / "vocab.txt")),

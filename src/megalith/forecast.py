@@ -1,15 +1,13 @@
 """`megalith plan`: what a GPT job of any size will need and how long it will take, from its command line alone."""
 
-import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
 from typing import Any
 
+from megalith.asked import MOST_PLANS, Asked
 from megalith.bench import made_for_measuring
 from megalith.candidates import Candidate, candidates, fits, flags_of
 from megalith.check import MOST, check
-from megalith.command_line import CommandParser
 from megalith.config import ConfigError, Fault, Run, flag_of
 from megalith.derived import compute_dtype, global_batch_size
 from megalith.monitor.flops import TERA
@@ -19,22 +17,16 @@ from megalith.plan.memory import predict
 from megalith.plan.time import predict_time, program_of
 from megalith.plan.traffic import transfers
 from megalith.planned import padded_vocabulary, planned, vocabulary_of, without_layout
-from megalith.sources import read_command_line
 from megalith.task_rows import TASK_ROWS
 from megalith.terminal import counted
 
-DESCRIPTION = """What a GPT job of any size will need on each rank, how long a step will take there, and what ranks send
-each other. Needs no data, no GPU and no other rank. With --search: the fastest layouts that fit into memory; settings
-of the layout that differ from their defaults stay as they are."""
-SHOWN = 10  # layouts of a search
 # What changes memory and time by what a compiler decides.
 NOT_COUNTED = ("activation_memory_budget",)
 
 
-def main(words: Sequence[str]) -> int:
+def main(given: Asked) -> int:
     """Print the forecast as a table or one JSON object."""
-    options, rest = _parse(words)
-    asked = read_command_line(rest)
+    options, _, asked = given
     run = made_for_measuring(asked, steps=1)
     if run.task != "gpt":
         raise ValueError(f"{run.task}: only a gpt job can be planned; measure with megalith bench {run.task}")
@@ -52,29 +44,6 @@ def main(words: Sequence[str]) -> int:
     figures = forecast(run, ranks, machine)
     print(json.dumps(figures) if options.json else table(figures))
     return 0
-
-
-def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = CommandParser(
-        prog="megalith plan",
-        usage="megalith plan [RUN.toml] [--preset NAME] [--ranks N] [--on MACHINE] [--search] [--json] "
-        "[--flags of pretrain ...]",
-        description=DESCRIPTION,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--ranks", type=int, metavar="N", help="ranks of the job [those of --nproc, or 1]")
-    parser.add_argument(
-        "--on",
-        choices=(*MACHINES, "cpu"),
-        default="h100",
-        help="what the ranks compute on, in nodes of eight; cpu: this machine's, measured for three seconds [h100]",
-    )
-    parser.add_argument("--search", action="store_true", help=f"the {SHOWN} fastest layouts that fit")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options, rest = parser.parse_known_args(words)
-    if options.ranks is not None and options.ranks < 1:
-        raise ValueError(f"--ranks = {options.ranks}: must be at least 1")
-    return options, rest
 
 
 def completed(run: Run) -> Run:
@@ -198,13 +167,13 @@ def search(run: Run, ranks: int, machine: Machine, *, as_json: bool) -> int:
     if as_json:
         print(
             json.dumps(
-                {"tried": len(found), "fit": len(fitting), "layouts": [_row(c, tokens) for c in fitting[:SHOWN]]}
+                {"tried": len(found), "fit": len(fitting), "layouts": [_row(c, tokens) for c in fitting[:MOST_PLANS]]}
             )
         )
         return 0
     print(f"{len(found):,} layouts of {ranks:,} ranks ({machine.name}), of which {len(fitting):,} fit; the fastest:")
     print(f"{'s/step':>8} {'tokens/s':>12} {'GiB':>6}  flags")
-    for candidate in fitting[:SHOWN]:
+    for candidate in fitting[:MOST_PLANS]:
         row = _row(candidate, tokens)
         speed = f"{row['step_seconds']:8.3f} {row['tokens_per_second']:12,.0f}"
         print(f"{speed} {row['peak_bytes'] / GIB:6.1f}  {row['flags']}")

@@ -19,7 +19,6 @@ import numpy as np
 from torch import nn
 
 from megalith.agreement import require_same
-from megalith.command_line import CommandParser
 from megalith.data.evidence import Passage, check_passages, read_passages
 from megalith.data.survey import Survey
 from megalith.evaluate.embeddings import Embeddings, open_embeddings, write_block, write_joined
@@ -66,9 +65,8 @@ class Work:
         return self.folder / f"{number:08}"
 
 
-def main(words: Sequence[str]) -> int:
-    """Embed the evidence as the words say; return the exit status."""
-    options = _parser().parse_args(words)
+def main(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Embed the evidence as the words say, of which options were made; return the exit status."""
     if options.nproc is not None and "RANK" not in os.environ:
         command = as_program("megalith", "index", *words)
         return launch(command, options.nproc, stop_grace=ParallelConfig().stop_grace, effect="end")
@@ -83,25 +81,6 @@ def main(words: Sequence[str]) -> int:
         require_same({name: str(value) for name, value in told.items()}, rule)
         make_index(work, layout)
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        prog="megalith index", description="Embed passages with a trained bi-encoder, to be searched."
-    )
-    add = parser.add_argument
-    add("run", help="run directory of an ict or a retriever (what --save named)")
-    add("--evidence-data-path", metavar="TSV", help="passages: a header line, then id, text, title [what the run says]")
-    add("--embedding-path", metavar="FILE", help="the file to make [what the run says]")
-    add("--indexer-batch-size", type=int, metavar="N", help="passages embedded at once [what the run says, 128]")
-    add("--indexer-log-interval", type=int, metavar="N", help="batches between progress lines [1000]")
-    add("--retriever-seq-length", type=int, metavar="N", help="tokens of a passage [what the run says]")
-    add("--sample-rate", type=float, default=1.0, metavar="X", help="share of the passages that is embedded [1]")
-    add("--embedding-dtype", choices=tuple(DTYPES), default="fp16", help="how vectors are kept [fp16]")
-    add("--nproc", type=int, metavar="N", help="ranks to start on this machine")
-    add("--step", type=int, metavar="N", help="checkpoint to use [the newest]")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    return parser
 
 
 def plan(options: argparse.Namespace, layout: Layout) -> Work:

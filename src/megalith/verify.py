@@ -12,7 +12,6 @@ from megalith.checkpoint.directory import STEP_NAME, list_checkpoints
 from megalith.checkpoint.index import INDEX_NAME
 from megalith.checkpoint.shards import DamagedError
 from megalith.checkpoint.verify import verify, why_unread
-from megalith.command_line import CommandParser
 from megalith.config import ConfigError
 from megalith.data.indexed import bin_path, find_prefix, idx_path
 from megalith.data.inspect import inspect
@@ -46,20 +45,6 @@ class Finding:
         yield from (f"         {line}" for fault in self.faults for line in fault.splitlines())
         if self.facts.get("recorded") is False:
             yield "         nothing was recorded of it, so only its structure and its tokens were looked at"
-
-
-def main(words: Sequence[str]) -> int:
-    """Run `megalith verify WORDS`; return the exit status."""
-    parser = CommandParser(
-        prog="megalith verify", description="Hold files against what was recorded of them, byte for byte."
-    )
-    parser.add_argument("path", nargs="+", help="prefix of token files, run directory, or directory of one checkpoint")
-    parser.add_argument(
-        "--vocab-size", type=int, metavar="N", help="token ids allowed are 0 to N-1 [those of the recorded tokenizer]"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(words)
-    return verify_all(options.path, vocab_size=options.vocab_size, as_json=options.json)
 
 
 def verify_all(paths: Sequence[str], *, vocab_size: int | None, as_json: bool) -> int:
