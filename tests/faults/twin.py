@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import megalith.train
 from megalith.checkpoint.directory import list_checkpoints
 from megalith.checkpoint.index import Index
+from megalith.checkpoint.saver import AsyncSaver
 from megalith.checkpoint.verify import verify
 from megalith.data.loader import Batch, Loader
 from megalith.job import Job
@@ -136,7 +137,7 @@ class Taken(NamedTuple):
 def note_steps(save: Path, rank: int) -> None:
     """From now on, write down which samples this rank trains on in which step, and which checkpoints it begins."""
     to = os.open(save / f"taken-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    step_batch, take_step, begin_save = Loader.step_batch, megalith.train.take_step, Keeper.save
+    step_batch, take_step, begin_save = Loader.step_batch, megalith.train.take_step, AsyncSaver.save
     digests: list[str] = []
 
     def noting_batch(loader: Loader, consumed_samples: int, num_microbatches: int) -> list[Batch]:
@@ -154,13 +155,13 @@ def note_steps(save: Path, rank: int) -> None:
         os.write(to, f"{json.dumps([rank, os.getpid(), done.step, digests[0]])}\n".encode())
         return done
 
-    def noting_save(keeper: Keeper, **how: bool) -> None:
-        step = keeper._job.progress.step
+    def noting_save(saver: AsyncSaver, step: int, *what: Any, **how: Any) -> float:
+        # The one before has been waited for.
         os.write(to, f"{json.dumps([rank, os.getpid(), step, 'save'])}\n".encode())
-        begin_save(keeper, **how)
+        return begin_save(saver, step, *what, **how)
 
     setattr(Loader, "step_batch", noting_batch)  # noqa: B010 - mypy forbids to assign a method
-    setattr(Keeper, "save", noting_save)  # noqa: B010
+    setattr(AsyncSaver, "save", noting_save)  # noqa: B010
     megalith.train.take_step = noting_step
 
 
