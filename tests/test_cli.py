@@ -17,6 +17,7 @@ import pytest
 
 from megalith.cli import ALONE, COMMANDS, OUT_OF_MEMORY, main
 from megalith.data.indexed import IndexedWriter
+from megalith.launch import SECONDS_TO_TELL
 from tests.layouts.runs import run_on, write_data
 from tests.processes import permissions_hold
 
@@ -120,17 +121,36 @@ def test_torchrun_gives_one_answer(trained: Path) -> None:
     assert done.stdout == alone.stdout and done.stderr.count("is one process: rank 0 of 2") == 1
 
 
-@pytest.mark.parametrize(("place", "said"), [("0", 1), ("1", 0)])
+@pytest.mark.parametrize("torchrun", [True, False], ids=["torchrun", "else"])
 @pytest.mark.parametrize(
-    "words", ["pretrain --num-layer 3", "bench --num-layer 3", "bench --steps 0", "index run --steps 3", "finetune run"]
+    "words",
+    [
+        ["pretrain", "--num-layer", "3"],
+        ["pretrain", "--preset", "quickstart", "--global-batch-size", "9"],
+        ["bench", "--num-layer", "3"],
+        ["bench", "--steps", "0"],
+        ["bench", "vit", "--profile"],
+        ["bench", "--preset", "quickstart", "--global-batch-size", "9"],
+        ["finetune", "nowhere", "--task", "QQP", "--train-data", "a", "--valid-data", "b"],
+        ["index", "nowhere", "--bath"],
+    ],
+    ids=lambda words: f"{words[0]} {words[1]}",
 )
-def test_a_mistake_is_said_by_one_rank_of_a_node(
-    words: str, place: str, said: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_mistake_is_said_by_one_rank_of_a_node_and_none_ends_before(
+    words: list[str], torchrun: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", place)):
-        monkeypatch.setenv(name, value)
-    assert main(words.split()) == 2
-    assert len(capsys.readouterr().err.splitlines()) == said
+    waited: list[float] = []
+    monkeypatch.setattr("megalith.launch.time.sleep", waited.append)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+        monkeypatch.setattr("megalith.cli.end_with_parent", lambda: None)
+    for place, lines, waits in (("0", 1, 0), ("1", 0, int(torchrun))):
+        monkeypatch.setenv("LOCAL_RANK", place)
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert (len(said.splitlines()), waited.count(SECONDS_TO_TELL)) == (lines, waits), said
 
 
 def test_without_words_the_commands_are_listed() -> None:

@@ -29,7 +29,7 @@ from megalith.derived import collective_timeout, compute_dtype, given_length, gl
 from megalith.guard import COMPUTES_WRONGLY
 from megalith.job import Job, build_job, open_log
 from megalith.keeper import Keeper
-from megalith.launch import as_program, launch, ranks_in
+from megalith.launch import as_program, launch, one_of_a_node_tells, ranks_in
 from megalith.loaders import open_data
 from megalith.monitor.flops import TERA
 from megalith.monitor.memory import memory_use
@@ -73,21 +73,22 @@ def main(given: Asked, words: Sequence[str], *, started: float) -> int:
     started: when the program began, by time.monotonic.
     """
     options, rest, asked = given
-    if asked.monitor.profile:
-        raise ValueError("--profile: bench traces nothing. megalith pretrain --mock-data --profile ... does")
-    if asked.task not in MOCKED:
-        raise ValueError(
-            f"{asked.task}: bench makes data up for {', '.join(MOCKED)} only. A run tells its speed in SAVE/log.jsonl."
-        )
-    run = made_for_measuring(asked, steps=options.warmup + options.steps + SPLIT_STEPS)
+    with one_of_a_node_tells():
+        if asked.monitor.profile:
+            raise ValueError("--profile: bench traces nothing. megalith pretrain --mock-data --profile ... does")
+        if asked.task not in MOCKED:
+            raise ValueError(
+                f"{asked.task}: bench makes data up for {', '.join(MOCKED)} only. A run tells its speed in "
+                "SAVE/log.jsonl."
+            )
+        run = made_for_measuring(asked, steps=options.warmup + options.steps + SPLIT_STEPS)
     if run.parallel.nproc is not None and "RANK" not in os.environ:
         command = as_program("megalith", "bench", *words)
         return launch(command, run.parallel.nproc, stop_grace=run.parallel.stop_grace, effect="end")
     rank, world_size, _ = ranks_in(os.environ)
-    if faults := check(run, world_size):
-        if rank == 0:
+    with one_of_a_node_tells():
+        if faults := check(run, world_size):
             raise ConfigError(faults)
-        return 2
     if rank == 0 and (idle := without_effect(rest, asked, run)):
         change = "changes" if len(idle) == 1 else "change"
         text = f"note: bench makes tokens up, and reads and writes no run: {', '.join(idle)} {change} nothing."

@@ -12,17 +12,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, TextIO, cast
 
 from megalith.descriptors import allow_most_descriptors, descriptor_remedy, open_standard_streams
-from megalith.launch import PEER_LOST, PeerLostError, end_with_parent, ranks_in, speaks_for_all
+from megalith.launch import (
+    PEER_LOST,
+    LeftToAnotherError,
+    PeerLostError,
+    end_with_parent,
+    one_of_a_node_tells,
+    ranks_in,
+    speaks_for_all,
+)
 from megalith.spinning import spin_shortly
 from megalith.terminal import Answer, printable, say
 
 if TYPE_CHECKING:
     from megalith.config import Run
-
-Asked = TypeVar("Asked")
 
 FAULT = 2  # exit status of a command that could not start
 ANSWERING = ("verify", "generate", "evaluate", "bench", "plan")  # commands of which nothing is left but what they print
@@ -84,6 +90,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         return _without_reader()
+    except LeftToAnotherError:
+        return FAULT
     except PeerLostError as error:
         if text := str(error):  # else another rank says it
             print(f"megalith: rank {os.environ.get('RANK', '0')} ends: {printable(text)}", file=sys.stderr)
@@ -201,8 +209,9 @@ def pretrain(words: Sequence[str], started: float) -> int:
     if "-h" in words or "--help" in words:
         flag_parser().print_help()
         return 0
-    rank, world_size, local_rank = ranks_in(os.environ)
-    run = _once_a_node(lambda: read_command_line(words))
+    rank, world_size, _ = ranks_in(os.environ)
+    with one_of_a_node_tells():
+        run = read_command_line(words)
     if run.parallel.nproc is not None and "RANK" not in os.environ:
         return start_ranks(words, run)
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -216,27 +225,13 @@ def pretrain(words: Sequence[str], started: float) -> int:
         from megalith.check import check
         from megalith.check_files import file_faults
 
-        if faults := [*check(run, world_size), *file_faults(run), *moved_run_files(words, run)]:
-            # One rank of each node, which has a command line and files of its own; the others fail alike.
-            if local_rank == 0:
+        with one_of_a_node_tells():
+            if faults := [*check(run, world_size), *file_faults(run), *moved_run_files(words, run)]:
                 raise ConfigError(faults)
-            return FAULT
 
         from megalith.train import train
 
         return train(run, started=started)
-
-
-def _once_a_node(read: Callable[[], Asked]) -> Asked:
-    """What words ask for. What is wrong with them is said by one rank of each node, since all find it alike."""
-    try:
-        return read()
-    except (ValueError, OSError):
-        if ranks_in(os.environ)[2] == 0:
-            raise
-        from megalith.config import ConfigError
-
-        raise ConfigError(()) from None
 
 
 def start_ranks(words: Sequence[str], run: "Run") -> int:
@@ -296,7 +291,8 @@ def index(words: Sequence[str], started: float) -> int:
     with _importing():
         from megalith.asked import asked_of_index
 
-    options = _once_a_node(lambda: asked_of_index(words))
+    with one_of_a_node_tells():
+        options = asked_of_index(words)
     with _importing():
         from megalith.indexing import main as index_main
 
@@ -308,11 +304,14 @@ def finetune(words: Sequence[str], started: float) -> int:
     with _importing():
         from megalith.asked import asked_of_finetune
 
-    options, rest = _once_a_node(lambda: asked_of_finetune(words))
+    with one_of_a_node_tells():
+        options, rest = asked_of_finetune(words)
     with _importing():
         from megalith.finetune import pretrain_words
 
-    return pretrain(_once_a_node(lambda: pretrain_words(options, rest)), started)
+    with one_of_a_node_tells():
+        begun = pretrain_words(options, rest)
+    return pretrain(begun, started)
 
 
 def convert(words: Sequence[str], started: float) -> int:
@@ -328,7 +327,8 @@ def bench(words: Sequence[str], started: float) -> int:
     with _importing():
         from megalith.asked import asked_of_bench
 
-    asked = _once_a_node(lambda: asked_of_bench(words))
+    with one_of_a_node_tells():
+        asked = asked_of_bench(words)
     with _importing():
         from megalith.bench import main as bench_main
 

@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from megalith.terminal import say
@@ -55,6 +56,10 @@ class PeerLostError(Exception):
     """Another rank died, failed or hangs, so this one cannot go on; the message names it."""
 
 
+class LeftToAnotherError(Exception):
+    """What is wrong is said by another rank of this node."""
+
+
 def ranks_in(environment: Mapping[str, str]) -> tuple[int, int, int]:
     """(rank, world size, local rank) that torchrun or SLURM announces in the environment; (0, 1, 0) without either.
 
@@ -72,6 +77,24 @@ def ranks_in(environment: Mapping[str, str]) -> tuple[int, int, int]:
             raise ValueError(f"{rank} = {said[rank]}: must be below {world} = {said[world]}. Correct one of them.")
         return int(said[rank]), int(said[world]), int(said[local])
     return 0, 1, 0
+
+
+@contextmanager
+def one_of_a_node_tells() -> Iterator[None]:
+    """While entered, a fault that all ranks find alike before they meet is said by one rank of each node, which has a
+    command line and files of its own; the others raise LeftToAnotherError.
+
+    Those of torchrun give that one time first: at the first rank that ends, torchrun ends all.
+    """
+    tells = ranks_in(os.environ)[2] == 0
+    try:
+        yield
+    except (ValueError, OSError):
+        if tells:
+            raise
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(SECONDS_TO_TELL)
+        raise LeftToAnotherError from None
 
 
 def speaks_for_all(rank: int) -> bool:
