@@ -113,6 +113,12 @@ def test_a_preset_needs_no_files_when_it_is_measured() -> None:
     assert run.checkpoint.save is None and run.train.train_iters == 7
 
 
+def test_an_ict_is_measured_without_the_titles_that_its_training_reads() -> None:
+    words = ["--max-position-embeddings", "16", "--data-path", "texts", "--titles-data-path", "titles"]
+    run = made_for_measuring(read_command_line(["ict", *MODEL, *words]), steps=5)
+    assert check(run, 1) == []
+
+
 def test_what_a_run_file_says_of_its_start_and_end_does_not_keep_it_from_being_measured() -> None:
     words = "--max-position-embeddings 16 --finetune --on-nan rewind --exit-before-training --save run --load other"
     run = made_for_measuring(read_command_line([*MODEL, *words.split()]), steps=5)

@@ -118,6 +118,7 @@ def made_for_measuring(run: Run, *, steps: int) -> Run:
             data_path=None,
             valid_data_path=None,
             test_data_path=None,
+            titles_data_path=None,
             corpus=None,
             vocab_size=vocab_size,
         ),
