@@ -21,7 +21,7 @@ from megalith.layers.random import dropout_rows, mix, number_words
 
 pytest.importorskip("triton", reason="needs triton")
 
-from megalith.layers import attend_fused
+from megalith.layers import attend_fused, norm_fused
 from tests.layers.kernels import BACKEND, DEVICE, SIXTEEN, runs_kernels
 
 PROBABILITY = 0.3
@@ -198,3 +198,6 @@ def test_the_kernels_compile_for_gpus(capability: int, dtypes: list[str]) -> Non
     assert len(lines) == (4 * 2 + 3 + 2) * len(dtypes) + 2
     # What a block may have of a multiprocessor's shared memory: 163 KiB on the A100, 227 on the H100.
     assert all(int(line.split()[-2]) <= 163 * 1024 for line in lines), ended.stdout
+    # As many programs of a norm's backward pass as are started find room on an H100, whose multiprocessors have 65,536.
+    (registers,) = (int(line.split()[4]) for line in lines if line.startswith("_norm_backward bf16 1600 "))
+    assert capability != 90 or registers <= 65_536 // (32 * norm_fused.WARPS), ended.stdout
