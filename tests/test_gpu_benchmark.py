@@ -141,6 +141,13 @@ def test_a_model_whose_loss_is_another_than_before_is_a_fault(tmp_path: Path, mo
     ]
 
 
+def test_each_goal_is_measured_by_one_of_the_rows_that_end_in_five_minutes() -> None:
+    of_all, of_seven = ({(row.seconds, row.gib) for row in rows} for rows in (gpu.ROWS, gpu.ROWS[:7]))
+    assert of_seven == of_all - {(None, None)} and len(of_seven) == 7
+    profiled = [gpu.ROWS[number] for number, _ in gpu.PROFILES]
+    assert [(row.seconds, row.gib) for row in profiled] == [(1.30, None), (None, 46), (1.12, None), (1.50, None)]
+
+
 def test_what_cannot_be_written_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
