@@ -18,6 +18,7 @@ from megalith.sources import read_command_line
 from megalith.train import take_told_step
 
 ROWS = 40
+GAPS = 10
 # Kinds of kernels by what their names hold; the first that fits counts.
 KINDS = {
     "compiled": ("triton_poi_", "triton_per_", "triton_red_", "triton_for_", "triton_tem_"),
@@ -45,6 +46,17 @@ def busy_seconds(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
+def idle_before(kernels: Iterable[tuple[float, float, str]]) -> dict[str, float]:
+    """Seconds in which nothing ran, by what came then, most first. kernels: begin, end and name."""
+    idle: dict[str, float] = defaultdict(float)
+    reached: float | None = None
+    for begin, end, name in sorted(kernels):
+        if reached is not None and begin > reached:
+            idle[name] += begin - reached
+        reached = end if reached is None else max(reached, end)
+    return dict(sorted(idle.items(), key=lambda item: -item[1]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=2)
@@ -70,8 +82,8 @@ def main() -> None:
         if event.device_type.name == kind:
             seconds[event.name] += event.time_range.elapsed_us() / 1e6 / options.steps
             calls[event.name] += 1
-            spans.append((event.time_range.start / 1e6, event.time_range.end / 1e6))
-    busy = busy_seconds(spans) / options.steps
+            spans.append((event.time_range.start / 1e6, event.time_range.end / 1e6, event.name))
+    busy = busy_seconds((begin, end) for begin, end, _ in spans) / options.steps
     print(f"a step: {wall:.4f} s, of which the device computes {busy:.4f} s")
     by_kind: dict[str, float] = defaultdict(float)
     for name, taken in seconds.items():
@@ -81,8 +93,15 @@ def main() -> None:
     costliest = sorted(seconds, key=lambda name: -seconds[name])[:ROWS]
     for name in costliest:
         print(f"  {1000 * seconds[name]:9.2f} ms {calls[name] // options.steps:6} x {name[:140]}")
+    idle = {name: taken / options.steps for name, taken in list(idle_before(spans).items())[:GAPS]}
+    for name, taken in idle.items():
+        print(f"  {1000 * taken:9.2f} ms idle before {name[:140]}")
     kernels: dict[str, Any] = {name: [seconds[name], calls[name] // options.steps] for name in costliest}
-    print(json.dumps({"step_seconds": wall, "busy_seconds": busy, "kinds": dict(by_kind), "kernels": kernels}))
+    print(
+        json.dumps(
+            {"step_seconds": wall, "busy_seconds": busy, "kinds": dict(by_kind), "kernels": kernels, "idle": idle}
+        )
+    )
 
 
 def _wait(device: torch.device) -> None:

@@ -13,13 +13,18 @@ import pytest
 
 from benchmarks import gpu
 from benchmarks.gpu_memory import peak_of
-from benchmarks.gpu_profile import busy_seconds, kind_of
+from benchmarks.gpu_profile import busy_seconds, idle_before, kind_of
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_what_overlaps_is_busy_once() -> None:
     assert busy_seconds([(3.0, 4.0), (0.0, 1.0), (0.5, 2.0), (0.6, 0.7)]) == pytest.approx(3.0)
+
+
+def test_idle_time_is_told_by_what_ended_it() -> None:
+    kernels = [(7.0, 8.0, "b"), (0.0, 1.0, "a"), (1.5, 3.0, "b"), (1.6, 4.0, "c"), (4.0, 5.0, "b"), (5.25, 6.0, "a")]
+    assert list(idle_before(kernels).items()) == [("b", 1.5), ("a", 0.25)]
 
 
 @pytest.mark.parametrize(
