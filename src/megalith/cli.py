@@ -20,6 +20,7 @@ from megalith.launch import (
     LeftToAnotherError,
     PeerLostError,
     end_with_parent,
+    heard,
     one_of_a_node_tells,
     ranks_in,
     speaks_for_all,
@@ -136,6 +137,24 @@ def _importing() -> Iterator[None]:
     finally:
         if takes_over:
             signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _removing_what_is_half_written() -> Iterator[None]:
+    """While entered, SIGTERM and SIGHUP end the process as Ctrl-C does: not before its temporary files are gone."""
+
+    def end(number: int, frame: object) -> None:
+        say(f"ended by {signal.Signals(number).name}")
+        raise SystemExit(128 + number)
+
+    caught = [number for number in heard() if number in (signal.SIGTERM, signal.SIGHUP)]
+    takes_over = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, end) for number in caught} if takes_over else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _is_first(command: str) -> bool:
@@ -255,7 +274,8 @@ def preprocess(words: Sequence[str], started: float) -> int:
     with _importing():
         from megalith.preprocess import main as preprocess_main
 
-    return preprocess_main(words)
+    with _removing_what_is_half_written():
+        return preprocess_main(words)
 
 
 def verify(words: Sequence[str], started: float) -> int:
@@ -319,7 +339,8 @@ def convert(words: Sequence[str], started: float) -> int:
     with _importing():
         from megalith.convert import main as convert_main
 
-    return convert_main(words)
+    with _removing_what_is_half_written():
+        return convert_main(words)
 
 
 def bench(words: Sequence[str], started: float) -> int:

@@ -414,13 +414,21 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lo
 
 
 @needs_proc
-def test_an_interrupted_run_leaves_no_file_and_no_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGINT, "interrupted"),
+        (signal.SIGTERM, "ended by SIGTERM"),
+        (signal.SIGHUP, "ended by SIGHUP"),
+    ],
+)
+def test_an_interrupted_run_leaves_no_file_and_no_process(number: signal.Signals, said: str, tmp_path: Path) -> None:
     process = start_command(tmp_path, many_documents(tmp_path))
     workers = all_threads_children(process.pid)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert errors.splitlines()[-1] == "megalith: interrupted"
+    assert process.returncode == 128 + number
+    assert errors.splitlines()[-1] == f"megalith: {said}"
     assert "Traceback" not in errors
     assert len(workers) == 2
     assert wait_until(lambda: not any(is_running(pid) for pid in workers))
