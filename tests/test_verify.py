@@ -73,9 +73,9 @@ def flip(path: Path, place: int) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a flipped bit of a shard": (lambda step: flip(step / "rank-00000.safetensors", -9), "rank-00000.safetensors"),
     "a flipped bit of an index": (lambda step: flip(step / "index.json", 99), "index.json"),
-    "a missing shard": (lambda step: (step / "rank-00000.safetensors").unlink(), "rank-00000.safetensors"),
+    "a missing shard": (lambda step: (step / "rank-00000.safetensors").unlink(), "/rank-00000.safetensors is missing"),
     "a cut shard": (lambda step: (step / "rank-00000.safetensors").write_bytes(b"1"), "rank-00000.safetensors"),
-    "a missing index": (lambda step: (step / "index.json").unlink(), "index.json"),
+    "a missing index": (lambda step: (step / "index.json").unlink(), "/index.json is missing"),
     "another step's name": (lambda step: step.rename(step.with_name("step-0000007")), "step-0000007"),
     "a changed run file": (lambda step: flip(step.parent.parent / "run.toml", 3), "run.toml"),
     "no run file": (lambda step: (step.parent.parent / "run.toml").unlink(), "run.toml"),

@@ -2,7 +2,8 @@
 
 import errno
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megalith.checkpoint.directory import check_directory
@@ -78,7 +79,17 @@ def read_index(path: Path, *, disk: Disk = DISK) -> Index:
 def index_text(path: Path, *, disk: Disk) -> bytes:
     """The bytes of a checkpoint's index file."""
     check_directory(path)
-    return read_file(path / INDEX_NAME, INDEX_LIMIT, disk=disk)
+    with _there(path / INDEX_NAME):
+        return read_file(path / INDEX_NAME, INDEX_LIMIT, disk=disk)
+
+
+@contextmanager
+def _there(path: Path) -> Iterator[None]:
+    """A file that is not there is damage, too."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing") from None
 
 
 def index_in(path: Path, text: bytes) -> Index:
@@ -93,7 +104,8 @@ def check_files(path: Path, index: Index, names: Collection[str], *, disk: Disk)
     """Raise DamagedError or OSError unless the named files of a checkpoint are what its index says."""
     held = by_file(index.tensors, set(names))
     for name in names:
-        found, expected = digest_of(path / name, disk=disk), index.files[name]
+        with _there(path / name):
+            found, expected = digest_of(path / name, disk=disk), index.files[name]
         if found.size != expected.size:
             raise DamagedError(f"{path / name} has {found.size} bytes, expected {expected.size}")
         if found.digest != expected.digest:
