@@ -336,6 +336,17 @@ def test_copies_that_differ_are_announced_and_the_first_is_taken(
     assert torch.equal(weights_of(tmp_path / "run")["weight.word_embedding.weight"], whole_tensors()["word"]["main"])
 
 
+@pytest.mark.parametrize("data", [["text_document"], None], ids=["data", "none"])
+def test_the_command_that_is_named_to_go_on_is_whole(
+    data: list[str] | None, tmp_path: Path, forked_reader: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path / "theirs", Case())
+    edit(tmp_path / "theirs", lambda c: vars(c["args"]).update(data_path=data))
+    assert from_megatron(tmp_path / "theirs", tmp_path / "run") == 0
+    command = f"go on with: megalith pretrain {tmp_path}/run/run.toml{'' if data else ' --data-path PREFIX'}"
+    assert command in capsys.readouterr().out.splitlines()
+
+
 def test_a_tokenizer_that_is_not_at_hand_is_asked_for(tmp_path: Path, forked_reader: None) -> None:
     write_checkpoint(tmp_path / "theirs", Case())
     edit(

@@ -102,9 +102,9 @@ def from_megatron(
     pieces = {name: whole(tensor) for name, tensor in joined.tensors.items()}
     written = save(run_dir, joined.iteration, pieces, joined.state, notes=notes_for(joined, files))
     yield f"wrote {written}"
-    yield f"go on with: megalith pretrain {run_dir}/run.toml" + (
-        f" --save OTHER_DIR --load {run_dir} --finetune" if joined.moments is None else ""
-    )
+    data = "" if joined.run.data.data_path else " --data-path PREFIX"
+    start_anew = f" --save OTHER_DIR --load {run_dir} --finetune" if joined.moments is None else ""
+    yield f"go on with: megalith pretrain {run_dir}/run.toml{data}{start_anew}"
 
 
 def start(
