@@ -463,6 +463,19 @@ def test_the_kinds_of_models_that_can_be_evaluated_are_named(tmp_path: Path) -> 
     assert "holds a bert model; those of gpt, vit, classify, ict and retriever can be evaluated" in done.stderr
 
 
+@pytest.mark.parametrize("command", ["generate run --prompt a", "evaluate run", "evaluate run --file text"])
+@pytest.mark.parametrize("task", ["gpt", "vit"])
+def test_what_was_trained_on_made_up_data_is_not_taken_for_damaged(
+    task: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.toml").write_text(f'task = "{task}"\nmock_data = true\n')
+    assert main(command.split()) == 2
+    said = "run: was trained with --mock-data" if task == "gpt" or "evaluate" in command else "only a gpt continues"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -10,12 +10,12 @@ from torch import Tensor
 from megalith.checkpoint.shards import write_shard
 from megalith.config import Run
 from megalith.convert_from_hugging_face import CONFIG, INDEX, WEIGHTS
-from megalith.data.tokenizer import Tokenizer, load_saved_tokenizer
+from megalith.data.tokenizer import Tokenizer
 from megalith.files import DISK, make_directories, write_whole
 from megalith.hugging_face import KINDS, kind_of
 from megalith.hugging_face_weights import made_theirs, stored
 from megalith.run_state import WEIGHT
-from megalith.trained import load_tensors, refuse_another_tokenizer, run_of
+from megalith.trained import load_tensors, refuse_another_tokenizer, run_of, tokenizer_of
 
 LARGEST_FILE = 5 * 10**9  # bytes, as Hugging Face's own files
 TABLES = ("word_embedding.weight", "output.weight")
@@ -40,7 +40,7 @@ def to_hugging_face(
         raise ValueError(f"{folder}: holds a model already. Choose another directory.")
     tensors, loaded = load_tensors(run_dir, step=step, wanted=lambda name: name.startswith(WEIGHT))
     yield from (f"warning: {message}" for message in loaded.messages(goes_on=False))
-    tokenizer = load_saved_tokenizer(Path(run_dir) / "tokenizer")
+    tokenizer = tokenizer_of(run_dir, run)
     refuse_another_tokenizer(run_dir, loaded.index, tokenizer)
     theirs = renamed(run, kind, tensors, tokenizer.vocab_size)
     make_directories(folder)

@@ -10,13 +10,13 @@ import torch
 from megalith.checkpoint.megatron import FILE_NAME, TRACKER, Grid, iteration_name, rank_name
 from megalith.checkpoint.megatron_contents import Kept, file_contents
 from megalith.config import Run, flag_of
-from megalith.data.tokenizer import load_saved_tokenizer, padded_vocab_size
+from megalith.data.tokenizer import padded_vocab_size
 from megalith.derived import compute_dtype, reference_arguments
 from megalith.files import make_directories, open_whole, write_whole
 from megalith.models.shape import options_of, shape_of
 from megalith.optim.schedule import LATER_STYLES
 from megalith.parallel.mesh import Layout
-from megalith.trained import load_tensors, refuse_another_tokenizer, run_of
+from megalith.trained import load_tensors, refuse_another_tokenizer, run_of, tokenizer_of
 
 # The kinds of tokenizers that Megatron-LM has.
 TOKENIZERS = ("GPT2BPETokenizer", "BertWordPieceLowerCase", "BertWordPieceCase")
@@ -36,7 +36,7 @@ def to_megatron(
     tensors, loaded = load_tensors(run_dir, step=step)
     yield from (f"warning: {message}" for message in loaded.messages(goes_on=False))
     grid = grid_of(run, int(loaded.index.state["model"]["padded_vocab_size"]), tensor, stages, layers_per_chunk)
-    tokenizer = load_saved_tokenizer(Path(run_dir) / "tokenizer")
+    tokenizer = tokenizer_of(run_dir, run)
     refuse_another_tokenizer(run_dir, loaded.index, tokenizer)
     run = cut_like(run, grid, tokenizer.vocab_size)
     dtype: torch.dtype = getattr(torch, compute_dtype(run))

@@ -15,11 +15,10 @@ from megalith.asked import QUESTIONS, task_of_finetune
 from megalith.config import Run, known_settings
 from megalith.data.pair_files import LAYOUTS, read_pairs
 from megalith.data.questions import read_training_questions
-from megalith.data.tokenizer import load_saved_tokenizer
 from megalith.derived import global_batch_size, retriever_length, sequence_length
 from megalith.fields import describe
 from megalith.sources import read_command_line
-from megalith.trained import run_of
+from megalith.trained import run_of, tokenizer_of
 
 # What is good for a BERT of any size (Devlin et al. 2018, appendix A.3), unless told otherwise.
 USUAL = """
@@ -43,7 +42,7 @@ def pretrain_words(options: argparse.Namespace, rest: Sequence[str]) -> list[str
         )
     other_family = for_questions and pretrained.task == "bert"
     folder = Path(options.run) / "tokenizer"
-    tokenizer = load_saved_tokenizer(folder)
+    tokenizer = tokenizer_of(options.run, pretrained)
     begun = [
         task_of_finetune(options.task),
         *model_words(pretrained),

@@ -58,7 +58,7 @@ def open_trained(directory: str, *, step: int | None, device: str) -> TrainedMod
     run = run_of(directory)
     if run.task != "gpt":
         raise ValueError(f"{directory}: holds a {run.task} model; only a gpt continues text.")
-    tokenizer = load_saved_tokenizer(Path(directory) / "tokenizer")
+    tokenizer = tokenizer_of(directory, run)
     model, found_step = load_weights(
         directory,
         lambda index: empty_model(run, int(index.state["model"]["padded_vocab_size"]), device),
@@ -125,6 +125,16 @@ def load_tensors(
     if loaded is None:
         raise ValueError(f"{directory}: holds no checkpoint. Name what --save named.")
     return tensors, loaded
+
+
+def tokenizer_of(directory: str, run: Run) -> Tokenizer:
+    """The tokenizer that a run directory keeps; ValueError if there is none, or its files are not those written."""
+    folder = Path(directory) / "tokenizer"
+    if run.data.mock_data and not folder.is_dir():
+        raise ValueError(
+            f"{directory}: was trained with --mock-data, on tokens that stand for no text. Name a run of real data."
+        )
+    return load_saved_tokenizer(folder)
 
 
 def refuse_another_tokenizer(directory: str, index: Index, tokenizer: Tokenizer) -> None:

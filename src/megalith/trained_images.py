@@ -27,6 +27,8 @@ def measure_images(
     those that the model was trained on.
     """
     run = run_of(directory)
+    if run.data.mock_data:
+        raise ValueError(f"{directory}: was trained with --mock-data, on images of nothing. Name a run of real ones.")
     place, name = _place(run, split or "valid", files)
     device_of, dtype = compute_type(run, device)
     classes: list[str] = []

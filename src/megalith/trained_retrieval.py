@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,11 @@ from torch import nn
 
 from megalith.config import BIENCODERS, Run
 from megalith.data.marked import Marks
-from megalith.data.tokenizer import Tokenizer, load_saved_tokenizer
+from megalith.data.tokenizer import Tokenizer
 from megalith.derived import retriever_length
 from megalith.models.retrieval import Retriever
 from megalith.models.shape import shape_of
-from megalith.trained import compute_type, load_weights, run_of
+from megalith.trained import compute_type, load_weights, run_of, tokenizer_of
 
 WIDTH_STEP = 8  # a batch is as wide as its longest text, rounded up to this
 
@@ -48,7 +47,7 @@ def open_retriever(
     places = shape_of(run.model).num_positions
     if length > places:
         raise ValueError(f"--retriever-seq-length = {length}: the model has {places} positions. Give at most so many.")
-    tokenizer = load_saved_tokenizer(Path(directory) / "tokenizer")
+    tokenizer = tokenizer_of(directory, run)
     chosen, dtype = compute_type(run, device, local_rank)
 
     def build(index: Any) -> Retriever:
