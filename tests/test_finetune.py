@@ -69,7 +69,7 @@ def finetune_words(pretrained: Path, files: tuple[Path, Path], save: Path, *word
 
 
 def finetune_on(world_size: int, pretrained: Path, files: tuple[Path, Path], save: Path, *words: str) -> Path:
-    asked = pretrain_words(*asked_of_finetune(finetune_words(pretrained, files, save, *words)))
+    asked = pretrain_words(asked_of_finetune(finetune_words(pretrained, files, save, *words)))
     assert run_ranks(partial(run_rank, world_size=world_size, words=asked, before=None), world_size) == [0] * world_size
     return save
 
@@ -127,7 +127,7 @@ def test_every_validation_measures_all_pairs_once(
 
 def test_validations_are_the_same_while_the_batch_grows(runs: Runs, files: tuple[Path, Path], tmp_path: Path) -> None:
     given = finetune_words(runs(1), files, tmp_path / "run", "--lr", "0", "--eval-interval", "1")
-    words = pretrain_words(*asked_of_finetune(given))
+    words = pretrain_words(asked_of_finetune(given))
     length = words.index("--train-iters")
     words[length : length + 2] = ["--train-samples", "80", "--rampup-batch-size", "16", "16", "32"]
     assert main(["pretrain", *words]) == 0
@@ -161,6 +161,24 @@ def test_all_weights_but_the_head_are_taken_over(runs: Runs, files: tuple[Path, 
     assert after["weight.classification_head.weight"].shape == (3, 32)
     assert not any("lm_head" in name or "binary_head" in name for name in names)
     assert torch.equal(after["weight.pooler.weight"], before["weight.pooler.weight"])
+
+
+@pytest.mark.parametrize(
+    ("words", "taken"),
+    [
+        ([], set()),
+        (["--bf16"], {"--fp32-residual-connection"}),
+        (["--fp16"], {"--fp32-residual-connection", "--fp16-lm-cross-entropy"}),
+    ],
+)
+def test_what_only_16_bits_have_is_taken_over_with_them(
+    words: list[str], taken: set[str], runs: Runs, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    settings = {"--fp32-residual-connection", "--fp16-lm-cross-entropy"}
+    pretrained = runs(1, "--train-iters", "3", "--fp16", *sorted(settings))
+    asked = pretrain_words(asked_of_finetune(finetune_words(pretrained, files, tmp_path / "run", *words)))
+    assert settings.intersection(asked) == taken
+    assert check(read_command_line(asked), 1) == []
 
 
 def test_a_model_without_binary_head_gets_a_new_pooler(runs: Runs, files: tuple[Path, Path], tmp_path: Path) -> None:

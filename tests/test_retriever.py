@@ -72,7 +72,7 @@ def runs(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """The same as words of pretrain."""
     return Runs(
         tmp_path_factory.mktemp("runs"),
-        model=pretrain_words(*asked_of_finetune(words)),
+        model=pretrain_words(asked_of_finetune(words)),
         write=lambda folder: folder / "none",
     )
 
@@ -165,7 +165,7 @@ def test_a_run_goes_on_bit_for_bit(runs: Runs, tmp_path: Path) -> None:
 
 
 def test_faults_are_named_with_a_remedy(words: list[str]) -> None:
-    pretraining = [*pretrain_words(*asked_of_finetune(words)), *micro(4)]
+    pretraining = [*pretrain_words(asked_of_finetune(words)), *micro(4)]
 
     def said(*more: str, ranks: int = 1) -> list[str]:
         return [str(fault) for fault in check(read_command_line([*pretraining, *more]), ranks)]
@@ -199,7 +199,7 @@ def test_questions_can_follow_a_bert(ict: Path, words: list[str], tmp_path: Path
     data = ict.parent / "texts_sentence"
     vocabulary = ["--vocab-file", str(ict.parent / "vocab.txt"), "--log-format", "json"]
     assert run_on(1, vocabulary, tmp_path / "bert", data, model=model) == 0
-    begun = pretrain_words(*asked_of_finetune([str(tmp_path / "bert"), *words[1:]]))
+    begun = pretrain_words(asked_of_finetune([str(tmp_path / "bert"), *words[1:]]))
     assert begun[begun.index("--bert-load") + 1] == str(tmp_path / "bert") and "--load" not in begun
     assert main(["pretrain", *begun, *micro(4), "--save", str(tmp_path / "run")]) == 0
     assert len(steps_of(tmp_path / "run")) == 9

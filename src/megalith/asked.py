@@ -70,8 +70,8 @@ def asked_of_plan(words: Sequence[str]) -> Asked:
     return Asked(own, rest, read_command_line(rest))
 
 
-def asked_of_finetune(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Of `megalith finetune`: its own flags, and those of pretrain, which with the run's will make a whole."""
+def asked_of_finetune(words: Sequence[str]) -> Asked:
+    """Of `megalith finetune`; run: as far as the words tell it, without what the trained one will add."""
     parser = CommandParser(
         prog="megalith finetune",
         usage="megalith finetune RUN --task TASK --train-data FILE.. --valid-data FILE.. [--epochs N] [--flags]",
@@ -88,11 +88,10 @@ def asked_of_finetune(words: Sequence[str]) -> tuple[argparse.Namespace, list[st
         "--valid-data", nargs="+", required=True, metavar="FILE", help="pairs, or questions, to validate on"
     )
     parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help=f"[{EPOCHS}]")
-    options, rest = parser.parse_known_args(words)
-    if options.epochs < 1:
-        raise ValueError(f"--epochs = {options.epochs}: must be greater than 0. Give a positive number")
-    read_command_line([task_of_finetune(options.task), *rest])
-    return options, rest
+    own, rest = parser.parse_known_args(words)
+    if own.epochs < 1:
+        raise ValueError(f"--epochs = {own.epochs}: must be greater than 0. Give a positive number")
+    return Asked(own, rest, read_command_line([task_of_finetune(own.task), *rest]))
 
 
 def task_of_finetune(task: str) -> str:

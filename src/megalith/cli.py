@@ -325,12 +325,12 @@ def finetune(words: Sequence[str], started: float) -> int:
         from megalith.asked import asked_of_finetune
 
     with one_of_a_node_tells():
-        options, rest = asked_of_finetune(words)
+        asked = asked_of_finetune(words)
     with _importing():
         from megalith.finetune import pretrain_words
 
     with one_of_a_node_tells():
-        begun = pretrain_words(options, rest)
+        begun = pretrain_words(asked)
     return pretrain(begun, started)
 
 

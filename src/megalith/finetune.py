@@ -6,16 +6,15 @@ Sizes and tokenizer are those of the run that is started from, the length follow
 pretrain may stand behind and wins.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from megalith.asked import QUESTIONS, task_of_finetune
+from megalith.asked import QUESTIONS, Asked, task_of_finetune
 from megalith.config import Run, known_settings
 from megalith.data.pair_files import LAYOUTS, read_pairs
 from megalith.data.questions import read_training_questions
-from megalith.derived import global_batch_size, retriever_length, sequence_length
+from megalith.derived import compute_dtype, global_batch_size, retriever_length, sequence_length
 from megalith.fields import describe
 from megalith.sources import read_command_line
 from megalith.trained import run_of, tokenizer_of
@@ -25,14 +24,17 @@ USUAL = """
     --micro-batch-size 8 --global-batch-size 32 --lr 5e-5 --lr-decay-style linear --lr-warmup-fraction 0.065
     --log-interval 10 --eval-first --unigram-baseline
 """.split()
+# Settings of a model that have no meaning with other types of the computation, which is the fine-tuning's own.
+OF_TYPES = {"fp32_residual_connection": ("float16", "bfloat16"), "fp16_lm_cross_entropy": ("float16",)}
 REPORTED = ("1", "5", "20")  # of the accuracies among all passages of a microbatch
 
 
-def pretrain_words(options: argparse.Namespace, rest: Sequence[str]) -> list[str]:
+def pretrain_words(given: Asked) -> list[str]:
     """The words of `megalith pretrain` that do what those of `megalith finetune` ask for (`asked_of_finetune`).
 
     Raises ValueError for what is unfit.
     """
+    options, rest, told = given
     pretrained = run_of(options.run)
     for_questions = options.task == QUESTIONS
     wanted = ("ict", "retriever", "bert") if for_questions else ("bert",)
@@ -45,7 +47,7 @@ def pretrain_words(options: argparse.Namespace, rest: Sequence[str]) -> list[str
     tokenizer = tokenizer_of(options.run, pretrained)
     begun = [
         task_of_finetune(options.task),
-        *model_words(pretrained),
+        *model_words(pretrained, compute_dtype(told)),
         *("--seq-length", str(sequence_length(pretrained))),
         *("--tokenizer-type", tokenizer.name, "--vocab-file", str(folder / "vocab.txt")),
         *(("--vocab-extra-ids", str(len(tokenizer.extra_ids))) if tokenizer.extra_ids else ()),
@@ -79,12 +81,12 @@ def question_words(run: Run) -> list[str]:
     return ["--retriever-seq-length", length, "--retriever-report-topk-accuracies", *map(str, reported), *scaled]
 
 
-def model_words(run: Run) -> list[str]:
-    """The flags that give a run's model again."""
+def model_words(run: Run, dtype: str) -> list[str]:
+    """The flags that give a run's model again, computed in a type."""
     known, words = known_settings(), list[str]()
     for field in fields(run.model):
         value = getattr(run.model, field.name)
-        if value == field.default or value is None:
+        if value == field.default or value is None or dtype not in OF_TYPES.get(field.name, (dtype,)):
             continue
         words.append(known[field.name].flag)
         if not describe(field)["switch"]:
