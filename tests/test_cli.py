@@ -253,6 +253,19 @@ def test_what_the_system_refuses_is_told_by_path_reason_and_remedy(command: str,
     assert done.returncode == 2 and done.stderr.splitlines() == [said]
 
 
+def test_a_file_that_may_not_grow_is_told_by_its_own_name(trained: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "megalith", "convert", "--to", "megatron", str(trained), str(tmp_path / "out")],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "/.model" not in line
+    assert line.endswith(": File too large. Raise the limit on the size of files (ulimit -f), or choose another place.")
+
+
 def test_missing_data_is_named_with_what_lies_near(tmp_path: Path) -> None:
     prefix = write_data(tmp_path)
     words = ["--tokenizer-type", "ByteLevelTokenizer", "--num-layers", "1", "--hidden-size", "8"]

@@ -39,6 +39,7 @@ REMEDIES = {
     errno.EACCES: "Correct its permissions, or name another",
     errno.EPERM: "Correct its permissions, or name another",
     errno.EDQUOT: "Make room",
+    errno.EFBIG: "Raise the limit on the size of files (ulimit -f), or choose another place",
     errno.EIO: "See to the disk",
     errno.EISDIR: "Name a file",
     errno.ENAMETOOLONG: "Choose a shorter name",
@@ -189,9 +190,12 @@ def _tell(error: Exception) -> int:
     """Say what a user can correct, a line for each fault; give the exit status."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror is not None:
+        from megalith.files import name_at_the_end
+
         # Of a rename that failed the second name is what was to be written, the first one a temporary file's.
-        path = error.filename2 or error.filename or "an operation of the system failed"
-        text = f"{path}: {error.strerror}"
+        path = error.filename2 or error.filename
+        said = "an operation of the system failed" if path is None else name_at_the_end(os.fsdecode(path))
+        text = f"{said}: {error.strerror}"
         if remedy := REMEDIES.get(error.errno or 0):
             text = f"{text}. {remedy}."
     for line in text.splitlines():

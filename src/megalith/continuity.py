@@ -30,11 +30,12 @@ DECIDE_SAMPLES = (
     "reset_attention_mask eod_mask_loss mask_prob short_seq_prob sample_rate use_one_sent_docs query_in_block_prob "
     "vocab_extra_ids mock_data vocab_size image_augmentation"
 ).split()
-# Settings of which no step depends (the length is told by other lines), and those that `identify_data` tells better.
+# Settings of which no step depends (the length is told by other lines), those that `identify_data` tells better, and
+# those that only say whose schedule holds.
 CHANGE_NOTHING = (
     "data_path vocab_file merge_file tokenizer_model tokenizer_type data_cache_path data_impl corpus mmap_warmup "
     "num_workers verify_data max_epochs train_iters train_samples exit_interval exit_duration_in_mins "
-    "exit_before_training"
+    "exit_before_training override_lr_scheduler use_checkpoint_lr_scheduler"
 ).split()
 PARTS = ("model", "data", "optimizer", "train", "evaluate")  # whose settings change what a run computes or says
 CONTRASTED = "contrasted"  # among what decides samples: how many pairs a loss compares

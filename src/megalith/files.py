@@ -219,6 +219,14 @@ def _replaced(path: Path, disk: Disk) -> Iterator[_DigestedFile]:
                 disk.remove(temporary)
 
 
+def name_at_the_end(path: Location) -> Path:
+    """What a file will be called that is written under a temporary name; any other path as it is."""
+    written = Path(path)
+    if written.suffix == TEMPORARY_SUFFIX and written.name.startswith(".") and written.name.count(".") > 2:
+        return written.with_name(written.name[1:].rsplit(".", 2)[0])
+    return written
+
+
 def open_directory(path: Location, *, disk: Disk) -> int:
     """A descriptor of a directory, to sync or to lock it; one that a user names may be a link, and is followed."""
     return disk.open(Path(os.path.realpath(path) if os.path.islink(path) else path))

@@ -26,7 +26,7 @@ from megalith.data.tokenized import TokenizedBlock, TokenRules, tokenize_block
 from megalith.data.tokenizer import KINDS, Tokenizer, load_tokenizer
 from megalith.data.worker_pool import WorkerPool
 from megalith.fields import setting
-from megalith.files import TEMPORARY_SUFFIX, Written
+from megalith.files import Written, name_at_the_end
 from megalith.terminal import counted
 
 MOST_FAULTS_SHOWN = 10
@@ -261,12 +261,9 @@ def _faults_of_output(config: PrepareConfig) -> Iterator[None]:
         path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | Path) else None
         if path is None or not (path.parent == folder or folder.is_relative_to(path)):
             raise
-        if path.suffix == TEMPORARY_SUFFIX:
-            # It is there for as long as it is written only.
-            path = path.with_name(path.name[1:].rsplit(".", 2)[0])
-        remedy = REMEDIES.get(error.errno or 0, "choose another place")
+        remedy, written = REMEDIES.get(error.errno or 0, "choose another place"), name_at_the_end(path)
         raise ValueError(
-            f"--output-prefix {config.output_prefix}: {path} cannot be written ({error.strerror}); {remedy}"
+            f"--output-prefix {config.output_prefix}: {written} cannot be written ({error.strerror}); {remedy}"
         ) from error
 
 
