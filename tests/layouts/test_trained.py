@@ -56,3 +56,9 @@ def test_every_layout_shows_the_sample_that_one_rank_shows(
     steps = ["--train-iters", "5", "--sample-prompt", "ab"]
     sample = sample_of(runs(world_size, *steps, *words))
     assert sample and sample == sample_of(runs(1, *steps))
+
+
+def test_a_sample_follows_what_was_learnt_from_sequences_of_an_odd_length(runs: Runs) -> None:
+    steps = ["--seq-length", "15", "--max-position-embeddings", "15", "--train-iters", "5", "--sample-prompt", "ab"]
+    sample = sample_of(runs(2, *steps, PP, "2"))
+    assert sample and sample == sample_of(runs(1, *steps))

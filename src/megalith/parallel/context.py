@@ -109,6 +109,8 @@ def mask_of_whole_sequence(
 
 def in_natural_order(local: Tensor, dim: int, group: Group) -> Tensor:
     """The parts of all ranks, in the order of the sequence; no gradient."""
+    if size_of(group) == 1:
+        return local  # of any length, which two stretches a rank do not have
     return by_place(all_gather(local, dim, group), dim, size_of(group))
 
 
