@@ -87,19 +87,27 @@ def _tell_sample(job: Job) -> None:
     if prompt is None or tokenizer is None or job.run.task != "gpt":
         return
     layout, shape = job.layout, shape_of(job.run.model)
+    # Of every layout alike; a model may have places beyond the training's sequences, but has learnt nothing there.
+    ids, window = prompt_ids(tokenizer, prompt), sequence_length(job.run)
+    num_new = min(SAMPLE_TOKENS, window - len(ids))
+    if num_new < 1:
+        job.log.line(
+            f"no sample: --sample-prompt has {len(ids)} tokens, which leave none of the {window} of a sequence"
+        )
+        return
     sampling = Sampling(temperature=0.7, top_p=0.95)
     model = job.laid.parts.get(0)
     if layout.world_size == 1 and isinstance(model, Decoder):
-        text = continuations(model, tokenizer, [prompt], max_new_tokens=SAMPLE_TOKENS, sampling=sampling)[0].text
+        text = continuations(model, tokenizer, [prompt], max_new_tokens=num_new, sampling=sampling)[0].text
     else:
         dtype = "float32" if job.run.model.fp32_residual_connection else compute_dtype(job.run)
         tokens = continue_together(
             job.laid.parts,
             layout,
             job.groups,
-            prompt_ids(tokenizer, prompt),
-            max_new_tokens=SAMPLE_TOKENS,
-            window=sequence_length(job.run),
+            ids,
+            max_new_tokens=num_new,
+            window=window,
             stream=(shape.width, getattr(torch, dtype)),
             sampling=sampling,
             vocab_size=tokenizer.vocab_size,

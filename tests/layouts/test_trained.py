@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megalith.trained import measure, open_trained
-from tests.layouts.runs import Runs
+from tests.layouts.runs import Runs, events_of
 
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
 
@@ -59,6 +59,14 @@ def test_every_layout_shows_the_sample_that_one_rank_shows(
 
 
 def test_a_sample_follows_what_was_learnt_from_sequences_of_an_odd_length(runs: Runs) -> None:
-    steps = ["--seq-length", "15", "--max-position-embeddings", "15", "--train-iters", "5", "--sample-prompt", "ab"]
+    # The model has a place more, which no sequence reaches.
+    steps = ["--seq-length", "15", "--train-iters", "5", "--sample-prompt", "ab"]
     sample = sample_of(runs(2, *steps, PP, "2"))
     assert sample and sample == sample_of(runs(1, *steps))
+
+
+def test_a_prompt_that_fills_a_sequence_does_not_fail_a_run_that_is_done(runs: Runs) -> None:
+    for world_size, words in ((1, []), (2, [PP, "2"])):
+        save = runs(world_size, "--train-iters", "5", "--sample-prompt", "a" * 16, *words)
+        lines = [event["text"] for event in events_of(save, "line")]
+        assert "no sample: --sample-prompt has 16 tokens, which leave none of the 16 of a sequence" in lines
