@@ -94,3 +94,10 @@ def test_layouts_with_the_same_sums_give_the_same_bits(
     laid = {"one": (1, list[str]()), **LAYOUTS}
     first, second = (runs(laid[name][0], *STEPS, *MODELS[model], *laid[name][1]) for name in (layout, other))
     assert largest_difference(first, second) == 0.0
+
+
+def test_a_pipeline_adds_losses_up_as_one_rank_does(runs: Runs) -> None:
+    """Of many microbatches, which torch's sum adds up in another order."""
+    words = ["--train-iters", "6", "--global-batch-size", "32", *MODELS["untied"]]
+    one, pipeline = (steps_of(runs(world_size, *words, *stages)) for world_size, stages in ((1, []), (2, [PP, "2"])))
+    assert [step["losses"] for step in one] == [step["losses"] for step in pipeline]

@@ -5,6 +5,7 @@ gradients back; what belongs to a batch besides (positions, masks, labels) every
 """
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -132,8 +133,8 @@ class Pipeline:
             self._reduction.after_last_backward()
         else:
             schedule.eval(*entering, target=target, **batch)
-        losses = [torch.stack(self._losses).sum(0)] if self._losses else []
-        sums = losses[0] if losses else torch.zeros(self._num_losses, device=self._device)
+        # One after the other, as one rank adds them up.
+        sums = reduce(torch.add, self._losses, torch.zeros(self._num_losses, device=self._device))
         for group in self._sums_over:
             sums = all_reduce(sums, group)
         return sums
