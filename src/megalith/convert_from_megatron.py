@@ -177,7 +177,8 @@ def required_tokenizer(run: Run) -> Tokenizer:
         return open_tokenizer(run)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"its tokenizer is needed: {error}. Name its files with --vocab-file and --merge-file, or as it needs them"
+            f"its tokenizer is needed: {error}. Name its files with --vocab-file and --merge-file, or its kind with "
+            "--tokenizer-type and what that needs"
         ) from error
 
 
