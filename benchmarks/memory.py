@@ -2,8 +2,9 @@
 
     python -m benchmarks.memory
 
-Sizes are those of the small model of benchmarks/peers.py unless said. Resident memory is the whole process: the
-interpreter and PyTorch take some 350 MB of it before anything is built. One process a row, so that none sees another's.
+Sizes are those of the small model of benchmarks/peers.py unless said. Resident memory is the most that a process of
+`megalith bench` held over ten steps: the interpreter and PyTorch take some 230 MiB of it before anything is built.
+Each number is of a process of its own, so that none sees another's.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import torch
 
@@ -34,13 +36,16 @@ ROWS = {
 }
 MEASURE = """
 import json, sys
-from megalith.monitor.memory import memory_use
 from tests.plan.test_memory import measured_and_predicted
-import torch
-counted, predicted = measured_and_predicted(json.loads(sys.argv[1]))
-print(json.dumps([counted, predicted, memory_use(torch.device("cpu")).max_allocated]))
+print(json.dumps(measured_and_predicted(json.loads(sys.argv[1]))))
 """
 MIB = 2**20
+
+
+def said_by(*words: str) -> Any:
+    """What a program of this Python prints as JSON in its last line."""
+    said = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True).stdout
+    return json.loads(said.splitlines()[-1])
 
 
 def main() -> None:
@@ -49,9 +54,10 @@ def main() -> None:
     print(f"megalith {__version__}, torch {torch.__version__}, {os.cpu_count()} cores")
     print(f"{'':<38}{'predicted':>12}{'counted':>12}{'ratio':>8}{'resident':>12}  MiB")
     for name, words in ROWS.items():
-        command = [sys.executable, "-c", MEASURE, json.dumps([*BASE, *words.split()])]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        counted, predicted, resident = json.loads(said.splitlines()[-1])
+        model = [*BASE, *words.split()]
+        counted, predicted = said_by("-c", MEASURE, json.dumps(model))
+        bench = said_by("-m", "megalith", "bench", *model, *"--warmup 2 --steps 5 --json".split())
+        resident = bench["peak_memory_bytes"]
         sizes = f"{predicted / MIB:12,.1f}{counted / MIB:12,.1f}{predicted / counted:8.3f}{resident / MIB:12,.0f}"
         print(f"{name:<38}{sizes}", flush=True)
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch import nn
 
@@ -43,15 +44,16 @@ def test_a_parameter_without_gradient_is_left_alone() -> None:
     assert torch.equal(model.bias, before) and not optimizer.state[model.bias]
 
 
-def test_a_run_on_a_cpu_imports_neither_the_compiler_nor_sympy() -> None:
+@pytest.mark.parametrize("words", ["", "--checkpoint-activations", "--recompute-granularity selective"])
+def test_a_run_on_a_cpu_imports_neither_the_compiler_nor_sympy(words: str) -> None:
     code = """
 import sys
 from megalith.cli import main
 words = "pretrain --num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 8 --max-position-embeddings 8"
 words += " --micro-batch-size 2 --train-iters 2 --lr 1e-3 --mock-data --vocab-size 64 --device cpu --eval-iters 0"
-assert main(words.split()) == 0
+assert main(words.split() + sys.argv[1:]) == 0
 loaded = {"torch._dynamo", "torch._inductor", "sympy", "torch.distributed.tensor", "tensorboard"} & sys.modules.keys()
 assert not loaded, loaded
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

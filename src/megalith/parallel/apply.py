@@ -166,7 +166,8 @@ def lay_out(
         share_candidates(part, groups.replicas)
         inside = compiled and alone and recomputes_inside(part, recompute, device=device)
         if not inside:
-            recompute_blocks(part, recompute, every=config.checkpoint_num_layers, group=_saved_over(config, groups))
+            saved_over = _saved_over(config, groups)
+            recompute_blocks(part, recompute, every=config.checkpoint_num_layers, group=saved_over, compiled=compiled)
         if compiled:
             budget = config.activation_memory_budget
             # What tensor ranks exchange goes on beside products.

@@ -20,14 +20,17 @@ from megalith.layers.block import Block
 from megalith.layers.relative import RelativePositions
 from megalith.models.transformer import run_whole
 from megalith.parallel import sequence
+from megalith.parallel.again import compute_again
 from megalith.parallel.collectives import Group, size_of
 
 
-def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function, keeping only what it is given for the backward pass."""
+def recomputed(function: Callable[..., Tensor], *, compiled: bool) -> Callable[..., Tensor]:
+    """The function, keeping only what it is given for the backward pass. compiled: whether the compiler takes part."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Tensor:
+        if not compiled:
+            return compute_again(function, args, kwargs)
         result: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         return result
 
@@ -43,32 +46,40 @@ def run_in_chunks(
     return x
 
 
-def keep_cut_input(blocks: Sequence[nn.Module], x: Tensor, *args: Any, group: Group, **kwargs: Any) -> Tensor:
+def keep_cut_input(
+    blocks: Sequence[nn.Module], x: Tensor, *args: Any, group: Group, compiled: bool, **kwargs: Any
+) -> Tensor:
     """Run blocks, keeping only this tensor rank's share of their input; the backward pass gathers it again."""
 
     def gathered(x_part: Tensor, *args: Any) -> Tensor:
         return run_whole(blocks, sequence.join(x_part, group), *args, **kwargs)
 
-    result: Tensor = recomputed(gathered)(sequence.cut(x, group), *args)
-    return result
+    return recomputed(gathered, compiled=compiled)(sequence.cut(x, group), *args)
 
 
-def recompute_blocks(model: nn.Module, granularity: str | None, *, every: int = 1, group: Group = None) -> None:
+def recompute_blocks(
+    model: nn.Module, granularity: str | None, *, every: int = 1, group: Group = None, compiled: bool = False
+) -> None:
     """Let the model's blocks (full) or the cores of their attentions (selective) be computed again; in place.
 
     every: with full, consecutive blocks that share one kept input. group: with full, tensor ranks that share out the
-    kept inputs, of which each would hold a copy (Megatron-LM's distributed checkpointed activations). A model, or
-    each tower of it, has the seam run_blocks, its attentions the seam attend. Without gradients nothing is kept anyway.
+    kept inputs, of which each would hold a copy (Megatron-LM's distributed checkpointed activations). compiled: whether
+    blocks are. A model, or each tower of it, has the seam run_blocks, its attentions the seam attend. Without gradients
+    nothing is kept anyway.
     """
     if granularity == "full":
-        keep = recomputed(run_whole) if size_of(group) == 1 else partial(keep_cut_input, group=group)
+        keep = (
+            recomputed(run_whole, compiled=compiled)
+            if size_of(group) == 1
+            else partial(keep_cut_input, group=group, compiled=compiled)
+        )
         for module in model.modules():
             if hasattr(module, "run_blocks"):
                 module.run_blocks = partial(run_in_chunks, every=every, keep_input=keep)  # type: ignore[assignment]
     elif granularity == "selective":
         for module in model.modules():
             if isinstance(module, SelfAttention | CrossAttention):
-                module.attend = recomputed(module.attend)
+                module.attend = recomputed(module.attend, compiled=compiled)
 
 
 def recomputes_inside(model: nn.Module, granularity: str | None, *, device: torch.device) -> bool:
