@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from megalith.command_line import CommandParser
-from megalith.config import Run
-from megalith.data.pair_files import LAYOUTS
+from megalith.config import Run, known_settings
+from megalith.fields import describe
 from megalith.plan.machine import MACHINES
 from megalith.sources import read_command_line
 
 EPOCHS = 3  # of fine-tuning
 # Megatron-LM's name for learning from questions, whatever their source.
 QUESTIONS = "RET-FINETUNE-NQ"
+EMBEDDING_DTYPES = {"fp16": "float16", "fp32": "float32"}
 MOST_PLANS = 10  # that a search shows
 PLAN = """What a GPT job of any size will need on each rank, how long a step will take there, and what ranks send
 each other. Needs no data, no GPU and no other rank. With --search: the fastest layouts that fit into memory; settings
@@ -80,7 +81,8 @@ def asked_of_finetune(words: Sequence[str]) -> Asked:
         allow_abbrev=False,
     )
     parser.add_argument("run", help="run directory of a bert, or of an ict (what --save named)")
-    parser.add_argument("--task", required=True, choices=[*sorted(LAYOUTS), QUESTIONS], help="what the files hold")
+    of_pairs = describe(known_settings()["pairs_format"].field)["choices"]
+    parser.add_argument("--task", required=True, choices=[*of_pairs, QUESTIONS], help="what the files hold")
     parser.add_argument(
         "--train-data", nargs="+", required=True, metavar="FILE", help="pairs, or questions, to learn from"
     )
@@ -112,7 +114,7 @@ def asked_of_index(words: Sequence[str]) -> argparse.Namespace:
     add("--indexer-log-interval", type=int, metavar="N", help="batches between progress lines [1000]")
     add("--retriever-seq-length", type=int, metavar="N", help="tokens of a passage [what the run says]")
     add("--sample-rate", type=float, default=1.0, metavar="X", help="share of the passages that is embedded [1]")
-    add("--embedding-dtype", choices=("fp16", "fp32"), default="fp16", help="how vectors are kept [fp16]")
+    add("--embedding-dtype", choices=tuple(EMBEDDING_DTYPES), default="fp16", help="how vectors are kept [fp16]")
     add("--nproc", type=int, metavar="N", help="ranks to start on this machine")
     add("--step", type=int, metavar="N", help="checkpoint to use [the newest]")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -8,7 +8,6 @@ import errno
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -20,6 +19,7 @@ from megalith.launch import (
     LeftToAnotherError,
     PeerLostError,
     end_with_parent,
+    handled,
     heard,
     one_of_a_node_tells,
     ranks_in,
@@ -129,15 +129,9 @@ def _importing() -> Iterator[None]:
         say("interrupted")
         os._exit(INTERRUPTED)
 
-    before = signal.getsignal(signal.SIGINT)
-    takes_over = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
-    if takes_over:
-        signal.signal(signal.SIGINT, end)
-    try:
+    takes_over = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with handled([signal.SIGINT] if takes_over else [], end):
         yield
-    finally:
-        if takes_over:
-            signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -148,14 +142,8 @@ def _removing_what_is_half_written() -> Iterator[None]:
         say(f"ended by {signal.Signals(number).name}")
         raise SystemExit(128 + number)
 
-    caught = [number for number in heard() if number in (signal.SIGTERM, signal.SIGHUP)]
-    takes_over = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, end) for number in caught} if takes_over else {}
-    try:
+    with handled([number for number in heard() if number in (signal.SIGTERM, signal.SIGHUP)], end):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _is_first(command: str) -> bool:
@@ -284,8 +272,7 @@ def preprocess(words: Sequence[str], started: float) -> int:
 
 def verify(words: Sequence[str], started: float) -> int:
     """Hold token files and run directories against what was recorded of them, byte for byte."""
-    with _importing():
-        from megalith.asked import asked_of_verify
+    from megalith.asked import asked_of_verify
 
     options = asked_of_verify(words)
     with _importing():
@@ -312,8 +299,7 @@ def evaluate(words: Sequence[str], started: float) -> int:
 
 def index(words: Sequence[str], started: float) -> int:
     """Embed passages with a trained bi-encoder (ict), to be searched by megalith evaluate."""
-    with _importing():
-        from megalith.asked import asked_of_index
+    from megalith.asked import asked_of_index
 
     with one_of_a_node_tells():
         options = asked_of_index(words)
@@ -325,8 +311,7 @@ def index(words: Sequence[str], started: float) -> int:
 
 def finetune(words: Sequence[str], started: float) -> int:
     """Fine-tune a trained BERT to class pairs of sentences, or an ict to answer questions; with pretrain's flags."""
-    with _importing():
-        from megalith.asked import asked_of_finetune
+    from megalith.asked import asked_of_finetune
 
     with one_of_a_node_tells():
         asked = asked_of_finetune(words)
@@ -349,8 +334,7 @@ def convert(words: Sequence[str], started: float) -> int:
 
 def bench(words: Sequence[str], started: float) -> int:
     """Measure how fast a model trains on this machine, with the flags of pretrain and without data."""
-    with _importing():
-        from megalith.asked import asked_of_bench
+    from megalith.asked import asked_of_bench
 
     with one_of_a_node_tells():
         asked = asked_of_bench(words)
@@ -362,8 +346,7 @@ def bench(words: Sequence[str], started: float) -> int:
 
 def plan(words: Sequence[str], started: float) -> int:
     """Say what a job of any size will need on each rank, before it is queued."""
-    with _importing():
-        from megalith.asked import asked_of_plan
+    from megalith.asked import asked_of_plan
 
     asked = asked_of_plan(words)
     with _importing():

@@ -19,6 +19,7 @@ import numpy as np
 from torch import nn
 
 from megalith.agreement import require_same
+from megalith.asked import EMBEDDING_DTYPES
 from megalith.data.evidence import Passage, check_passages, read_passages
 from megalith.data.survey import Survey
 from megalith.evaluate.embeddings import Embeddings, open_embeddings, write_block, write_joined
@@ -36,7 +37,6 @@ SPAN_BATCHES = 16  # batches of a span: what a killed rank loses at most
 # Seconds that ranks wait for each other: after a start on another number of ranks one may find all its spans there
 # while another has to embed for hours. A rank that is lost ends the others through what started them.
 LONGEST_WAIT = 24 * 3600.0
-DTYPES = {"fp16": np.float16, "fp32": np.float32}
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def embed_spans(work: Work, layout: Layout, *, disk: Disk) -> None:
             progress.found(len(held))
             continue
         vectors = [vectors for batch in _batches(held, work.batch) for vectors in progress.embedded(batch)]
-        rows = np.concatenate(vectors).astype(DTYPES[work.dtype])
+        rows = np.concatenate(vectors).astype(EMBEDDING_DTYPES[work.dtype])
         ids = np.array([passage.id for passage in held], np.int64)
         if not np.isfinite(rows).all():
             wrong = int(ids[~np.isfinite(rows).all(1)][0])

@@ -10,10 +10,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 
 from megalith.terminal import say
 
@@ -44,6 +46,18 @@ HINTS = {
 }
 
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+
+@contextmanager
+def handled(numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """While entered, these signals call the handler; in a thread beside the main one, which alone may set it, none."""
+    may = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers} if may else {}
+    try:
+        yield
+    finally:
+        for number, other in before.items():
+            signal.signal(number, other)
 
 
 def heard() -> tuple[signal.Signals, ...]:

@@ -11,14 +11,13 @@ it got. So what follows within a second is the same request.
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
-from megalith.launch import SECONDS_OF_ONE_REQUEST, STOPPING, heard
+from megalith.launch import SECONDS_OF_ONE_REQUEST, STOPPING, handled, heard
 from megalith.terminal import say
 
 STOPPED_BY_SIGNAL = 75  # saved, or there was nothing to save yet; the same command goes on
@@ -28,11 +27,6 @@ STOPPED_UNSAVED = 76  # a signal stopped a run that has no --save
 def stopped_status(*, saves: bool) -> int:
     """What a run ends with that a signal stopped; saves: whether it has a directory for that."""
     return STOPPED_BY_SIGNAL if saves else STOPPED_UNSAVED
-
-
-def _taken() -> tuple[signal.Signals, ...]:
-    """The signals to take over: none in a thread of somebody's program, whose main thread alone may."""
-    return heard() if threading.current_thread() is threading.main_thread() else ()
 
 
 @contextmanager
@@ -46,13 +40,9 @@ def ending_at_once(status: int, *, speaks: bool) -> Iterator[None]:
             say(f"{signal.Signals(number).name}: the run ends before its first step")
         os._exit(status)
 
-    before = {number: signal.signal(number, end) for number in _taken()}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-    try:
+    with handled(heard(), end):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class StopSignals:
@@ -67,11 +57,10 @@ class StopSignals:
         self._speaks = speaks
         self._at = 0.0
         self._clock = clock
-        self._before: dict[signal.Signals, object] = {}
+        self._handling = ExitStack()
 
     def __enter__(self) -> Self:
-        for number in _taken():
-            self._before[number] = signal.signal(number, self._note)
+        self._handling.enter_context(handled(heard(), self._note))
         return self
 
     @contextmanager
@@ -86,8 +75,7 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._handling.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
